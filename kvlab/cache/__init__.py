@@ -1,0 +1,6 @@
+"""Tokens to KV: the contract (`base`) and the cache over a shared store (`distributed`)."""
+
+from kvlab.cache.base import CacheStats, KVCache
+from kvlab.cache.distributed import DistributedKVCache
+
+__all__ = ["CacheStats", "DistributedKVCache", "KVCache"]

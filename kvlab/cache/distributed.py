@@ -1,0 +1,229 @@
+"""The distributed cache: blocks of KV as sealed records in a shared store.
+
+    tokens -> block keys (`core.identity`) -> values (`stores`) -> tensors (`core.record`)
+
+One class serves two callers. An engine uses the `KVCache` calls, which match tokens block by
+block. A script that wants to park one layer's tensors under a text uses `cache_kv` and
+`get_cached_kv`. The two never meet: other record kind, other key domain. A text prefix is
+not a token prefix, because cutting a text changes its tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvlab.cache.base import CacheStats, KVCache
+from kvlab.core import record
+from kvlab.core.identity import KVSpec, Namespace, spec_of, text_key
+from kvlab.core.record import BadRecord, Format, Unholdable
+from kvlab.errors import ConfigError, InputError
+from kvlab.model import Llama
+from kvlab.stores import Health, RedisStore, Store
+
+_PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class DistributedKVCache(KVCache):
+    """KV in a Redis that several processes and machines share.
+
+    Without `redis_host`, `url` or `store` it lives in an in-process Redis (fakeredis), private
+    to this cache: good for learning and tests, shared with nobody.
+
+    Args:
+        redis_host, redis_port: a plain Redis. `url` names any other kind (see `RedisStore`).
+        precision: fp32, fp16 or bf16 (or float32, float16, bfloat16). Part of a key's identity.
+        compress: gzip the payload. Readers accept records written either way.
+        ttl_seconds: lifetime after the last write or read; None leaves it to the server.
+        store: any `Store`, instead of a Redis. The cache closes it with itself.
+        model: whose KV this is: a loaded `Llama`, or its `KVSpec`. Needed for the token calls;
+            for the text calls optional, and then keys are bound to no model: a second model
+            using the same text reads the first one's tensors.
+        salt: the tenant's secret. Other salt, other keys: tenants cannot see each other's hits.
+        block_tokens: B, if not the default for the model.
+
+    Raises:
+        ConfigError: settings that do not work: unknown precision or URL scheme, negative TTL.
+    """
+
+    def __init__(
+        self,
+        redis_host: str | None = None,
+        redis_port: int = 6379,
+        precision: str = "float16",
+        compress: bool = True,
+        ttl_seconds: float | None = 86400,
+        *,
+        url: str | None = None,
+        store: Store | None = None,
+        model: Llama | KVSpec | None = None,
+        salt: str | bytes = b"",
+        block_tokens: int | None = None,
+    ) -> None:
+        if sum(x is not None for x in (redis_host, url, store)) > 1:
+            raise ConfigError("expected at most one of redis_host, url and store")
+        self.format = Format(_PRECISION_NAMES.get(precision, precision), "gzip" if compress else "raw")
+        self._salt = salt.encode() if isinstance(salt, str) else salt
+        self.spec = spec_of(model) if isinstance(model, Llama) else model
+        self._namespace = self._make_namespace(block_tokens)
+        address = url or (f"redis://{redis_host}:{redis_port}" if redis_host else "fakeredis://")
+        self.store = RedisStore(address, ttl_s=ttl_seconds) if store is None else store
+        self._stats = CacheStats()
+        self._lock = threading.Lock()
+
+    @property
+    def block_tokens(self) -> int:
+        """See `KVCache.block_tokens`."""
+        return self._bound()[1].block_tokens
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See `KVCache.match`. One round trip."""
+        ns = self._bound()[1]
+        return self.store.probe(ns.keys(tokens)) * ns.block_tokens
+
+    def load(self, tokens: Sequence[int], start: int, stop: int, out: Tensor) -> int:
+        """See `KVCache.load`."""
+        spec, ns = self._bound()
+        B = ns.block_tokens
+        if start % B or stop % B or not 0 <= start <= stop <= len(tokens):
+            raise InputError(f"expected 0 <= start <= stop <= {len(tokens)} in steps of {B}, got {start} and {stop}")
+        _check_kv(out, spec, stop - start)
+        keys = ns.keys(tokens[:stop])[start // B :]
+        good = 0
+        for i, (key, value) in enumerate(zip(keys, self.store.get_many(keys), strict=True)):
+            reason = self._decode_into(value, key, out[:, :, :, i * B : (i + 1) * B])
+            if reason:
+                self._count(len(keys), good, {reason: 1, "gap": len(keys) - good - 1})
+                return start + good * B
+            good += 1
+        self._count(len(keys), good, {})
+        return start + good * B
+
+    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
+        """See `KVCache.save`. Blocks with a value that the precision cannot hold are dropped, and all after them."""
+        spec, ns = self._bound()
+        B = ns.block_tokens
+        _check_kv(kv, spec, len(tokens))
+        keys, values = ns.keys(tokens), []
+        first = -(-max(start, 0) // B)
+        drops = 0
+        for i in range(first, len(keys)):
+            try:
+                values.append(record.encode(kv[:, :, :, i * B : (i + 1) * B], keys[i], self.format))
+            except Unholdable:
+                drops = len(keys) - i
+                break
+        stored = self.store.put_many(keys[first : first + len(values)], values)
+        with self._lock:
+            self._stats.saved += stored
+            self._stats.bytes_written += sum(len(p) for v in values for p in v)
+            self._stats.drops += Counter(overflow=drops, store=len(values) - stored)
+        return stored
+
+    def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
+        """Keep one layer's keys and values under an exact text; True if the store took them.
+
+        Args:
+            k_tensor, v_tensor: same shape (any, up to 7 dims) and dtype, say [N, H, T, D].
+
+        Raises:
+            InputError: an empty prefix, a negative layer, tensors that differ in shape or dtype.
+        """
+        key = self._text_key(prefix, layer)
+        if k_tensor.shape != v_tensor.shape or k_tensor.dtype != v_tensor.dtype:
+            raise InputError(
+                "expected keys and values of one shape and dtype, got "
+                f"{tuple(k_tensor.shape)} {k_tensor.dtype} and {tuple(v_tensor.shape)} {v_tensor.dtype}"
+            )
+        try:
+            value = record.encode(torch.stack((k_tensor, v_tensor)), key, self.format, record.KIND_TEXT)
+        except Unholdable:
+            stored, reason = 0, "overflow"
+        else:
+            stored, reason = self.store.put_many([key], [value]), "store"
+        with self._lock:
+            self._stats.saved += stored
+            self._stats.bytes_written += sum(len(p) for p in value) if stored else 0
+            self._stats.drops += Counter({reason: 1 - stored})
+        return stored == 1
+
+    def get_cached_kv(self, prefix: str, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The keys and values that `cache_kv` kept, in their original shape and dtype; None on a miss.
+
+        With precision float16 the values are those of the float16 rounding.
+        """
+        key = self._text_key(prefix, layer)
+        value = self.store.get_many([key])[0]
+        try:
+            if value is None:
+                raise BadRecord("absent")
+            both = record.decode(value, key, self.format, None, record.KIND_TEXT)
+            if both.shape[0] != 2:
+                raise BadRecord("dims")
+        except BadRecord as error:
+            self._count(1, 0, {error.reason: 1})
+            return None
+        self._count(1, 1, {}, len(value))
+        return both[0], both[1]
+
+    def stats(self) -> CacheStats:
+        """See `KVCache.stats`. The store's own view, in bytes and faults, is `cache.store.stats()`."""
+        with self._lock:
+            return copy.deepcopy(self._stats)
+
+    def health(self) -> Health:
+        """See `KVCache.health`."""
+        return self.store.health()
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
+        if block_tokens is not None and block_tokens < 1:
+            raise ConfigError(f"expected a block of at least one token, got {block_tokens}")
+        if self.spec is None:
+            return None
+        B = block_tokens or self.spec.block_tokens(self.format.precision)
+        return Namespace(self.spec.fingerprint, self.format.precision, self._salt, B)
+
+    def _bound(self) -> tuple[KVSpec, Namespace]:
+        if self.spec is None or self._namespace is None:
+            raise ConfigError("this cache was made without model=; the token calls need to know whose KV it holds")
+        return self.spec, self._namespace
+
+    def _text_key(self, prefix: str, layer: int) -> bytes:
+        if not prefix or layer < 0:
+            raise InputError(f"expected a non-empty prefix and a layer >= 0, got {prefix!r} and {layer}")
+        bound = b"" if self.spec is None else self.spec.fingerprint
+        return text_key(prefix, layer, self.format.precision, self._salt, bound)
+
+    def _decode_into(self, value: bytes | memoryview | None, key: bytes, out: Tensor) -> str:
+        """Fill one block; the reason if it cannot be."""
+        if value is None:
+            return "absent"
+        try:
+            record.decode(value, key, self.format, tuple(out.shape), out=out)
+        except BadRecord as error:
+            return error.reason
+        with self._lock:
+            self._stats.bytes_read += len(value)
+        return ""
+
+    def _count(self, requested: int, hits: int, misses: dict[str, int], read: int = 0) -> None:
+        with self._lock:
+            self._stats.requested += requested
+            self._stats.hits += hits
+            self._stats.misses += Counter(misses)
+            self._stats.bytes_read += read
+
+
+def _check_kv(kv: Tensor, spec: KVSpec, tokens: int) -> None:
+    want = (spec.layers, 2, spec.heads, tokens, spec.head_dim)
+    if tuple(kv.shape) != want or not kv.is_floating_point():
+        raise InputError(f"expected KV of shape [L, P, H, T, D] = {want}, got {tuple(kv.shape)} {kv.dtype}")

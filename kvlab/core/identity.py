@@ -1,0 +1,290 @@
+"""Who a piece of KV belongs to: the fingerprint of what made it, and the chained keys of its blocks.
+
+Two requests may share KV only if everything that shaped it is the same: weights, config,
+tokenizer, adapter, compute dtype, precision, tenant, block size, and every token from the
+first on. All of that goes into a SHA-256 chain, version 1 of which is frozen here:
+
+    field(x)    = length of x as u32 little-endian, then x
+    fingerprint = SHA256( field("kvlab/1/fingerprint") field(config) field(weights digest)
+                          field(tokenizer digest) field(adapter digest or "")
+                          field(compute dtype) field(layout version as u32) )
+    root        = SHA256( field("kvlab/1/root") field(fingerprint) field(precision)
+                          field(salt) field(B as u32) )
+    key_0       = SHA256( field("kvlab/1/block") field(root)      field(tokens as u32 each) )
+    key_i       = SHA256( field("kvlab/1/block") field(key_{i-1}) field(tokens as u32 each) )
+    text key    = SHA256( field("kvlab/1/text") field(fingerprint or "") field(precision)
+                          field(salt) field(prefix in UTF-8) field(layer as u32) )
+
+All integers are little-endian, all text is UTF-8, `config` is the JSON of the allow-listed
+fields with sorted keys and no spaces. Keys keep all 32 bytes. Why SHA-256: builtin `hash`
+differs between processes, and non-cryptographic hashes can be forged, which in a shared
+cache means reading another tenant's KV (CVE-2025-25183).
+
+Lossless compression is not part of identity; precision is, so that a reader never gets
+less than it asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlab.errors import ConfigError, InputError
+from kvlab.model import Llama
+from kvlab.model.load import read_json, read_weights
+
+KEY_BYTES = 32
+LAYOUT_VERSION = 1
+PRECISION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+"""Bytes an element takes at each precision, scales of the int groups not counted."""
+MIN_BLOCK, MAX_BLOCK, MAX_RECORD_BYTES = 16, 64, 1 << 20
+
+# Fields that change the numbers in the KV. The vocabulary, the output head and the context
+# limit do not; they are left out so that a re-saved model keeps its cache.
+KV_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "mlp_bias",
+)
+Progress = Callable[[int, int], None]
+
+
+def field(data: bytes) -> bytes:
+    """Length-prefix one hash input, so that no two different inputs run together to the same bytes."""
+    return struct.pack("<I", len(data)) + data
+
+
+def digest(domain: str, *parts: bytes) -> bytes:
+    """SHA-256 over a domain tag and length-prefixed parts. 32 bytes."""
+    return hashlib.sha256(b"".join(field(p) for p in (domain.encode(), *parts))).digest()
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """All that a cache needs to know of a model: the shape of its KV and who made it.
+
+    Attributes:
+        layers, heads, head_dim: L, H (KV heads) and D. There are always 2 planes, keys and values.
+        dtype: what the model computes in, and the dtype of loaded KV.
+        fingerprint: 32 bytes from `fingerprint()`.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    fingerprint: bytes
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.heads, self.head_dim) < 1 or len(self.fingerprint) != KEY_BYTES:
+            raise ConfigError(f"expected positive sizes and a fingerprint of {KEY_BYTES} bytes, got {self}")
+
+    def kv_bytes_per_token(self, precision: str = "fp32") -> int:
+        """Bytes that one token's KV takes over all layers: L x 2 x H x D x bytes an element."""
+        return int(self.layers * 2 * self.heads * self.head_dim * element_bytes(precision))
+
+    def block_tokens(self, precision: str = "fp32") -> int:
+        """B: the largest power of two in 16 … 64 whose raw record is at most 1 MiB, else 16."""
+        B = MAX_BLOCK
+        while B > MIN_BLOCK and B * self.kv_bytes_per_token(precision) > MAX_RECORD_BYTES:
+            B //= 2
+        return B
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One family of block keys: same fingerprint, precision, salt and block size. Nothing is shared across.
+
+    >>> ns = Namespace(fingerprint=bytes(32), precision="fp32", salt=b"", block_tokens=2)
+    >>> [k.hex()[:8] for k in ns.keys([1, 2, 3, 4, 5])]
+    ['2f71f828', '95c81436']
+    """
+
+    fingerprint: bytes
+    precision: str
+    salt: bytes
+    block_tokens: int
+
+    @property
+    def root(self) -> bytes:
+        """The parent of every first block."""
+        B = struct.pack("<I", self.block_tokens)
+        return digest("kvlab/1/root", self.fingerprint, self.precision.encode(), self.salt, B)
+
+    def keys(self, tokens: Sequence[int]) -> list[bytes]:
+        """One 32-byte key for each FULL block of `tokens`; a partial last block has none.
+
+        Raises:
+            InputError: a token that is not an integer in 0 … 2**32 - 1.
+        """
+        data, step = token_bytes(tokens), 4 * self.block_tokens
+        head = field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES)
+        size, key, out = struct.pack("<I", step), self.root, []
+        sha256 = hashlib.sha256
+        for i in range(0, len(data) - step + 1, step):
+            key = sha256(head + key + size + data[i : i + step]).digest()
+            out.append(key)
+        return out
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Tokens as u32 little-endian, the canonical form that is hashed.
+
+    Raises:
+        InputError: a token that is not an integer in 0 … 2**32 - 1.
+    """
+    try:
+        ids = np.asarray(tokens)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"got {ids.dtype}")
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):
+            raise ValueError(f"got {int(ids.min())} … {int(ids.max())}")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"expected tokens as integers in 0 … 2**32 - 1: {error}") from error
+    return ids.astype("<u4").tobytes()
+
+
+def text_key(prefix: str, layer: int, precision: str, salt: bytes = b"", fingerprint: bytes = b"") -> bytes:
+    """Key of one layer's KV under an exact text prefix. Without a fingerprint the key is bound to no model."""
+    return digest("kvlab/1/text", fingerprint, precision.encode(), salt, prefix.encode(), struct.pack("<I", layer))
+
+
+def element_bytes(precision: str) -> float:
+    """Bytes an element takes.
+
+    Raises:
+        ConfigError: a precision that does not exist.
+    """
+    if precision not in PRECISION_BYTES:
+        raise ConfigError(f"expected a precision of {', '.join(PRECISION_BYTES)}, got {precision!r}")
+    return PRECISION_BYTES[precision]
+
+
+def spec_of(model: Llama, adapter: bytes = b"", progress: Progress | None = None) -> KVSpec:
+    """The `KVSpec` of a loaded model, fingerprint computed (see `fingerprint`)."""
+    c = model.config
+    print_ = fingerprint(model, adapter, progress)
+    return KVSpec(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, model.dtype, print_)
+
+
+def fingerprint(model: Llama, adapter: bytes = b"", progress: Progress | None = None) -> bytes:
+    """Identity of everything that shapes a model's KV, computed from its folder (or its weights in memory).
+
+    `adapter` is the digest of a LoRA or the like. `progress(done, total)` is called in bytes
+    while weights are read; their digest is remembered, so only the first call is slow.
+    """
+    folder = model.folder
+    if folder is None:
+        weights, tokenizer = digest_tensors(_own_tensors(model)), b""
+    else:
+        weights, tokenizer = weights_digest(folder, progress), tokenizer_digest(folder)
+    return digest(
+        "kvlab/1/fingerprint",
+        config_bytes(model),
+        weights,
+        tokenizer,
+        adapter,
+        str(model.dtype).removeprefix("torch.").encode(),
+        struct.pack("<I", LAYOUT_VERSION),
+    )
+
+
+def config_bytes(model: Llama) -> bytes:
+    """The allow-listed config fields as canonical JSON, the same whichever library wrote config.json."""
+    fields = asdict(model.config)
+    kept = {name: fields[name] for name in KV_FIELDS}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
+
+
+def tokenizer_digest(folder: Path) -> bytes:
+    """SHA-256 of what turns text into tokens, whatever its spacing and run-time settings; b"" if there is none."""
+    if not (folder / "tokenizer.json").exists():
+        return b""
+    content = read_json(folder, "tokenizer.json")
+    for setting in ("version", "truncation", "padding"):
+        content.pop(setting, None)
+    return digest("kvlab/1/tokenizer", json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """SHA-256 over names, dtypes, shapes and bytes, independent of file layout and of the order given."""
+    entries = []
+    for name, t in tensors:
+        flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        shape = struct.pack(f"<{t.ndim}Q", *t.shape)
+        dtype = str(t.dtype).removeprefix("torch.").encode()
+        entries.append(field(name.encode()) + field(dtype) + field(shape) + hashlib.sha256(flat).digest())
+    return digest("kvlab/1/weights", *sorted(entries))
+
+
+def weights_digest(folder: Path, progress: Progress | None = None) -> bytes:
+    """Digest of a folder's weights, remembered in the user's cache directory.
+
+    The memory is keyed by each file's path, inode, size and change time, so a file that was
+    touched in any way is read again.
+    """
+    files = sorted(folder.resolve().glob("*.safetensors"))
+    stamp = digest("kvlab/1/stamp", *(_stamp(f) for f in files)).hex()
+    memory = _cache_home() / "digests" / stamp
+    try:
+        return _known_digest(memory.read_text())
+    except (OSError, ValueError):
+        value = digest_tensors(_folder_tensors(folder, sum(f.stat().st_size for f in files), progress))
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        part = memory.with_name(f"{stamp}.{os.getpid()}")
+        part.write_text(value.hex())
+        part.replace(memory)
+    except OSError:
+        pass  # a read-only home costs a second digest, nothing else
+    return value
+
+
+def _known_digest(text: str) -> bytes:
+    value = bytes.fromhex(text)
+    if len(value) != KEY_BYTES:
+        raise ValueError("not a digest")
+    return value
+
+
+def _stamp(file: Path) -> bytes:
+    s = file.stat()
+    return f"{file}|{s.st_dev}|{s.st_ino}|{s.st_size}|{s.st_ctime_ns}|{s.st_mtime_ns}".encode()
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab"
+
+
+def _folder_tensors(folder: Path, total: int, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+    """A folder's tensors but for an output head that is only a copy of the tied embedding."""
+    tied = bool(read_json(folder, "config.json").get("tie_word_embeddings", False))
+    done = 0
+    for name, t in read_weights(folder):
+        if not (tied and name == "lm_head.weight"):
+            yield name, t
+        done += t.nbytes
+        if progress:
+            progress(done, total)
+
+
+def _own_tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:
+    tied = model.config.tie_word_embeddings
+    return ((n, t) for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight"))

@@ -1,0 +1,1 @@
+"""What only the notebooks need: plots, widgets, exercises, recorded results, the doctor."""

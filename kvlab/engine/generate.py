@@ -1,0 +1,87 @@
+"""Greedy generation with a KV cache in front of the prefill.
+
+    match -> load -> prefill the rest -> decode -> save
+
+The cache can be empty, partly filled, slow or broken: the tokens that come out are the same.
+Batching and scheduling live elsewhere in `kvlab.engine`; here is one request, start to end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlab.cache.base import KVCache
+from kvlab.errors import InputError
+from kvlab.model import Llama
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one request gave.
+
+    Attributes:
+        tokens: the new tokens.
+        prompt_tokens: length of the prompt.
+        cached_tokens: how many of the prompt's tokens came from the cache.
+        ttft_s: seconds from the call to the first new token (cache look-up and load included).
+        total_s: seconds from the call to the last new token; saving is not in it.
+        saved_blocks: how many blocks the cache took.
+    """
+
+    tokens: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_s: float
+    total_s: float
+    saved_blocks: int = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    tokens: Sequence[int],
+    max_new_tokens: int = 32,
+    cache: KVCache | None = None,
+    stop_at_eos: bool = True,
+) -> Generation:
+    """Continue `tokens` greedily.
+
+    Raises:
+        InputError: an empty or over-long prompt, or a token out of the vocabulary.
+    """
+    begin = time.perf_counter()
+    if max_new_tokens < 1:
+        raise InputError(f"expected at least one new token, got {max_new_tokens}")
+    prompt = model.check_tokens(tokens, max_new_tokens)
+    T = prompt.shape[1]
+    kv = model.new_kv(T + max_new_tokens)
+    cached = fill_from(cache, tokens, kv[:, :, 0]) if cache else 0
+    logits = model(prompt[:, cached:], kv, cached, last_only=True)
+    new = [int(logits.argmax())]
+    ttft = time.perf_counter() - begin
+    while len(new) < max_new_tokens and not (stop_at_eos and new[-1] in model.config.eos_token_ids):
+        step = torch.tensor([[new[-1]]], device=model.device)
+        new.append(int(model(step, kv, T + len(new) - 1, last_only=True).argmax()))
+    total = time.perf_counter() - begin
+    saved = 0
+    if cache:  # the last token was never fed back, so its KV does not exist
+        known = [*tokens, *new[:-1]]
+        saved = cache.save(known, kv[:, :, 0, :, : len(known)], cached)
+    return Generation(new, T, cached, ttft, total, saved)
+
+
+def fill_from(cache: KVCache, tokens: Sequence[int], kv: Tensor) -> int:
+    """Load the longest cached prefix of `tokens` into `kv` [L, P, H, C, D]; return its length.
+
+    At least the last token is left to compute: its logits start the answer, and no cache holds logits.
+    """
+    found = cache.match(tokens)
+    if not found:
+        return 0
+    loaded = cache.load(tokens, 0, found, kv[:, :, :, :found])
+    return min(loaded, len(tokens) - 1)

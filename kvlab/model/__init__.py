@@ -1,0 +1,7 @@
+"""A readable Llama (`llama`), how it is loaded (`load`) and its tokenizer (`tokenizer`)."""
+
+from kvlab.model.llama import Llama, LlamaConfig, attention
+from kvlab.model.load import PRETRAINED, load
+from kvlab.model.tokenizer import Tokenizer, held_out, held_out_tokens
+
+__all__ = ["PRETRAINED", "Llama", "LlamaConfig", "Tokenizer", "attention", "held_out", "held_out_tokens", "load"]

@@ -1,0 +1,295 @@
+"""A Llama decoder in plain PyTorch, with its keys and values in the open.
+
+    token -> embedding -> L x ( RMSNorm, attention, RMSNorm, SwiGLU ) -> RMSNorm -> logits
+
+Real inference code hides the KV cache inside the model. Here it is an argument: the caller
+owns one tensor `kv` of shape [L, P, N, H, C, D], the model writes the keys and values of the
+new tokens into it and attends to everything before them. Whoever fills the first `start`
+positions from somewhere else (a store, say) has skipped their prefill. That is the whole
+trick of this project.
+
+Axes: L layers, P planes (0 keys, 1 values), N batch, H KV heads, T new tokens, C capacity in
+tokens, D head dim. Keys are stored after RoPE, so a cached key belongs to its position.
+
+Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (GQA),
+Shazeer 2020 (SwiGLU), Zhang & Sennrich 2019 (RMSNorm). Reading weights from disk lives in
+`kvlab.model.load`, not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvlab.errors import InputError
+
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE to long contexts ("llama3"), or the older "linear"."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers that define one Llama. Names follow Hugging Face's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to root-mean-square 1, then by a learned weight. [..., hidden] -> same."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise in FP32 whatever the dtype: the mean of squares overflows FP16."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Turning speed of each pair of dimensions, radians per token. Shape [D / 2], FP32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freq = 1.0 / config.rope_theta**exponent
+    s = config.rope_scaling
+    if s is None:
+        return freq
+    if s.kind == "linear":
+        return freq / s.factor
+    # "llama3": fast pairs stay, slow pairs are stretched, those between are blended.
+    turns = s.original_context * freq / (2 * math.pi)
+    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / s.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [N, H, T, D], cos and sin [T, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Causal attention of T new tokens over themselves and the `start` tokens before them.
+
+    Shapes: q [N, heads, T, D]; k, v [N, H, start + T, D] with H dividing heads (GQA).
+    Returns [N, heads, T, D]. New token t sees positions 0 … start + t and nothing later.
+    """
+    T, S, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if T == 1 or start == 0:  # the fast kernels know these two cases without a mask
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+    sees = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(start)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=gqa)
+
+
+class SelfAttention(nn.Module):
+    """Queries for all heads, keys and values for H of them; each KV head serves heads / H query heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | None, start: int, attend: Attention
+    ) -> Tensor:
+        """[N, T, hidden] -> same. `kv` is this layer's [P, N, H, C, D]; positions start … start + T are written."""
+        N, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(N, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if kv is not None:
+            kv[0, :, :, start : start + T] = k
+            kv[1, :, :, start : start + T] = v
+            k, v = kv[:, :, :, : start + T]
+        out = attend(q, k, v, start)
+        return cast(Tensor, self.o_proj(out.transpose(1, 2).reshape(N, T, -1)))
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward part: a gate decides how much of each hidden unit passes. [N, T, hidden] -> same."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        inner, bias = config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Works on each token alone, so it needs no cache."""
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention, then SwiGLU, each added to what came in."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | None, start: int, attend: Attention
+    ) -> Tensor:
+        """[N, T, hidden] -> same; see `SelfAttention.forward` for `kv`."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, kv, start, attend)
+        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm. A class of its own so that weight names match Hugging Face's `model.…`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """The whole model.
+
+    `attend` may replace the attention function: notebook 01 puts the learner's own there.
+    `folder` is where the weights came from (None for a model made in memory); the
+    fingerprint of `kvlab.core.identity` is computed from it.
+    """
+
+    def __init__(self, config: LlamaConfig, attend: Attention = attention) -> None:
+        super().__init__()
+        self.config = config
+        self.attend = attend
+        self.folder: Path | None = None
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._angles = torch.empty(0)  # filled on first use; see _rope
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in, and the dtype of its KV."""
+        return self.lm_head.weight.dtype
+
+    def new_kv(self, capacity: int, batch: int = 1) -> Tensor:
+        """An unfilled KV tensor for `capacity` tokens. Shape [L, P, N, H, capacity, D].
+
+        Its contents are undefined: only positions that were written may be read.
+        """
+        c = self.config
+        shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, capacity, c.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def forward(self, tokens: Tensor, kv: Tensor | None = None, start: int = 0, last_only: bool = False) -> Tensor:
+        """Run T new tokens at positions start … start + T.
+
+        Args:
+            tokens: int64 [N, T].
+            kv: [L, P, N, H, C, D] whose first `start` positions are filled; positions
+                start … start + T are written. None keeps nothing (then `start` must be 0).
+            last_only: compute logits for the last token alone, which is all that decoding needs.
+
+        Returns:
+            Logits [N, T, vocab], or [N, 1, vocab] with `last_only`.
+
+        Raises:
+            InputError: `start` and T do not fit into `kv` or into the model's context.
+        """
+        T = tokens.shape[1]
+        self._check_room(T, kv, start)
+        x = self.model.embed_tokens(tokens)
+        rope = self._rope(start, T)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, None if kv is None else kv[i], start, self.attend)
+        if last_only:
+            x = x[:, -1:]
+        return cast(Tensor, self.lm_head(self.model.norm(x)))
+
+    def check_tokens(self, tokens: Sequence[int], new_tokens: int = 0) -> Tensor:
+        """Turn a prompt into an int64 tensor [1, T].
+
+        Raises:
+            InputError: empty, a token out of the vocabulary, or longer than the context
+                when `new_tokens` more are to follow.
+        """
+        ids = torch.as_tensor(tokens, device=self.device)
+        if ids.ndim != 1 or ids.numel() == 0:
+            raise InputError(f"expected a prompt of at least one token, got shape {tuple(ids.shape)}")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"expected integer tokens, got {ids.dtype}")
+        ids = ids.to(torch.int64)
+        low, high, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if low < 0 or high >= vocab:
+            bad = low if low < 0 else high
+            raise InputError(f"expected tokens in 0 … {vocab - 1}, got {bad}: is this the model's tokenizer?")
+        room = self.config.max_position_embeddings
+        if ids.numel() + new_tokens > room:
+            raise InputError(
+                f"the model's context is {room} tokens, got a prompt of {ids.numel()} plus {new_tokens} new ones"
+            )
+        return ids[None]
+
+    def _check_room(self, T: int, kv: Tensor | None, start: int) -> None:
+        room = self.config.max_position_embeddings if kv is None else kv.shape[4]
+        if start < 0 or start + T > room:
+            raise InputError(f"tokens {start} … {start + T} do not fit: there is room for {room}")
+        if kv is None and start:
+            raise InputError(f"start is {start}, but without kv there are no earlier tokens to attend to")
+
+    def _rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin [T, D/2] for positions start … start + T, in the model's dtype.
+
+        Angles are computed in FP32 and kept: at position 4000 an FP16 angle is off by whole radians.
+        """
+        if self._angles.shape[0] < start + T or self._angles.device != self.device:
+            positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
+            self._angles = torch.outer(positions, rope_frequencies(self.config)).to(self.device)
+        angles = self._angles[start : start + T]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)

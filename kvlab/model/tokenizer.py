@@ -1,0 +1,67 @@
+"""Text to tokens and back, by Hugging Face's `tokenizers` library from a folder's tokenizer.json.
+
+Also the frozen held-out text: modules written for this project that no model was trained
+on. Every exact number of the course comes from it, so it never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+
+from kvlab.errors import InputError, ModelError
+from kvlab.model.load import PRETRAINED
+
+HELD_OUT = Path(__file__).parent / "heldout.txt"
+_FILE_MARK = "=== "
+
+
+class Tokenizer:
+    """A model folder's tokenizer.
+
+    >>> Tokenizer().decode(Tokenizer().encode("def f(x):"))
+    'def f(x):'
+    """
+
+    def __init__(self, folder: str | Path = PRETRAINED) -> None:
+        file = Path(folder) / "tokenizer.json"
+        try:
+            self._tokenizer = _Tokenizer.from_str(file.read_text("utf-8"))
+        except Exception as error:  # the library raises bare Exception for bad JSON
+            raise ModelError(f"{file}: not a tokenizer ({error})") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """How many different tokens there are."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Text to tokens, with no special token added.
+
+        Raises:
+            InputError: the text is empty.
+        """
+        if not text:
+            raise InputError("expected some text, got an empty prompt")
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens to text. Special tokens are left out."""
+        return str(self._tokenizer.decode(list(tokens)))
+
+
+def held_out() -> dict[str, str]:
+    """The held-out sample as {file name: text}, in the order of the file."""
+    parts = HELD_OUT.read_text("utf-8").split(f"\n{_FILE_MARK}")
+    named = (part.removeprefix(_FILE_MARK).partition("\n") for part in parts)
+    return {name: text for name, _, text in named}
+
+
+def held_out_tokens(tokenizer: Tokenizer, separator: int = 0) -> list[int]:
+    """The whole sample as one token sequence, `separator` before each file and at the end, as in training."""
+    tokens: list[int] = []
+    for text in held_out().values():
+        tokens += [separator, *tokenizer.encode(text)]
+    return [*tokens, separator]

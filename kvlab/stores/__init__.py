@@ -1,0 +1,7 @@
+"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in Redis (`redis`)."""
+
+from kvlab.stores.base import Health, Store, StoreStats, Value
+from kvlab.stores.memory import MemoryStore
+from kvlab.stores.redis import RedisStore
+
+__all__ = ["Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value"]

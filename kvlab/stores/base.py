@@ -1,0 +1,137 @@
+"""The store contract: bytes by key, in batches, and never an exception for a fault.
+
+A store is the outermost tier and the least reliable one: a server on the other end of a
+wire. So its contract is about failure. A fault of the store (down, slow, full, answering
+nonsense) turns a read into a miss and a write into a drop, each counted under one reason,
+and for every store, always:
+
+    requested == hits + sum(misses by reason)
+    offered   == stored + sum(drops by reason)
+
+What a store does not do: it does not look inside values, decide what to evict, or promise
+that what was stored is still there. `probe` is advice for the planner; only `get_many` tells
+the truth. Deciding whether bytes are a good record is `kvlab.core.record`'s work.
+
+One suite, `tests/contracts/test_store.py`, holds every implementation to this text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from kvlab.errors import InputError
+
+Value = bytes | memoryview | tuple[bytes | memoryview, ...]
+"""What is put: bytes, or pieces whose concatenation is the value (a header and a payload, say)."""
+
+ABSENT = "absent"
+"""The miss reason of a key that is simply not there."""
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was made. `misses` and `drops` are by reason."""
+
+    requested: int = 0
+    hits: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    offered: int = 0
+    stored: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def check(self) -> None:
+        """Assert both sum rules."""
+        assert self.requested == self.hits + sum(self.misses.values()), self
+        assert self.offered == self.stored + sum(self.drops.values()), self
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether a store answers, and one line that says what it is or what is wrong."""
+
+    ok: bool
+    detail: str
+
+
+class Store(ABC):
+    """Base of all stores. Safe to use from several threads."""
+
+    @abstractmethod
+    def get_many(
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
+    ) -> list[bytes | memoryview | None]:
+        """Fetch values, in the order of `keys`; None for a miss.
+
+        Args:
+            out: one writable buffer a key. A value is written to the start of its buffer and
+                that part is returned; a value that does not fit is a miss ("too_big"). The
+                caller owns the buffers, and no later call touches them. Without it, each
+                value is a `bytes` of its own.
+        """
+
+    @abstractmethod
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+        """Store values, replacing what is there; return how many were taken. Values may be reused after the call."""
+
+    @abstractmethod
+    def probe(self, keys: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `keys` that is present now, in one round trip. Counts as no request."""
+
+    @abstractmethod
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Remove keys; return how many were there."""
+
+    @abstractmethod
+    def health(self) -> Health:
+        """Ask the store whether it works. Costs at most one deadline."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """A copy of the counters."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections. Calls after this are misses and drops ("closed"). Closing twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def pieces(value: Value) -> tuple[bytes | memoryview, ...]:
+    """A value as a tuple of pieces."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def joined(value: Value) -> bytes:
+    """A value as one `bytes`."""
+    return value if isinstance(value, bytes) else b"".join(pieces(value))
+
+
+def check_pairs(keys: Sequence[bytes], others: Sequence[object] | None, what: str) -> None:
+    """Check that two batches have one length.
+
+    Raises:
+        InputError: they have not.
+    """
+    if others is not None and len(keys) != len(others):
+        raise InputError(f"expected one {what} a key, got {len(keys)} keys and {len(others)}")
+
+
+def place(value: bytes, out: memoryview | None) -> bytes | memoryview | None:
+    """Hand a fetched value over: as it is, or copied to the start of `out`; None where it does not fit."""
+    if out is None:
+        return value
+    if len(value) > out.nbytes:
+        return None
+    out.cast("B")[: len(value)] = value
+    return out.cast("B")[: len(value)]

@@ -1,0 +1,116 @@
+"""A store in this process: a dict with a lock. For tests, for learning, and as the model of the others.
+
+Entries expire by a clock that may be a fake one. Nothing is evicted: a bounded host tier
+belongs to `kvlab.cache.tiers`, eviction policies to `kvlab.core.policies`.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from kvlab.errors import ConfigError
+from kvlab.stores.base import ABSENT, Health, Store, StoreStats, Value, check_pairs, joined, place
+
+
+class MemoryStore(Store):
+    """Values in a dict, each with the time at which it expires.
+
+    >>> store = MemoryStore()
+    >>> store.put_many([b"a", b"b"], [b"one", b"two"])
+    2
+    >>> store.get_many([b"a", b"x"])
+    [b'one', None]
+
+    Raises:
+        ConfigError: a TTL that is not positive.
+    """
+
+    def __init__(self, ttl_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        if ttl_s is not None and ttl_s <= 0:
+            raise ConfigError(f"expected a positive TTL in seconds, or None to keep for ever, got {ttl_s}")
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._entries: dict[bytes, tuple[bytes, float]] = {}
+        self._lock = threading.Lock()
+        self._stats = StoreStats()
+        self._closed = False
+
+    def get_many(
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
+    ) -> list[bytes | memoryview | None]:
+        """See `Store.get_many`. A hit also renews the entry's TTL."""
+        check_pairs(keys, out, "buffer")
+        with self._lock:
+            return [self._get(key, None if out is None else out[i]) for i, key in enumerate(keys)]
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+        """See `Store.put_many`."""
+        check_pairs(keys, values, "value")
+        with self._lock:
+            self._stats.offered += len(keys)
+            if self._closed:
+                self._stats.drops["closed"] += len(keys)
+                return 0
+            for key, value in zip(keys, values, strict=True):
+                data = joined(value)
+                self._entries[key] = (data, self._deadline())
+                self._stats.stored += 1
+                self._stats.bytes_in += len(data)
+            return len(keys)
+
+    def probe(self, keys: Sequence[bytes]) -> int:
+        """See `Store.probe`."""
+        with self._lock:
+            for i, key in enumerate(keys):
+                if self._alive(key) is None:
+                    return i
+            return len(keys)
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """See `Store.delete_many`."""
+        with self._lock:
+            alive = [key for key in set(keys) if self._alive(key) is not None]
+            for key in alive:
+                del self._entries[key]
+            return len(alive)
+
+    def health(self) -> Health:
+        """See `Store.health`."""
+        with self._lock:
+            return Health(not self._closed, "closed" if self._closed else f"memory, {len(self._entries)} values")
+
+    def stats(self) -> StoreStats:
+        """See `Store.stats`."""
+        with self._lock:
+            return copy.deepcopy(self._stats)
+
+    def close(self) -> None:
+        """See `Store.close`. The values are gone."""
+        with self._lock:
+            self._entries.clear()
+            self._closed = True
+
+    def _get(self, key: bytes, out: memoryview | None) -> bytes | memoryview | None:
+        self._stats.requested += 1
+        value = self._alive(key)
+        got = None if value is None else place(value, out)
+        if value is None or got is None:
+            self._stats.misses["closed" if self._closed else ABSENT if value is None else "too_big"] += 1
+            return None
+        self._entries[key] = (value, self._deadline())
+        self._stats.hits += 1
+        self._stats.bytes_out += len(value)
+        return got
+
+    def _alive(self, key: bytes) -> bytes | None:
+        value, deadline = self._entries.get(key, (None, 0.0))
+        if value is not None and self._clock() >= deadline:
+            del self._entries[key]
+            return None
+        return value
+
+    def _deadline(self) -> float:
+        return float("inf") if self._ttl_s is None else self._clock() + self._ttl_s
