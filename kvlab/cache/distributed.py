@@ -14,6 +14,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -183,6 +184,12 @@ class DistributedKVCache(KVCache):
     def close(self) -> None:
         """Close the store."""
         self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if block_tokens is not None and block_tokens < 1:

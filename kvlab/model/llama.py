@@ -206,7 +206,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._angles = torch.empty(0)  # filled on first use; see _rope
+        self._angles = torch.empty(0)  # filled on first use; see rope
 
     @property
     def device(self) -> torch.device:
@@ -245,7 +245,7 @@ class Llama(nn.Module):
         T = tokens.shape[1]
         self._check_room(T, kv, start)
         x = self.model.embed_tokens(tokens)
-        rope = self._rope(start, T)
+        rope = self.rope(start, T)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, None if kv is None else kv[i], start, self.attend)
         if last_only:
@@ -283,7 +283,7 @@ class Llama(nn.Module):
         if kv is None and start:
             raise InputError(f"start is {start}, but without kv there are no earlier tokens to attend to")
 
-    def _rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
+    def rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
         """Cos and sin [T, D/2] for positions start … start + T, in the model's dtype.
 
         Angles are computed in FP32 and kept: at position 4000 an FP16 angle is off by whole radians.

@@ -1,0 +1,25 @@
+"""The brief's headline numbers. Each is a claim to test, not a fact; notebook 10 gives the verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what it is about, the brief's number and its unit."""
+
+    name: str
+    question: str
+    brief: float
+    unit: str
+
+
+CLAIMS = (
+    Claim("latency", "How much sooner does the first token come when the prefix is cached?", 11, "times"),
+    Claim("throughput", "How many times the throughput does the full system give?", 15, "times"),
+    Claim("hit_rate", "What share of blocks does a real chat trace find in the cache?", 65, "percent"),
+    Claim("compression", "How much smaller is KV as float16 + gzip than as float32?", 83, "percent saved"),
+    Claim("hashing", "How long does hashing a 1,000-token prefix take?", 10, "microseconds"),
+    Claim("cost", "How much cheaper does a token get?", 95, "percent saved"),
+)

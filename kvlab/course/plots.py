@@ -1,0 +1,65 @@
+"""One look for every plot of the course: colours that all readers can tell apart, fixed sizes, computed captions.
+
+The palette is Okabe and Ito's; series also differ by marker or hatch, so a grey print works.
+A caption is a sentence computed from the data. It is printed under the plot: readers
+without the picture get it, and the notebook tests compare it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+from cycler import cycler
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "--")
+MAP = "cividis"
+WIDTH, HEIGHT = 7.2, 3.2
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the course. Every notebook calls this once."""
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=OKABE_ITO) + cycler(marker=MARKERS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "grid.alpha": 0.3,
+            "figure.figsize": (WIDTH, HEIGHT),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "image.cmap": MAP,
+            "legend.frameon": False,
+            "lines.markersize": 5,
+        }
+    )
+
+
+def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of the course's width with one titled, labelled plot."""
+    fig, ax = plt.subplots(figsize=(WIDTH, height))
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return fig, ax
+
+
+def show(fig: Figure, caption: str) -> None:
+    """Display a figure once, with its caption below it and as its alternative text."""
+    display(fig, metadata={"image/png": {"alt": caption}})  # type: ignore[no-untyped-call]
+    plt.close(fig)
+    print(f"Figure: {caption}")
+
+
+def hatches() -> Iterator[str]:
+    """Hatches for bars, in the order of the colours."""
+    return cycle(HATCHES)

@@ -1,0 +1,60 @@
+"""Results that not every machine can produce: run them live where it can be done, else show a recorded one.
+
+Recordings are JSON files beside this module, each naming the machine that made it.
+`KVLAB_RECORD=1` writes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvlab.errors import ConfigError
+from kvlab.lab.machine import describe_machine
+
+RECORDED = Path(__file__).parent / "recorded"
+Result = dict[str, Any]
+
+
+def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-server") -> Result:
+    """`run()`'s result where the program `needs` is installed, else the recording called `name`.
+
+    Prints one line that says which it was. The result has the same shape both ways.
+
+    Raises:
+        ConfigError: the program is missing and there is no such recording.
+    """
+    if shutil.which(needs):
+        result = run()
+        if os.environ.get("KVLAB_RECORD"):
+            save_recording(name, result)
+        print("source: measured on this machine")
+        return result
+    result, machine = load_recording(name)
+    print(f"source: recorded on {machine} ({needs} is not installed here)")
+    return result
+
+
+def save_recording(name: str, result: Result) -> None:
+    """Write a recording, with this machine's description."""
+    RECORDED.mkdir(exist_ok=True)
+    content = {"machine": describe_machine(), "result": result}
+    (RECORDED / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_recording(name: str) -> tuple[Result, str]:
+    """A recording's result and its machine.
+
+    Raises:
+        ConfigError: there is no such recording.
+    """
+    try:
+        content = json.loads((RECORDED / f"{name}.json").read_text())
+    except FileNotFoundError:
+        have = ", ".join(sorted(p.stem for p in RECORDED.glob("*.json"))) or "none"
+        raise ConfigError(f"no recording called {name!r} (there are: {have})") from None
+    return content["result"], content["machine"]

@@ -1,0 +1,148 @@
+"""Things to move: `Explorer` for sliders over a picture, `Guesses` for the reader's own numbers.
+
+A widget must not be the only way to learn what it shows. Before its cell has run, on GitHub
+and in print, the reader sees a still picture and one sentence in its place: the cell's
+output carries both, and the notebook tests compare the sentence.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ipywidgets as w
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from kvlab.course.claims import CLAIMS, Claim
+from kvlab.course.work import work_dir
+
+Control = tuple[float, float, float] | list[Any] | bool
+"""(value, low, high) for a slider, a list of choices (the first is chosen), or a switch."""
+
+
+class Still(w.VBox):  # type: ignore[misc]
+    """A box of widgets that shows a sentence, and a picture if it has one, where widgets cannot run."""
+
+    def still(self) -> tuple[str, bytes]:
+        """The sentence and the PNG (or b"") that stand in for the widget."""
+        raise TypeError("a Still needs its own still()")
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data: dict[str, Any] = bundle[0] if isinstance(bundle, tuple) else bundle
+        sentence, png = self.still()
+        data["text/plain"] = f"[interactive: run this cell to use it] {sentence}"
+        if png:
+            data["image/png"] = base64.b64encode(png).decode()
+        return data
+
+
+class Explorer(Still):
+    """Controls above a picture and a sentence, both redrawn when a control moves.
+
+    Args:
+        draw: makes a matplotlib figure from the controls' values, by name.
+        describe: says in one sentence what the figure shows.
+        controls: by name, see `Control`. Underscores in names are shown as spaces.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], describe: Callable[..., str], **controls: Control) -> None:
+        self._draw, self._describe = draw, describe
+        self._controls = {name: _control(name, spec) for name, spec in controls.items()}
+        self._image = w.Image(format="png", layout={"max_width": "100%"})
+        self._sentence = w.HTML()
+        super().__init__([*self._controls.values(), self._image, self._sentence])
+        for control in self._controls.values():
+            control.observe(self._redraw, "value")
+        self._redraw()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls say now."""
+        return {name: control.value for name, control in self._controls.items()}
+
+    def still(self) -> tuple[str, bytes]:
+        """See `Still.still`: the picture at the present values."""
+        return self._describe(**self.values), self._image.value
+
+    def _redraw(self, *_: object) -> None:
+        fig = self._draw(**self.values)
+        file = io.BytesIO()
+        fig.savefig(file, format="png", dpi=80, metadata={"Software": None})
+        plt.close(fig)
+        sentence = self._describe(**self.values)
+        self._image.value, self._image.alt = file.getvalue(), sentence
+        self._sentence.value = f'<p role="status">{html.escape(sentence)}</p>'
+
+
+class Guesses(Still):
+    """One number field for each claim of the brief; "Keep" writes them to `guesses.json` in the work folder.
+
+    Notebook 10 puts guess, claim and measurement side by side.
+    """
+
+    def __init__(self) -> None:
+        kept = load_guesses()
+        self._fields = {c.name: _guess_field(c, kept.get(c.name)) for c in CLAIMS}
+        self._said = w.HTML()
+        button = w.Button(description="Keep my guesses", button_style="primary")
+        button.on_click(self._keep)
+        rows = [w.VBox([w.HTML(f"<b>{c.question}</b>"), self._fields[c.name]]) for c in CLAIMS]
+        super().__init__([*rows, button, self._said])
+
+    def still(self) -> tuple[str, bytes]:
+        """See `Still.still`: the questions."""
+        lines = [f"{i}. {c.question} (in {c.unit})" for i, c in enumerate(CLAIMS, 1)]
+        return "\n".join([f"{len(CLAIMS)} questions. Guess before you measure:", *lines]), b""
+
+    def _keep(self, _: object) -> None:
+        guesses, unread = {}, []
+        for claim in CLAIMS:
+            text = self._fields[claim.name].value.strip().rstrip("%x")
+            try:
+                if text:
+                    guesses[claim.name] = float(text)
+            except ValueError:
+                unread.append(text)
+        path = work_dir() / "guesses.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(guesses, indent=2) + "\n")
+        said = f"Kept {len(guesses)} of {len(CLAIMS)} guesses. Notebook 10 will ask for them."
+        said += f" Not a number: {', '.join(unread)}." if unread else ""
+        self._said.value = f'<p role="status">{html.escape(said)}</p>'
+
+
+def load_guesses() -> Mapping[str, float]:
+    """The guesses kept so far, by claim; empty if there are none or the file is not what `Guesses` wrote."""
+    try:
+        kept = json.loads((work_dir() / "guesses.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(kept, dict):
+        return {}
+    return {k: float(v) for k, v in kept.items() if isinstance(v, int | float)}
+
+
+def _control(name: str, spec: Control) -> Any:
+    label: dict[str, Any] = {"description": name.replace("_", " "), "style": {"description_width": "9em"}}
+    if isinstance(spec, bool):
+        return w.Checkbox(value=spec, **label)
+    if isinstance(spec, list):
+        return w.Dropdown(options=spec, value=spec[0], **label)
+    value, low, high = spec
+    kind = w.IntSlider if all(isinstance(x, int) for x in spec) else w.FloatSlider
+    return kind(value=value, min=low, max=high, continuous_update=False, layout={"width": "32em"}, **label)
+
+
+def _guess_field(claim: Claim, kept: float | None) -> Any:
+    return w.Text(
+        value="" if kept is None else f"{kept:g}",
+        placeholder="your guess",
+        description=claim.unit,
+        style={"description_width": "9em"},
+    )

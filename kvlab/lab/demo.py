@@ -1,0 +1,222 @@
+"""The whole system once: a real model answers a real prompt cold, then warm, with the same tokens, faster.
+
+Everything printed is measured by this run, and the run fails if any of it is untrue.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvlab.cache import DistributedKVCache, KVCache
+from kvlab.core.identity import spec_of
+from kvlab.engine import generate
+from kvlab.errors import KVLabError
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.timing import Timings, take_turns
+from kvlab.model import Llama, Tokenizer, attention, held_out_tokens, load
+
+PREFIXES = (128, 256, 512, 1024, 2048)
+SUFFIX = 16
+NEW_TOKENS = 32
+Say = Callable[[str], None]
+
+
+def hit_rate(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
+    """Share of a prompt's FULL blocks that came from the cache; 0 if it has none."""
+    full = prompt_tokens // block_tokens
+    return cached_tokens // block_tokens / full if full else 0.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the demo is built from. A learner's own functions replace the package's, one by one."""
+
+    causal_attention: Callable[..., Any] = attention
+    hit_rate: Callable[[int, int, int], float] = hit_rate
+    learners: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prefix length: cold (no cache) against warm (prefix from the store), time to first token."""
+
+    prefix_tokens: int
+    cold_ms: float
+    warm_ms: float
+    speedup: float
+    bytes: int
+    gzip_ms: float
+    gzip_speedup: float
+    gzip_bytes: int
+    hit_rate: float
+    tokens_equal: bool
+    aa_ratio: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All that the demo found out."""
+
+    text_cached: bool
+    text_retrieved: bool
+    rows: Sequence[Row]
+    noisy: bool
+
+    @property
+    def tokens_equal(self) -> bool:
+        """Whether every warm answer was the cold answer, token for token."""
+        return all(row.tokens_equal for row in self.rows)
+
+    @property
+    def hit_rate_full_blocks(self) -> float:
+        """The lowest hit rate over full blocks of all warm requests."""
+        return min(row.hit_rate for row in self.rows)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the system did what it says."""
+        return self.text_cached and self.text_retrieved and self.tokens_equal and self.hit_rate_full_blocks == 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "ok": self.ok,
+            "tokens_equal": self.tokens_equal,
+            "hit_rate_full_blocks": self.hit_rate_full_blocks,
+            "rows": [vars(row) for row in self.rows],
+            "precision": "fp32",
+            "threads": torch.get_num_threads(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "noisy": self.noisy,
+        }
+
+
+def run(
+    url: str = "fakeredis://", parts: Parts | None = None, say: Say = print, prefixes: Sequence[int] = PREFIXES
+) -> DemoResult:
+    """Run the demo against the store that `url` names, telling its progress through `say`.
+
+    Raises:
+        KVLabError: the store does not answer, or `url` is not one.
+    """
+    parts = parts or Parts()
+    model, tokenizer = load(), Tokenizer()
+    model.attend = parts.causal_attention
+    sample = held_out_tokens(tokenizer)
+    say(f"machine: {describe_machine()}, {torch.get_num_threads()} threads")
+    if parts.learners:
+        say(f"yours:   {', '.join(parts.learners)}")
+    with _Caches(url, model) as caches:
+        health = caches.raw.health()
+        say(f"store:   {health.detail}")
+        if not health.ok:
+            raise KVLabError(f"the store does not answer ({health.detail}); start it, or leave --redis out")
+        cached, retrieved = _text_round_trip(caches.raw)
+        say(f"Cached KV tensors: {cached}")
+        say(f"Retrieved from cache: {retrieved}")
+        _show_answer(model, tokenizer, sample, caches.raw, say)
+        say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'gzip':>9} {'faster':>8}")
+        rows = []
+        for n in prefixes:
+            rows.append(_measure(model, sample[: n + SUFFIX], caches, parts))
+            say(_line(rows[-1]))
+    result = DemoResult(cached, retrieved, rows, any(abs(r.aa_ratio - 1) > 0.10 for r in rows))
+    say(f"Same tokens cold and warm: {result.tokens_equal}")
+    say(f"Cache hit rate: {result.hit_rate_full_blocks:.0%}")
+    say("All tests completed!" if result.ok else "FAILED: see the lines above")
+    return result
+
+
+class _Caches:
+    """One cache with raw records and one with gzip, under a salt of this run alone: no hit comes from an older run."""
+
+    def __init__(self, url: str, model: Llama) -> None:
+        spec = spec_of(model)
+        salt = os.urandom(16)
+
+        def make(compress: bool) -> DistributedKVCache:
+            return DistributedKVCache(
+                url=url,
+                model=spec,
+                precision="fp32",
+                compress=compress,
+                ttl_seconds=600,
+                salt=salt + bytes([compress]),
+            )
+
+        self.raw, self.gzip = make(False), make(True)
+
+    def __enter__(self) -> _Caches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.raw.close()
+        self.gzip.close()
+
+
+def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
+    """The brief's two calls on one layer's tensors."""
+    k, v = torch.randn(2, 1, 2, 16, 64, generator=torch.Generator().manual_seed(0))
+    cached = cache.cache_kv("def main():", layer=0, k_tensor=k, v_tensor=v)
+    got = cache.get_cached_kv("def main():", layer=0)
+    return cached, got is not None and torch.equal(got[0], k) and torch.equal(got[1], v)
+
+
+def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: KVCache, say: Say) -> None:
+    prompt = sample[: 512 + SUFFIX]
+    cold = generate(model, prompt, NEW_TOKENS, cache)
+    warm = generate(model, prompt, NEW_TOKENS, cache)
+    say(f"prompt:  … {tokenizer.decode(prompt[-12:])!r} ({len(prompt)} tokens)")
+    say(f"cold:    {tokenizer.decode(cold.tokens)!r} ({cold.cached_tokens} tokens from the cache)")
+    say(f"warm:    {tokenizer.decode(warm.tokens)!r} ({warm.cached_tokens} tokens from the cache)")
+
+
+def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> Row:
+    cold = generate(model, prompt, NEW_TOKENS)
+    answers, rates, sizes = [], [], []
+    for cache in (caches.raw, caches.gzip):
+        before = cache.stats().bytes_read
+        generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
+        before = cache.stats().bytes_read
+        warm = generate(model, prompt, NEW_TOKENS, cache)
+        answers.append(warm.tokens)
+        rates.append(parts.hit_rate(len(prompt), warm.cached_tokens, cache.block_tokens))
+        sizes.append(cache.stats().bytes_read - before)
+    times = _race(model, prompt, caches)
+    return Row(
+        prefix_tokens=len(prompt) - SUFFIX,
+        cold_ms=times.median_ms("cold"),
+        warm_ms=times.median_ms("raw"),
+        speedup=times.ratio("cold", "raw"),
+        bytes=sizes[0],
+        gzip_ms=times.median_ms("gzip"),
+        gzip_speedup=times.ratio("cold", "gzip"),
+        gzip_bytes=sizes[1],
+        hit_rate=min(rates),
+        tokens_equal=all(tokens == cold.tokens for tokens in answers),
+        aa_ratio=times.aa_ratio,
+    )
+
+
+def _race(model: Llama, prompt: list[int], caches: _Caches) -> Timings:
+    """Time to first token, cold against both caches; one new token, so only the prefill differs."""
+    return take_turns(
+        {
+            "cold": lambda: generate(model, prompt, 1),
+            "raw": lambda: generate(model, prompt, 1, caches.raw),
+            "gzip": lambda: generate(model, prompt, 1, caches.gzip),
+        }
+    )
+
+
+def _line(r: Row) -> str:
+    return (
+        f"{r.prefix_tokens:>8} {r.cold_ms:>6.1f} ms {r.warm_ms:>6.1f} ms {r.speedup:>7.1f}x "
+        f"{r.bytes:>13,} {r.gzip_ms:>6.1f} ms {r.gzip_speedup:>7.1f}x"
+    )
