@@ -45,6 +45,7 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 '''
 
 

@@ -63,3 +63,8 @@ def show(fig: Figure, caption: str) -> None:
 def hatches() -> Iterator[str]:
     """Hatches for bars, in the order of the colours."""
     return cycle(HATCHES)
+
+
+def ink_on(value: float) -> str:
+    """Black or white, whichever can be read on the map's colour for a value from 0 to 1."""
+    return "black" if value > 0.55 else "white"

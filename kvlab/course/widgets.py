@@ -68,7 +68,7 @@ class Explorer(Still):
 
     def still(self) -> tuple[str, bytes]:
         """See `Still.still`: the picture at the present values."""
-        return self._describe(**self.values), self._image.value
+        return self._describe(**self.values), bytes(self._image.value)
 
     def _redraw(self, *_: object) -> None:
         fig = self._draw(**self.values)

@@ -1,0 +1,38 @@
+# Every target first makes the environment that it needs, in .venv; scripts/setup.sh does nothing where it is up to date.
+#   make lab LAB_ARGS="--no-browser --port 8899"     what JupyterLab is told
+#   make test PYTHON=/path/to/python3                which Python makes .venv
+
+PY := .venv/bin/python
+# JupyterLab refuses to run as root unless told. It listens on this machine only and asks for its token.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab demo test notebooks lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup:
+	@sh scripts/setup.sh
+
+lab: setup ## JupyterLab on your own copy of the notebooks, in work/
+	@sh scripts/setup.sh --copy work
+	@.venv/bin/jupyter lab --notebook-dir=work $(AS_ROOT) $(LAB_ARGS)
+
+demo: setup ## the whole system in a minute
+	@$(PY) -m kvlab demo
+
+test: lint ## lint and types, then every test and every notebook
+	$(PY) -m pytest --nbval
+
+notebooks: setup ## run the notebooks and write their outputs
+	$(PY) scripts/build_notebooks.py
+
+lint: setup ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean: ## remove .venv, caches and build output; work/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvlab notebooks scripts tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

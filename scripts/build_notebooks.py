@@ -1,0 +1,457 @@
+"""Build the course: write generated cells, run each notebook, and leave unchanged lessons' files untouched.
+
+    python scripts/build_notebooks.py                          # all notebooks, and the table in README.md
+    python scripts/build_notebooks.py notebooks/03_*.ipynb     # these
+    python scripts/build_notebooks.py --check                  # write nothing; exit 1 and name what would change
+    python scripts/build_notebooks.py --no-run                 # generated cells and layout only, nothing is run
+    python scripts/build_notebooks.py --fresh FILE             # take new measurements and pictures
+
+A notebook's first cell (header), the code cell after it (set-up on Colab) and its last cell
+(navigation) are made from `notebooks/course.toml`; edit them there. So is the text between
+`<!-- course:begin -->` and `<!-- course:end -->`, in README.md and in any Markdown cell.
+
+Measured times and pictures differ at every run. A cell keeps its stored outputs when they equal
+the new ones after sanitising (tests/notebooks/sanitize.cfg, the rules by which `pytest --nbval`
+compares) and no code up to this cell has changed since they were made. So building twice changes
+no byte. The cell remembers that code as a digest in its metadata, where it needs one.
+"""
+
+# nbformat says that it is typed; half of it is.
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
+from nbval.plugin import coalesce_streams, get_sanitize_patterns
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+SANITIZE = ROOT / "tests" / "notebooks" / "sanitize.cfg"
+REPOSITORY = "kvlab/kvlab"
+CELL_TIMEOUT = 120  # seconds; pyproject.toml gives nbval the same
+BEGIN, END = "<!-- course:begin -->", "<!-- course:end -->"
+GENERATED = ("header", "colab-setup", "footer")  # tags, and ids, of the generated cells
+CELL_METADATA = {"tags", "jupyter", "kvlab"}  # the rest is what editors leave behind
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+PICTURES = {"image/png", "image/jpeg"}  # nbval does not compare them
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+COLAB_SETUP = f"""\
+# On Google Colab this installs the course; elsewhere it does nothing.
+if "google.colab" in str(get_ipython()):
+    %pip install -q "kvlab[course] @ git+https://github.com/{REPOSITORY}"
+"""
+
+
+class BuildError(Exception):
+    """A notebook cannot be built; the message says which cell and why."""
+
+
+# --- The course map -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Lesson:
+    """One entry of course.toml."""
+
+    file: str
+    title: str
+    goal: str
+    able: Sequence[str]
+    needs: Sequence[str]
+    minutes: int
+    hardware: str = "a CPU is enough"
+
+    @property
+    def number(self) -> str:
+        """The two digits that the file name begins with."""
+        return self.file[:2]
+
+    @property
+    def name(self) -> str:
+        """As links show it."""
+        return f"{self.number} · {self.title}"
+
+
+@dataclass(frozen=True)
+class Course:
+    """The lessons in order, and the folder where their notebooks are. Lessons without a notebook get no links."""
+
+    folder: Path
+    lessons: Sequence[Lesson]
+
+    def lesson(self, path: Path) -> Lesson | None:
+        """The lesson of a notebook, if it is one of the course."""
+        return next((lesson for lesson in self.lessons if lesson.file == path.stem), None)
+
+    def header(self, lesson: Lesson) -> str:
+        """The Markdown of a notebook's first cell."""
+        able = "\n".join(f"- {item}" for item in lesson.able)
+        page = f"github/{REPOSITORY}/blob/main/notebooks/{lesson.file}.ipynb"
+        return "\n\n".join(
+            [
+                f"# {lesson.name}",
+                lesson.goal,
+                f"**You will be able to**\n\n{able}",
+                f"**Needs:** {self.needs(lesson)}  \n**Time:** about {lesson.minutes} minutes  \n"
+                f"**Hardware:** {lesson.hardware}",
+                self.neighbours(lesson),
+                "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+                f"(https://colab.research.google.com/{page})",
+            ]
+        )
+
+    def footer(self, lesson: Lesson) -> str:
+        """The Markdown of a notebook's last cell."""
+        return f"---\n\n{self.neighbours(lesson)}"
+
+    def table(self, prefix: str = "") -> str:
+        """The index of the course; `prefix` leads from the page that shows it to the notebooks."""
+        rows = ["| No. | Lesson | Goal | Minutes | Needs |", "|---|---|---|---|---|"]
+        for lesson in self.lessons:
+            title = self._link(lesson, lesson.title, prefix)
+            needs = self.needs(lesson, prefix, short=True)
+            rows.append(f"| {lesson.number} | {title} | {lesson.goal} | {lesson.minutes} | {needs} |")
+        return "\n".join(rows)
+
+    def neighbours(self, lesson: Lesson) -> str:
+        """Links to the lessons before and after."""
+        i = self.lessons.index(lesson)
+        parts = [f"Previous: {self._link(self.lessons[i - 1])}"] if i else []
+        parts += [f"Next: {self._link(self.lessons[i + 1])}"] if i + 1 < len(self.lessons) else []
+        return " | ".join(parts)
+
+    def needs(self, lesson: Lesson, prefix: str = "", short: bool = False) -> str:
+        """What a lesson builds on: other lessons as links, knowledge in words."""
+        by_number = {other.number: other for other in self.lessons}
+        parts = []
+        for need in lesson.needs:
+            other = by_number.get(need)
+            parts.append(self._link(other, need if short else "", prefix) if other else need)
+        return ", ".join(parts)
+
+    def _link(self, lesson: Lesson, text: str = "", prefix: str = "") -> str:
+        text = text or lesson.name
+        exists = (self.folder / f"{lesson.file}.ipynb").exists()
+        return f"[{text}]({prefix}{lesson.file}.ipynb)" if exists else text
+
+
+def load_course(folder: Path) -> Course:
+    """Read `course.toml` in a folder of notebooks; without one the course is empty."""
+    file = folder / "course.toml"
+    entries = tomllib.loads(file.read_text(encoding="utf-8"))["lesson"] if file.exists() else []
+    return Course(folder, [Lesson(**entry) for entry in entries])
+
+
+def refill(text: str, table: str) -> str:
+    """`text` with the course's table between its markers; unchanged where there are none."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+
+
+# --- Notebooks as data --------------------------------------------------------------------------
+def tags(cell: NotebookNode) -> list[str]:
+    """A cell's tags."""
+    return list(cell.metadata.get("tags", []))
+
+
+def code_cells(notebook: NotebookNode) -> Iterator[NotebookNode]:
+    """The code cells, in order."""
+    return (cell for cell in notebook.cells if cell.cell_type == "code")
+
+
+def read(path: Path) -> NotebookNode:
+    """Read a notebook; cells without an id of their own get one derived from their text."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    taken: set[str] = set()
+    for cell in raw["cells"]:
+        cell["id"] = _free_id(cell, taken)
+        taken.add(cell["id"])
+    raw["nbformat"], raw["nbformat_minor"] = 4, 5
+    notebook: NotebookNode = nbformat.reads(json.dumps(raw), as_version=4)
+    return notebook
+
+
+def _free_id(cell: Mapping[str, Any], taken: set[str]) -> str:
+    """The cell's own id if it is valid and free, else one derived from its source."""
+    own = cell.get("id", "")
+    if re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", own) and own not in taken:
+        return str(own)
+    digest = hashlib.sha256("".join(cell["source"]).encode()).hexdigest()[:8]
+    return next(name for name in (digest, *(f"{digest}-{i}" for i in range(2, 1000))) if name not in taken)
+
+
+def with_generated_cells(notebook: NotebookNode, lesson: Lesson, course: Course) -> NotebookNode:
+    """A copy whose header, Colab set-up and footer say what course.toml says."""
+    result = copy.deepcopy(notebook)
+    old = {tag: cell for cell in result.cells for tag in GENERATED if tag in tags(cell)}
+    setup = old.get("colab-setup") or new_code_cell()
+    setup.source = COLAB_SETUP.rstrip()
+    ends = new_markdown_cell(course.header(lesson)), setup, new_markdown_cell(course.footer(lesson))
+    for cell, tag in zip(ends, GENERATED, strict=True):
+        cell.id, cell.metadata = tag, NotebookNode(tags=[tag])
+    body = [cell for cell in result.cells if not set(tags(cell)) & set(GENERATED)]
+    for cell in body:
+        if cell.cell_type == "markdown":
+            cell.source = refill(cell.source, course.table())
+    result.cells = [ends[0], ends[1], *body, ends[2]]
+    return result
+
+
+def encode(notebook: NotebookNode) -> bytes:
+    """The bytes of the file: valid, with fixed metadata and nothing that an editor left behind."""
+    notebook = copy.deepcopy(notebook)
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in CELL_METADATA})
+    nbformat.validate(notebook)
+    text: str = nbformat.writes(notebook)
+    return (text.rstrip("\n") + "\n").encode()
+
+
+# --- Outputs ------------------------------------------------------------------------------------
+def sanitiser(rules: Path = SANITIZE) -> Callable[[Any], Any]:
+    """A function that replaces what differs from run to run, as nbval does; what is not text passes through."""
+    pairs = get_sanitize_patterns(rules.read_text(encoding="ascii"))
+
+    def sanitise(value: Any) -> Any:
+        for pattern, replacement in pairs:
+            value = re.sub(pattern, replacement, value) if isinstance(value, str) else value
+        return value
+
+    return sanitise
+
+
+def comparable(outputs: Sequence[NotebookNode], sanitise: Callable[[Any], Any]) -> dict[str, list[Any]]:
+    """What nbval compares of a cell's outputs: values by stream name, MIME type or error field, sanitised."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for output in coalesce_streams(copy.deepcopy(list(outputs))):
+        if output.output_type == "stream":
+            found[output.name].append(sanitise(output.text))
+        elif output.output_type == "error":
+            found["error"].append((output.ename, sanitise(output.evalue)))
+        else:
+            for mime, value in output.data.items():
+                if mime not in PICTURES | {WIDGET}:
+                    found[mime].append(sanitise(value))
+    return dict(found)
+
+
+def varies(outputs: Sequence[NotebookNode], sanitise: Callable[[Any], Any]) -> bool:
+    """Whether outputs hold anything that may differ from run to run: pictures, or text that sanitising changes."""
+    pictures = any(PICTURES & set(output.get("data", {})) for output in outputs)
+    return pictures or comparable(outputs, sanitise) != comparable(outputs, lambda value: value)
+
+
+def portable(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Outputs as they are stored: neighbouring stream pieces joined, no live-widget ids, no paths of this machine."""
+    result: list[NotebookNode] = []
+    for output in copy.deepcopy(list(outputs)):
+        last = result[-1] if result else None
+        if output.output_type == "stream" and last and last.get("name") == output.name:
+            last.text += output.text
+            continue
+        if output.output_type == "error":
+            output.traceback = [_without_paths(line) for line in output.traceback]
+        output.get("data", {}).pop(WIDGET, None)
+        result.append(output)
+    return [coalesce_streams([o])[0] for o in result]  # applies \r and \b, as a terminal would
+
+
+def _without_paths(text: str) -> str:
+    places = {str(ROOT): ".", sys.prefix: "<env>", sys.base_prefix: "<python>", str(Path.home()): "~"}
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return text
+
+
+def settle(new: NotebookNode, old: NotebookNode, sanitise: Callable[[Any], Any], fresh: bool = False) -> None:
+    """Decide, cell by cell in the just executed `new`, whether the outputs of `old` stay."""
+    before = {cell.id: cell for cell in code_cells(old)}
+    chain = hashlib.sha256()
+    for cell in code_cells(new):
+        chain.update(cell.source.encode() + b"\0")
+        made_by = chain.hexdigest()[:12]
+        cell.outputs = portable(cell.outputs)
+        kept = before.get(cell.id)
+        if kept and not fresh and _stays(kept, cell, made_by, sanitise):
+            cell.outputs = [_renumbered(output, cell.execution_count) for output in portable(kept.outputs)]
+        cell.metadata.pop("kvlab", None)
+        if varies(cell.outputs, sanitise):
+            cell.metadata["kvlab"] = {"made_by": made_by}
+
+
+def _stays(kept: NotebookNode, cell: NotebookNode, made_by: str, sanitise: Callable[[Any], Any]) -> bool:
+    same_code = kept.metadata.get("kvlab", {}).get("made_by") == made_by
+    return same_code and comparable(kept.outputs, sanitise) == comparable(cell.outputs, sanitise)
+
+
+def _renumbered(output: NotebookNode, count: int | None) -> NotebookNode:
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    return output
+
+
+# --- Running ------------------------------------------------------------------------------------
+class ThisPython(AsyncKernelManager):
+    """Starts kernels with the Python that runs this script, whatever kernels the user has installed."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(kernel_spec_manager=NbvalKernelspecManager(), **kwargs)
+
+
+def kernel_environment(folder: Path) -> dict[str, str]:
+    """The environment of a kernel whose outputs are compared: nothing of the user's answers or settings in it.
+
+    Args:
+        folder: an empty folder, for this kernel alone.
+    """
+    environment = dict(os.environ)
+    environment.pop("MPLBACKEND", None)  # a set backend would keep plots out of the outputs
+    environment["PYTHONUTF8"] = "1"  # the same file encoding under any locale
+    environment["IPYTHONDIR"] = str(folder / "ipython")
+    environment["KVLAB_WORK"] = str(folder / "work")
+    (folder / "work").mkdir()
+    return environment
+
+
+def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> None:
+    """Run all code cells in a fresh kernel, in the notebook's folder, and store their outputs in place.
+
+    Raises:
+        BuildError: a cell failed, or did not fail though tagged `raises-exception`.
+    """
+    reached = [0]
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=ThisPython,
+        kernel_name=CURRENT_ENV_KERNEL_NAME,
+        timeout=timeout,
+        iopub_timeout=timeout,
+        record_timing=False,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_execute=lambda cell, cell_index: reached.append(cell_index),
+    )
+    with tempfile.TemporaryDirectory(prefix="kvlab-build-", ignore_cleanup_errors=True) as folder:
+        try:
+            client.execute(env=kernel_environment(Path(folder)), stderr=subprocess.DEVNULL)
+        except CellExecutionError:
+            raise BuildError(_failure(notebook, path, reached[-1])) from None
+        except CellTimeoutError:
+            raise BuildError(_failure(notebook, path, reached[-1], f"timed out after {timeout} seconds")) from None
+        except DeadKernelError:
+            raise BuildError(_failure(notebook, path, reached[-1], "its kernel died")) from None
+    _check_expected_errors(notebook, path)
+
+
+def _check_expected_errors(notebook: NotebookNode, path: Path) -> None:
+    """A lesson that promises an error must show it; nbval alone would accept a tagged cell that does not raise."""
+    for i, cell in enumerate(notebook.cells):
+        raised = any(output.output_type == "error" for output in cell.get("outputs", []))
+        if "raises-exception" in tags(cell) and not raised:
+            raise BuildError(_failure(notebook, path, i, "tagged raises-exception, but it raised nothing"))
+
+
+def _failure(notebook: NotebookNode, path: Path, index: int, reason: str = "failed") -> str:
+    """Where and why a notebook failed: file, cell, numbered source and, if there is one, the traceback."""
+    cell = notebook.cells[index]
+    code = sum(c.cell_type == "code" for c in notebook.cells[: index + 1])
+    where = f"{path}: cell {index + 1} of {len(notebook.cells)} (code cell {code}, id {cell.id}): {reason}"
+    source = "\n".join(f"{n:5} | {line}" for n, line in enumerate(cell.source.splitlines(), 1))
+    errors = [output for output in cell.get("outputs", []) if output.output_type == "error"]
+    traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(errors[-1].traceback)) if errors else ""
+    return f"{where}\n\n{source}\n\n{traceback}".rstrip()
+
+
+# --- Building -----------------------------------------------------------------------------------
+def build(path: Path, course: Course, run: bool = True, fresh: bool = False, rules: Path = SANITIZE) -> bytes:
+    """What the notebook's file should hold.
+
+    Args:
+        run: execute it; else only the generated cells and the layout are renewed.
+        fresh: take the new outputs even where the stored ones say the same.
+
+    Raises:
+        BuildError: a cell failed.
+    """
+    old = read(path)
+    lesson = course.lesson(path)
+    new = with_generated_cells(old, lesson, course) if lesson else copy.deepcopy(old)
+    if run:
+        execute(new, path)
+        settle(new, old, sanitiser(rules), fresh)
+    return encode(new)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build what the command line names; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="notebooks; all of notebooks/ if none are named")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
+    parser.add_argument("--no-run", action="store_true", help="renew generated cells only")
+    parser.add_argument("--fresh", action="store_true", help="take new outputs even where the stored ones say the same")
+    args = parser.parse_args(argv)
+    files = [path.resolve() for path in args.files or sorted(NOTEBOOKS.glob("*.ipynb"))]
+    try:
+        changed = [path.name for path in files if _build_one(path, args)]
+    except BuildError as error:
+        print(f"\n\n{error}", file=sys.stderr)
+        return 1
+    if any(path.parent == NOTEBOOKS for path in files) and _write_index(ROOT / "README.md", args.check):
+        changed.append("README.md")
+    if args.check and changed:
+        print(f"would change: {', '.join(changed)}. Run: python scripts/build_notebooks.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _build_one(path: Path, args: argparse.Namespace) -> bool:
+    """Build one notebook, say how it went, and return whether its bytes differ."""
+    began = time.monotonic()
+    print(f"{path.name} …", end=" ", flush=True)
+    content = build(path, load_course(path.parent), not args.no_run, args.fresh)
+    differs = content != path.read_bytes()
+    if differs and not args.check:
+        path.write_bytes(content)
+    what = ("would change" if args.check else "written") if differs else "unchanged"
+    print(f"{what} ({time.monotonic() - began:.0f} s, {len(content) / 1e3:.0f} KB)")
+    return differs
+
+
+def _write_index(page: Path, check: bool) -> bool:
+    """Renew the course table of a page that has markers for it; return whether its bytes differ."""
+    if not page.exists():
+        return False
+    old = page.read_text(encoding="utf-8")
+    new = refill(old, load_course(NOTEBOOKS).table("notebooks/"))
+    if new != old and not check:
+        page.write_text(new, encoding="utf-8")
+    return new != old
+
+
+if __name__ == "__main__":
+    sys.exit(main())

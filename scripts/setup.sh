@@ -1,0 +1,146 @@
+#!/bin/sh
+# Make the course's environment in .venv; do nothing where it is up to date.
+#
+#   sh scripts/setup.sh              the environment
+#   sh scripts/setup.sh --copy DIR   a working copy of the notebooks in DIR; what is there already stays as it is
+#
+# PYTHON             which Python to use; otherwise the first usable one of python3.13, 3.12, 3.11, python3
+# KVLAB_TORCH_INDEX  where CPU builds of PyTorch are; empty: only where pip is set to look anyway
+set -eu
+cd "$(dirname "$0")/.."
+
+log=.venv/setup.log # of the last pip command
+torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+
+say() { printf '%s\n' "$1"; }
+fail() {
+    printf 'kvlab set-up: %s\n' "$1" >&2
+    exit 1
+}
+
+# --- is there anything to do ------------------------------------------------------------------
+# By content, not by date: a checkout changes dates. The folder counts too: environments cannot be moved.
+state() {
+    cat requirements.lock pyproject.toml scripts/setup.sh | cksum
+    pwd -P
+}
+
+up_to_date() {
+    [ "$(cat .venv/.ready 2>/dev/null)" = "$(state)" ] && .venv/bin/python -c '' 2>/dev/null
+}
+
+# --- Python -----------------------------------------------------------------------------------
+# Being on the PATH proves nothing (version managers put stand-ins there): each candidate is run.
+# 3.15 has no PyTorch yet. Debian and Ubuntu split venv and ensurepip off into a package of their own.
+usable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; }
+makes_venvs() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
+
+find_python() {
+    without_venv=
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3.13 python3.12 python3.11 python3
+    fi
+    for python in "$@"; do
+        usable "$python" || continue
+        makes_venvs "$python" && return
+        without_venv=${without_venv:-$python}
+    done
+    if [ -n "$without_venv" ]; then
+        version=$("$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        fail "$without_venv cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install python$version-venv"
+    elif [ -n "${PYTHON:-}" ]; then
+        fail "PYTHON=$PYTHON is not a Python 3.11 to 3.14 that runs; name another one, or none to let this script look"
+    fi
+    fail "no Python 3.11 to 3.14 found; install one (sudo apt-get install python3 python3-venv, or brew install python@3.13) or name it: make lab PYTHON=/path/to/python3"
+}
+
+# An environment that works is kept. One that was moved or copied here would install elsewhere.
+has_environment() {
+    usable .venv/bin/python || return 1
+    case $(.venv/bin/pip --version 2>/dev/null) in
+        *" from $(pwd -P)/.venv/"*) ;;
+        *) return 1 ;;
+    esac
+}
+
+# --- pip --------------------------------------------------------------------------------------
+# --user would go past the environment, so a setting of it is not heeded; every other pip setting is.
+pip() { PIP_USER=0 .venv/bin/python -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1; }
+
+explain_pip() {
+    if grep -q 'No space left on device' "$log"; then
+        fail "the disk is full; free about 3 GB (or point TMPDIR at a larger disk) and run the same command again"
+    elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Max retries exceeded|SSLError|Connection (broken|reset|refused)' "$log"; then
+        fail "the package index cannot be reached; check the network and proxy (PIP_INDEX_URL names another index) and run the same command again; details: $log"
+    fi
+    fail "pip failed: $(grep -i '^error' "$log" | tail -n 1); details: $log"
+}
+
+needs_space() { # in GB
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1000000) }')
+    [ "${free:-$1}" -ge "$1" ] || fail "needs about $1 GB of disk, and only $free GB are free here; free some and run the same command again"
+}
+
+# --- PyTorch ----------------------------------------------------------------------------------
+# The build that package indexes give to Linux does not even import without several GB of CUDA libraries.
+# So without an NVIDIA GPU the CPU build is asked for by its full name, from wherever pip looks and from
+# PyTorch's own index. That attempt is short, so that a blocked index costs seconds. --no-deps: nothing
+# else is taken from there. Where no CPU build can be had, the usual one still works, and what it costs
+# is said before it is downloaded. On macOS the usual build is the CPU build.
+install_torch() {
+    torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)
+    if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
+        pip install --no-deps --timeout 15 --retries 1 ${torch_index:+--extra-index-url "$torch_index"} "$torch+cpu" && return
+        pip install --dry-run "$torch" || explain_pip
+        if grep -q 'Would install.* nvidia-' "$log"; then
+            needs_space 10
+            say "      no CPU build within reach (tried ${torch_index:-the settings of pip}): taking the usual build, with about 3 GB of CUDA libraries that this machine does not use"
+        fi
+    fi
+    pip install "$torch" || explain_pip
+}
+
+# --- the two jobs -----------------------------------------------------------------------------
+set_up() {
+    up_to_date && return
+    rm -f .venv/.ready # a set-up that is cut short starts again
+    if has_environment; then
+        say "[1/3] .venv is there"
+    else
+        needs_space 3
+        find_python
+        say "[1/3] making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv || fail "cannot make .venv in $(pwd -P); the reason is above"
+    fi
+    say "[2/3] installing PyTorch (about 200 MB; minutes on a slow line)"
+    install_torch
+    say "[3/3] installing JupyterLab and the other packages of requirements.lock (about 150 MB)"
+    pip install -r requirements.lock || explain_pip
+    pip install --no-deps --no-build-isolation -e . || explain_pip
+    state >.venv/.ready
+    say "ready: .venv"
+}
+
+copy_notebooks() {
+    mkdir -p "$1"
+    new=0 kept=0
+    for notebook in notebooks/*.ipynb; do
+        if [ ! -e "$notebook" ]; then
+            continue # no notebooks: the pattern stands for itself
+        elif [ -e "$1/${notebook##*/}" ]; then
+            kept=$((kept + 1))
+        else
+            cp "$notebook" "$1/"
+            new=$((new + 1))
+        fi
+    done
+    say "$1: $new notebooks copied, $kept kept as you left them"
+}
+
+case ${1-} in
+    '') set_up ;;
+    --copy) copy_notebooks "${2:?usage: setup.sh --copy DIR}" ;;
+    *) fail "unknown option $1; the first lines of scripts/setup.sh say what there is" ;;
+esac

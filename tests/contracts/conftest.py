@@ -1,0 +1,134 @@
+"""Which stores and caches the contract suites run on. A new implementation is one more entry here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from kvlab.cache import DistributedKVCache, KVCache
+from kvlab.core.identity import KVSpec
+from kvlab.stores import MemoryStore, RedisStore, Store
+from tests.conftest import LEARNER
+from tests.helpers import SpyStore, small_spec
+
+TIMEOUT_S = 30.0  # no test here is about deadlines, and test machines can be busy
+
+
+@dataclass(frozen=True)
+class StoreKind:
+    """One implementation of `Store`: how it is made, and whether it takes a TTL."""
+
+    name: str
+    make: Callable[..., Store]
+    server: str = ""  # the RedisServer property with the address
+    marks: tuple[Any, ...] = ()
+
+    def store(self, request: pytest.FixtureRequest, **settings: Any) -> Store:
+        if self.server:
+            settings["url"] = getattr(request.getfixturevalue("redis_server"), self.server)
+        return self.make(**settings)
+
+
+class FakeClock:
+    """A clock that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _redis(**settings: Any) -> RedisStore:
+    return RedisStore(timeout_s=TIMEOUT_S, **settings)
+
+
+MEMORY = StoreKind("memory", MemoryStore)
+FAKEREDIS = StoreKind("fakeredis", _redis)
+REDIS_TCP = StoreKind("redis-tcp", _redis, "url", (pytest.mark.redis,))
+REDIS_UNIX = StoreKind("redis-unix", _redis, "unix_url", (pytest.mark.redis,))
+STORES = (MEMORY, FAKEREDIS, REDIS_TCP, REDIS_UNIX)
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """One implementation of `KVCache` over one kind of store.
+
+    `settings` are keyword arguments of `DistributedKVCache`; a learner's class takes none.
+    """
+
+    name: str
+    make: Callable[..., KVCache]
+    backing: StoreKind
+    settings: dict[str, Any]
+
+    def cache(self, store: Store, spec: KVSpec, **changes: Any) -> KVCache:
+        return self.make(store=store, model=spec, **{**self.settings, **changes})
+
+
+def _distributed_kinds() -> Iterator[CacheKind]:
+    stores, precisions, blocks = (MEMORY, FAKEREDIS, REDIS_TCP), ("fp32", "fp16", "bf16"), (None, 16)
+    for store, compress, precision, block in itertools.product(stores, (False, True), precisions, blocks):
+        name = f"{store.name}-{precision}-{'gzip' if compress else 'raw'}-{block or 'default'}"
+        settings = {"precision": precision, "compress": compress, "block_tokens": block}
+        yield CacheKind(name, DistributedKVCache, store, settings)
+
+
+DISTRIBUTED = tuple(_distributed_kinds())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes."""
+    learner = metafunc.config.stash[LEARNER]
+    stores = [StoreKind(f"impl-{c.__name__}", c) for c in learner if issubclass(c, Store)]
+    caches = [CacheKind(f"impl-{c.__name__}", c, MEMORY, {}) for c in learner if issubclass(c, KVCache)]
+    every = {
+        "store_kind": (*STORES, *stores),
+        "own_store_kind": STORES,
+        "cache_kind": (*DISTRIBUTED, *caches),
+        "own_cache_kind": DISTRIBUTED,
+    }
+    for name, kinds in every.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, [pytest.param(k, id=k.name, marks=_marks(k)) for k in kinds])
+
+
+def _marks(kind: StoreKind | CacheKind) -> tuple[Any, ...]:
+    return kind.marks if isinstance(kind, StoreKind) else kind.backing.marks
+
+
+@pytest.fixture
+def store(store_kind: StoreKind, request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A fresh, empty store. After each test both sum rules must hold, open and closed."""
+    made = store_kind.store(request)
+    yield made
+    made.stats().check()
+    made.close()
+    made.stats().check()
+
+
+@pytest.fixture
+def spec() -> KVSpec:
+    """The model that the caches of this suite belong to."""
+    return small_spec()
+
+
+@pytest.fixture
+def spy(cache_kind: CacheKind, request: pytest.FixtureRequest) -> Iterator[SpyStore]:
+    """The store below the cache; it knows which keys were offered."""
+    made = SpyStore(cache_kind.backing.store(request))
+    yield made
+    made.stats().check()
+    made.close()
+
+
+@pytest.fixture
+def cache(cache_kind: CacheKind, spy: SpyStore, spec: KVSpec) -> Iterator[KVCache]:
+    """A fresh cache over an empty store. After each test the sum rule must hold."""
+    made = cache_kind.cache(spy, spec)
+    yield made
+    made.stats().check()

@@ -1,0 +1,75 @@
+"""Live where the program is there, a named machine's recording where it is not, the same shape both ways."""
+
+from pathlib import Path
+
+import pytest
+
+from kvlab.course import recorded
+from kvlab.course.live import with_redis
+from kvlab.course.recorded import live_or_recorded
+from kvlab.course.work import work_dir
+from kvlab.errors import ConfigError, KVLabError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(recorded, "RECORDED", tmp_path)
+    monkeypatch.delenv("KVLAB_RECORD", raising=False)
+    return tmp_path
+
+
+def test_recorded_once_then_shown_where_the_program_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVLAB_RECORD", "1")
+    live = live_or_recorded("x", lambda: {"n": 3}, needs="sh")
+    assert capsys.readouterr().out == "source: measured on this machine\n"
+    shown = live_or_recorded("x", lambda: pytest.fail("not run"), needs="no-such-program")
+    assert shown == live
+    assert capsys.readouterr().out.startswith("source: recorded on ")
+
+
+def test_live_leaves_no_recording_unless_asked(folder: Path) -> None:
+    live_or_recorded("x", lambda: {"n": 3}, needs="sh")
+    assert not list(folder.iterdir())
+
+
+def test_a_missing_recording_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no recording called 'x'"):
+        live_or_recorded("x", dict, needs="no-such-program")
+
+
+def test_the_notebooks_recordings_are_committed() -> None:
+    text = "\n".join(p.read_text() for p in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+    import re
+
+    for name in re.findall(r'live_or_recorded\(\\"(\w+)\\"', text):
+        result, machine = recorded.load_recording(name)
+        assert result and "cores" in machine
+
+
+@pytest.mark.redis
+def test_with_redis_ends_what_it_started() -> None:
+    import redis
+
+    with with_redis() as url:
+        assert redis.Redis.from_url(url).ping()
+    with pytest.raises(redis.ConnectionError):
+        redis.Redis.from_url(url, retry=None).ping()
+
+
+def test_with_redis_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(KVLabError, match="apt-get install redis-server"), with_redis():
+        pass
+
+
+def test_the_work_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("KVLAB_WORK", raising=False)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert work_dir() == tmp_path / "work"
+    monkeypatch.chdir(tmp_path)
+    assert work_dir() == tmp_path
+    monkeypatch.setenv("KVLAB_WORK", "/elsewhere")
+    assert work_dir() == Path("/elsewhere")

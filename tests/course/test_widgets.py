@@ -1,0 +1,102 @@
+"""Widgets: a still picture before they run, redrawn when a control moves; guesses kept in the work folder."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from kvlab.course import plots
+from kvlab.course.claims import CLAIMS
+from kvlab.course.page import REQUEST, Flow, Step, takeaway
+from kvlab.course.widgets import Explorer, Guesses, load_guesses
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    return tmp_path
+
+
+def make_explorer() -> Explorer:
+    def draw(size: int, kind: str, on: bool) -> Figure:
+        fig, ax = plots.new_figure("t")
+        ax.plot([0, size] if on else [0])
+        return fig
+
+    return Explorer(draw, lambda size, kind, on: f"{kind}: {size}, {on}", size=(3, 1, 9), kind=["a", "b"], on=True)
+
+
+def test_an_explorer_stands_in_with_a_picture_and_a_sentence() -> None:
+    bundle = make_explorer()._repr_mimebundle_()
+    assert bundle["text/plain"] == "[interactive: run this cell to use it] a: 3, True"
+    assert base64.b64decode(bundle["image/png"]).startswith(PNG)
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_moving_a_control_redraws_picture_sentence_and_alt_text() -> None:
+    explorer = make_explorer()
+    before = explorer.still()
+    explorer._controls["size"].value = 7
+    explorer._controls["kind"].value = "b"
+    after = explorer.still()
+    assert after[0] == "b: 7, True"
+    assert after[1] != before[1] and after[1].startswith(PNG)
+    assert explorer._image.alt == "b: 7, True"
+
+
+def type_in(guesses: Guesses, **texts: str) -> str:
+    for name, text in texts.items():
+        guesses._fields[name].value = text
+    guesses._keep(None)
+    return str(guesses._said.value)
+
+
+def test_guesses_are_kept_and_come_back(work: Path) -> None:
+    said = type_in(Guesses(), latency="4", cost="50 %")
+    assert f"Kept 2 of {len(CLAIMS)}" in said
+    assert json.loads((work / "guesses.json").read_text()) == {"latency": 4.0, "cost": 50.0}
+    assert Guesses()._fields["latency"].value == "4"
+
+
+def test_a_guess_that_is_no_number_is_told(work: Path) -> None:
+    assert "Not a number: much" in type_in(Guesses(), latency="much")
+    assert load_guesses() == {}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"latency": "x"}'])
+def test_a_damaged_guess_file_counts_as_none(work: Path, content: str) -> None:
+    (work / "guesses.json").write_text(content)
+    assert load_guesses() == {}
+    Guesses()
+
+
+def test_the_guess_widget_asks_every_claim_before_it_runs(work: Path) -> None:
+    text = Guesses()._repr_mimebundle_()["text/plain"]
+    assert all(claim.question in text for claim in CLAIMS)
+
+
+def test_a_flow_is_a_line_of_text_and_a_picture_with_that_line_as_description() -> None:
+    flow = Flow([Step("a", "x < y"), Step("b"), Step("c")], columns=2)
+    assert repr(flow) == "a -> b -> c"
+    assert 'aria-label="a -&gt; b -&gt; c"' in flow.svg()
+    assert "x &lt; y" in flow.svg() and flow.svg().count("marker-end") == 2
+
+
+def test_the_readmes_picture_is_the_notebooks_picture() -> None:
+    picture = Path(__file__).parents[2] / "docs" / "request.svg"
+    assert picture.read_text() == Flow(REQUEST).svg() + "\n"
+
+
+def test_a_takeaway_is_marked() -> None:
+    assert takeaway("It is 3.").data == "> **Takeaway.** It is 3."
+
+
+def test_a_plot_prints_its_caption(capsys: pytest.CaptureFixture[str]) -> None:
+    plots.use_style()
+    fig, _ = plots.new_figure("t")
+    plots.show(fig, "hit rate rises.")
+    assert capsys.readouterr().out.endswith("Figure: hit rate rises.\n")

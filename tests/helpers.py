@@ -1,0 +1,151 @@
+"""What several test modules build: small models, KV whose values every precision holds, tampered records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvlab.core.identity import KVSpec
+from kvlab.model import Llama, LlamaConfig
+from kvlab.model.load import SIZES
+from kvlab.stores import Health, Store, StoreStats, Value
+
+HEADER_BYTES = 128
+SEAL_AT = 96
+
+
+def build_model(
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    tied: bool = True,
+    layers: int = 2,
+    vocab: int = 97,
+    hidden: int = 32,
+    context: int = 256,
+    seed: int = 0,
+    **config: Any,
+) -> Llama:
+    """A small Llama with seeded random weights, made in memory."""
+    numbers = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        **config,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Llama(numbers).requires_grad_(False).eval()
+
+
+def config_json(model: Llama) -> dict[str, Any]:
+    """`config.json` of a model with default RoPE, as transformers 5 writes it."""
+    c = model.config
+    assert c.rope_scaling is None
+    more = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias")
+    return {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        **{name: getattr(c, name) for name in (*SIZES, *more)},
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+    }
+
+
+def own_weights(model: Llama) -> dict[str, Tensor]:
+    """The weights that a folder holds: without the copy of a tied embedding."""
+    tied = model.config.tie_word_embeddings
+    return {n: t.clone() for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+
+
+def save_folder(model: Llama, folder: Path) -> Path:
+    """Write a model folder without transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_json(model)))
+    save_file(own_weights(model), folder / "model.safetensors")
+    return folder
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change fields of a JSON object on disk; `...` removes one."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+def small_spec(model: int = 0) -> KVSpec:
+    """L 2, H 2, D 4, FP32; models of different numbers have different fingerprints."""
+    return KVSpec(layers=2, heads=2, head_dim=4, dtype=torch.float32, fingerprint=bytes([model]) * 32)
+
+
+def exact_kv(spec: KVSpec, tokens: int, seed: int = 0) -> Tensor:
+    """[L, P, H, T, D] of values that fp32, fp16 and bf16 all hold exactly."""
+    shape = (spec.layers, 2, spec.heads, tokens, spec.head_dim)
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).float() / 16
+
+
+def blank(spec: KVSpec, tokens: int) -> Tensor:
+    """[L, P, H, T, D] of NaN: what was not filled shows."""
+    return torch.full((spec.layers, 2, spec.heads, tokens, spec.head_dim), torch.nan)
+
+
+def joined(pieces: tuple[bytes | memoryview, ...]) -> bytes:
+    """A value's pieces as the bytes that a store keeps."""
+    return b"".join(pieces)
+
+
+def resealed(record: bytes) -> bytes:
+    """The record with a right checksum over whatever it now holds (written from the text of `core.record`)."""
+    header = record[:SEAL_AT] + bytes(32)
+    checksum = xxhash.xxh3_64(header + record[HEADER_BYTES:]).intdigest()
+    return record[:SEAL_AT] + checksum.to_bytes(8, "little") + bytes(24) + record[HEADER_BYTES:]
+
+
+def tampered(record: bytes, offset: int, new: bytes) -> bytes:
+    """The record with bytes replaced and the checksum made to fit: what a forger, not an accident, makes."""
+    return resealed(record[:offset] + new + record[offset + len(new) :])
+
+
+def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
+    """The bytes with one byte changed."""
+    return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
+
+
+class SpyStore(Store):
+    """Passes every call on to another store and remembers which keys were offered, in order."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.put_keys: list[bytes] = []
+
+    def get_many(self, keys: Any, out: Any = None) -> list[bytes | memoryview | None]:
+        return self.inner.get_many(keys, out)
+
+    def put_many(self, keys: Any, values: list[Value]) -> int:
+        self.put_keys += keys
+        return self.inner.put_many(keys, values)
+
+    def probe(self, keys: Any) -> int:
+        return self.inner.probe(keys)
+
+    def delete_many(self, keys: Any) -> int:
+        return self.inner.delete_many(keys)
+
+    def health(self) -> Health:
+        return self.inner.health()
+
+    def stats(self) -> StoreStats:
+        return self.inner.stats()
+
+    def close(self) -> None:
+        self.inner.close()

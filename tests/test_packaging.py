@@ -1,0 +1,339 @@
+"""What people install and start agrees with itself: pyproject, lock, conda file, Dockerfile, compose file, set-up."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKED_EXTRAS = ("course", "test", "hf", "secure")
+
+
+def lock_lines():
+    return (ROOT / "requirements.lock").read_text("ascii").splitlines()
+
+
+def pins():
+    requirements = [Requirement(line) for line in lock_lines() if not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+def wanted():
+    """What the locked environment must fulfil: the package's own requirements and those of its extras."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *(line for name in LOCKED_EXTRAS for line in extras[name])]
+    return [Requirement(line) for line in lines]
+
+
+def conda():
+    return yaml.safe_load((ROOT / "environment.yml").read_text())
+
+
+def conda_pip():
+    return next(entry["pip"] for entry in conda()["dependencies"] if isinstance(entry, dict))
+
+
+def services():
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+
+# --- the lock file ------------------------------------------------------------------------------
+@pytest.mark.parametrize("requirement", wanted(), ids=str)
+def test_every_requirement_has_a_pin_in_its_range(requirement):
+    (pin,) = pins()[canonicalize_name(requirement.name)].specifier
+    assert requirement.specifier.contains(pin.version)
+
+
+def test_every_pin_is_exact_and_nothing_else_is_in_the_lock():
+    first, *rest = lock_lines()
+    assert first.startswith("# ")
+    for line in rest:
+        assert re.fullmatch(r'[\w.-]+==[\w.]+( ; (sys_platform|python_full_version) [=<]+ "[\w.]+")?', line), line
+    assert rest == sorted(rest, key=str.upper)
+    assert len(pins()) == len(rest), "a package is pinned twice"
+
+
+def test_the_lock_names_no_build_and_no_cuda():
+    assert str(pins()["torch"].specifier) == "==2.13.0"
+    assert not [name for name in pins() if re.match("nvidia|cuda|triton", name)]
+
+
+def test_requirements_are_ranges_with_an_end():
+    """A new major version is tried before readers get it. What follows the calendar has no such versions."""
+    for requirement in [*wanted(), *map(Requirement, PROJECT["optional-dependencies"]["docs"])]:
+        if requirement.name not in ("cryptography", "furo"):
+            operators = {specifier.operator for specifier in requirement.specifier}
+            assert operators == {">=", "<"}, str(requirement)
+
+
+# --- conda --------------------------------------------------------------------------------------
+def test_conda_installs_the_lock_and_the_package():
+    assert conda()["name"] == PROJECT["name"]
+    assert conda()["channels"] == ["conda-forge"]
+    assert conda_pip()[0] == "-r requirements.lock"
+    assert conda_pip()[-1] == "-e .[course,test]"
+
+
+def test_conda_shows_what_matters_and_invents_nothing():
+    named = set(conda_pip()[1:-1])
+    assert named <= {requirement.name for requirement in wanted()}
+    assert named >= {"jupyterlab", "torch", "redis", "fakeredis", "matplotlib", "seaborn", "nbval", "ipywidgets"}
+
+
+def test_conda_python_is_one_that_the_package_takes():
+    (python,) = (entry for entry in conda()["dependencies"] if str(entry).startswith("python="))
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert python == "python=3.11"
+
+
+# --- containers ---------------------------------------------------------------------------------
+def test_redis_is_pinned_and_reached_by_jupyter_alone():
+    redis = services()["redis"]
+    assert redis["image"] == "redis:8.10.2"
+    assert "ports" not in redis and "network_mode" not in redis
+    assert redis["networks"] == ["cache"]
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    assert compose["networks"]["cache"]["internal"] is True
+
+
+def test_redis_is_a_bounded_cache():
+    command = services()["redis"]["command"]
+    options = {option.removeprefix("--"): value for option, value in zip(command[::2], command[1::2], strict=True)}
+    assert all(option.startswith("--") for option in command[::2])
+    assert (options["save"], options["appendonly"]) == ("", "no")
+    assert (options["maxmemory"], options["maxmemory-policy"]) == ("512mb", "allkeys-lfu")
+    assert options["client-output-buffer-limit"].startswith("normal 256mb ")
+    assert services()["redis"]["mem_limit"] == "768m"
+
+
+def test_jupyter_is_published_on_this_machine_alone_and_keeps_its_token():
+    jupyter = services()["jupyter"]
+    assert jupyter["ports"] == ["127.0.0.1:8888:8888"]
+    assert jupyter["environment"]["JUPYTER_TOKEN"] == "${JUPYTER_TOKEN:-}"
+    assert jupyter["environment"]["KVLAB_REDIS_URL"] == "redis://redis:6379/0"
+    assert "token=" not in (ROOT / "Dockerfile").read_text() + (ROOT / "docker-compose.yml").read_text()
+
+
+@pytest.mark.parametrize("name", ["redis", "jupyter"])
+def test_containers_may_do_nothing_that_they_need_not(name):
+    service = services()[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert service["healthcheck"]["test"]
+    assert not {"privileged", "cap_add", "pid", "ipc", "devices"} & service.keys()
+
+
+def test_what_the_learner_writes_survives_the_container():
+    assert services()["jupyter"]["volumes"] == ["home:/home/learner"]
+    assert "install -d -o 1000 -g 1000 /home/learner/work" in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_image_ends_as_an_ordinary_user():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
+    after = lines[lines.index("USER 1000:1000") :]
+    assert not [line for line in after if line.startswith(("RUN ", "COPY ", "ADD "))]
+    assert [line for line in lines if line.startswith("FROM ")] == ["FROM python:3.11-slim"]
+
+
+def test_the_image_does_not_take_in_what_git_ignores():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "work", "runs", ".env*"} <= set(ignored)
+
+
+# --- make and the set-up script -----------------------------------------------------------------
+def program(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+    return str(folder / name)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the set-up script reads, in a folder of its own; around it a Linux machine with room and without a GPU."""
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "scripts/setup.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    program(tmp_path / "bin", "uname", "echo Linux")
+    program(tmp_path / "bin", "nvidia-smi", "exit 9")
+    has_free_gb(tmp_path, 99)
+    return tmp_path
+
+
+def has_free_gb(checkout, gb):
+    program(checkout / "bin", "df", f"echo Filesystem; echo /dev/sda 100000000 1 {gb}000000 89% /")
+
+
+def setup(folder, *arguments, python=""):
+    command = ["sh", "scripts/setup.sh", *arguments]
+    env = {**os.environ, "PYTHON": python, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def fake_environment(checkout, pip):
+    """A Python that makes a `.venv` whose pip is the given shell text."""
+    text = f"""
+        case "$1 $2" in
+        "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+        "-m pip") echo "$*" >>calls; {pip} ;;
+        "--version ") echo Python 3.11.0 ;;
+        esac
+    """
+    return program(checkout / "bin", "python-fake", text)
+
+
+ONLY_CUDA = """case "$*" in
+        *+cpu*) exit 1 ;;
+        *--dry-run*) echo "Would install nvidia-cublas-13 torch-2.13.0" ;;
+        esac"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_lists_the_targets():
+    run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"make (\w+) ", run.stdout) == ["help", "lab", "demo", "test", "notebooks", "lint", "clean"]
+
+
+def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):
+    old = program(checkout / "bin", "python-old", "exit 1")
+    run = setup(checkout, python=old)
+    assert run.returncode == 1
+    assert run.stderr == (
+        f"kvlab set-up: PYTHON={old} is not a Python 3.11 to 3.14 that runs; "
+        "name another one, or none to let this script look\n"
+    )
+
+
+def test_a_python_without_venv_names_the_package_to_install(checkout):
+    text = 'case "$2" in *ensurepip*) exit 1 ;; *print*) echo 3.11 ;; esac'
+    run = setup(checkout, python=program(checkout / "bin", "python-bare", text))
+    assert run.returncode == 1
+    assert run.stderr.endswith("sudo apt-get install python3.11-venv\n")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_said_before_anything_is_made(checkout):
+    has_free_gb(checkout, 1)
+    run = setup(checkout)
+    assert run.returncode == 1
+    assert "needs about 3 GB of disk, and only 1 GB are free" in run.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_an_index_out_of_reach_is_said_in_one_line(checkout):
+    python = fake_environment(checkout, "echo 'WARNING: NewConnectionError(...)'; echo 'ERROR: No match'; exit 1")
+    run = setup(checkout, python=python)
+    assert run.returncode == 1
+    assert "the package index cannot be reached; check the network" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not (checkout / ".venv" / ".ready").exists()
+
+
+def test_a_disk_that_fills_up_while_installing(checkout):
+    python = fake_environment(checkout, "echo 'ERROR: [Errno 28] No space left on device'; exit 1")
+    assert "the disk is full" in setup(checkout, python=python).stderr
+
+
+def test_another_fault_of_pip_is_quoted(checkout):
+    python = fake_environment(checkout, "echo 'ERROR: nonsense'; exit 1")
+    assert "pip failed: ERROR: nonsense; details: .venv/setup.log" in setup(checkout, python=python).stderr
+
+
+def test_the_second_run_does_nothing_until_the_lock_changes(checkout):
+    python = fake_environment(checkout, ":")
+    assert setup(checkout, python=python).stdout.endswith("ready: .venv\n")
+    calls = (checkout / "calls").read_text()
+    assert "-r requirements.lock" in calls
+
+    again = setup(checkout, python=python)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert (checkout / "calls").read_text() == calls
+
+    (checkout / "requirements.lock").write_text("torch==2.13.0\nnumpy==2.0.0\n")
+    assert "[3/3]" in setup(checkout, python=python).stdout
+
+
+def test_without_a_gpu_the_cpu_build_is_asked_for_and_only_then_the_usual_one(checkout):
+    run = setup(checkout, python=fake_environment(checkout, ONLY_CUDA))
+    assert run.returncode == 0, run.stderr
+    installs = [line for line in (checkout / "calls").read_text().splitlines() if "torch" in line]
+    assert "--no-deps" in installs[0] and installs[0].endswith("torch==2.13.0+cpu")
+    assert installs[-1].endswith("install torch==2.13.0")
+    assert "no CPU build within reach" in run.stdout and "3 GB" in run.stdout
+
+
+def test_the_usual_build_needs_more_disk(checkout):
+    has_free_gb(checkout, 5)
+    run = setup(checkout, python=fake_environment(checkout, ONLY_CUDA))
+    assert run.returncode == 1
+    assert "needs about 10 GB of disk, and only 5 GB are free" in run.stderr
+
+
+def test_with_a_gpu_the_usual_build_is_taken(checkout):
+    program(checkout / "bin", "nvidia-smi", "exit 0")
+    setup(checkout, python=fake_environment(checkout, ":"))
+    assert "+cpu" not in (checkout / "calls").read_text()
+
+
+def test_the_working_copy_never_overwrites(checkout):
+    (checkout / "notebooks").mkdir()
+    for name in ("00_a.ipynb", "01_b.ipynb"):
+        (checkout / "notebooks" / name).write_text("from the course")
+    (checkout / "work").mkdir()
+    (checkout / "work" / "00_a.ipynb").write_text("mine")
+    run = setup(checkout, "--copy", "work")
+    assert run.stdout == "work: 1 notebooks copied, 1 kept as you left them\n"
+    assert (checkout / "work" / "00_a.ipynb").read_text() == "mine"
+    assert (checkout / "work" / "01_b.ipynb").read_text() == "from the course"
+
+
+# --- nothing of anybody's machine ---------------------------------------------------------------
+HOSTS = re.compile(
+    r"[\w.-]*(?:pypi|pythonhosted|artifactory|nexus|anaconda|devpi|download\.pytorch)[\w-]*\.(?:org|com|net|io)"
+)
+PATHS = re.compile(r"(?<![\w.$~{}<>/-])/(?:root|Users|home|opt|mnt|media|srv|work)/[\w.-]+(?:/[\w.-]+)*")
+OURS = re.compile(r"/home/learner(/work)?|/home/someone/.*|/opt/homebrew/.*")  # the image's, an example's, every Mac's
+
+
+def tracked_files():
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in run.stdout.split("\0") if name and name != "tests/test_packaging.py"]
+
+
+def texts():
+    for path in tracked_files():
+        if path.is_file():
+            content = path.read_bytes()
+            if b"\0" not in content[:8192]:
+                yield path.relative_to(ROOT).as_posix(), content.decode("utf-8", "replace")
+
+
+def test_no_file_names_a_package_registry_but_the_set_up_script():
+    found = {(name, host) for name, text in texts() for host in HOSTS.findall(text)}
+    assert found <= {("scripts/setup.sh", "download.pytorch.org")}
+
+
+def test_no_file_names_a_folder_of_somebodys_machine():
+    found = [(name, path) for name, text in texts() for path in PATHS.findall(text) if not OURS.fullmatch(path)]
+    assert not found
+
+
+def test_docker_and_ci_call_the_one_set_up_script():
+    assert "sh scripts/setup.sh" in (ROOT / "Dockerfile").read_text()
+    assert "sh scripts/setup.sh" in (ROOT / "Makefile").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "run: .ci/run" in workflow
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", use) for use in re.findall(r"uses: (\S+)", workflow))
