@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 OK, MISSING, PROBLEM = "ok", "optional, missing", "problem"
-PIP = f"{shlex.quote(sys.executable)} -m pip install"
-COURSE = f'{PIP} -e ".[course]"'
+CHECKOUT = Path(__file__).resolve().parents[2]
 EXTRAS = {"hf": "transformers models", "secure": "encrypted records", "test": "the tests"}
 
 
@@ -43,14 +42,14 @@ class Check:
 def checks() -> list[Check]:
     """Look at everything. Never raises: what breaks a check is that check's problem."""
     return [
-        _guarded("Python", _python, COURSE),
-        _guarded("packages", _packages, COURSE),
-        _guarded("Jupyter kernel", _kernel, COURSE),
-        _guarded("widgets", _widgets, COURSE),
-        _guarded("model", _model, "git checkout -- kvlab/model/pretrained"),
-        _guarded("Redis", _redis, COURSE),
-        _guarded("GPU", _gpu, COURSE),
-        *(_guarded(f"extra {name}", partial(_extra, name), COURSE) for name in EXTRAS),
+        _guarded("Python", _python),
+        _guarded("packages", _packages),
+        _guarded("Jupyter kernel", _kernel),
+        _guarded("widgets", _widgets),
+        _guarded("model", _model),
+        _guarded("Redis", _redis),
+        _guarded("GPU", _gpu),
+        *(_guarded(f"extra {name}", partial(_extra, name)) for name in EXTRAS),
     ]
 
 
@@ -64,13 +63,26 @@ def run(out: Callable[[str], object] = print) -> int:
     return 1 if problems else 0
 
 
-def _guarded(name: str, look: Callable[[], Check], fix: str) -> Check:
+def _guarded(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
-    except ImportError as error:
-        return Check(name, PROBLEM, str(error), COURSE)
     except Exception as error:  # whatever it is, the reader needs a line, not a traceback
-        return Check(name, PROBLEM, f"{type(error).__name__}: {error}".splitlines()[0], fix)
+        said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        return Check(name, PROBLEM, said.splitlines()[0], f"{_pip()} -e {_near(CHECKOUT, '[course]')}")
+
+
+def _near(path: Path, extra: str = "") -> str:
+    """A path as one types it here: relative while both are in the course's folder."""
+    inside = path.is_relative_to(CHECKOUT) and Path.cwd().is_relative_to(CHECKOUT)
+    return shlex.quote((os.path.relpath(path) if inside else str(path)) + extra)
+
+
+def _python_here() -> str:
+    return _near(Path(sys.executable))
+
+
+def _pip() -> str:
+    return f"{_python_here()} -m pip install"
 
 
 def _python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
@@ -85,14 +97,14 @@ def _packages() -> Check:
     unfit = list(_unfit(wanted))
     if not unfit:
         return Check("packages", OK, f"all {len(wanted)} are there in versions that fit")
-    return Check("packages", PROBLEM, _said(unfit), f"{PIP} {_arguments(unfit)}")
+    return Check("packages", PROBLEM, _said(unfit), f"{_pip()} {_arguments(unfit)}")
 
 
 def _extra(name: str) -> Check:
     unfit = list(_unfit(_requirements(name)))
     if not unfit:
         return Check(f"extra {name}", OK, f"{EXTRAS[name]} will run")
-    return Check(f"extra {name}", MISSING, f"for {EXTRAS[name]}: {_said(unfit)}", f"{PIP} {_arguments(unfit)}")
+    return Check(f"extra {name}", MISSING, f"for {EXTRAS[name]}: {_said(unfit)}", f"{_pip()} {_arguments(unfit)}")
 
 
 def _requirements(extra: str, package: str = "kvlab") -> list[Requirement]:
@@ -132,10 +144,10 @@ def _kernel() -> Check:
     from jupyter_client.kernelspec import KernelSpecManager
 
     if _version("ipykernel") is None:
-        return Check("Jupyter kernel", PROBLEM, "ipykernel is missing", f"{PIP} ipykernel")
+        return Check("Jupyter kernel", PROBLEM, "ipykernel is missing", f"{_pip()} ipykernel")
     program = Path(KernelSpecManager().get_kernel_spec("python3").argv[0])
     if program.is_absolute() and program.parent.resolve() != Path(sys.executable).parent.resolve():
-        fix = f"{shlex.quote(sys.executable)} -m ipykernel install --sys-prefix"
+        fix = f"{_python_here()} -m ipykernel install --sys-prefix"
         return Check("Jupyter kernel", PROBLEM, f"python3 starts another environment: {program}", fix)
     return Check("Jupyter kernel", OK, "python3 starts this environment")
 
@@ -147,18 +159,22 @@ def _widgets() -> Check:
     halves = [r for r in _requirements("", "ipywidgets") if r.name in ("jupyterlab_widgets", "widgetsnbextension")]
     unfit = list(_unfit(halves))
     if unfit:
-        return Check("widgets", PROBLEM, _said(unfit), f"{PIP} {_arguments(unfit)}")
+        return Check("widgets", PROBLEM, _said(unfit), f"{_pip()} {_arguments(unfit)}")
     manager = "labextensions/@jupyter-widgets/jupyterlab-manager/package.json"
     if not any(Path(folder, manager).is_file() for folder in jupyter_path()):
-        fix = f"{PIP} --force-reinstall --no-deps jupyterlab_widgets"
+        fix = f"{_pip()} --force-reinstall --no-deps jupyterlab_widgets"
         return Check("widgets", PROBLEM, "the JupyterLab extension's files are missing", fix)
     return Check("widgets", OK, f"ipywidgets {_version('ipywidgets')} and its JupyterLab extension fit")
 
 
 def _model() -> Check:
+    from kvlab.errors import ModelError
     from kvlab.model import load
 
-    model = load()
+    try:
+        model = load()
+    except ModelError as error:
+        return Check("model", PROBLEM, str(error), f"git checkout -- {_near(CHECKOUT / 'kvlab/model/pretrained')}")
     size = sum(parameter.numel() for parameter in model.parameters())
     return Check("model", OK, f"the trained model loads, {size / 1e6:.1f} million parameters")
 
@@ -174,10 +190,14 @@ def _redis() -> Check:
 
 def _named_redis(url: str) -> Check:
     """Whoever named a Redis wants that one: it is a problem if it does not answer."""
-    from kvlab.stores import RedisStore
+    from kvlab.errors import ConfigError
+    from kvlab.stores import Health, RedisStore
 
-    with RedisStore(url) as store:
-        health = store.health()
+    try:
+        with RedisStore(url) as store:
+            health = store.health()
+    except ConfigError as error:
+        health = Health(False, str(error))
     if health.ok:
         return Check("Redis", OK, f"KVLAB_REDIS_URL: {health.detail}")
     fix = "start that Redis, or go without: unset KVLAB_REDIS_URL"

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,11 @@ class Lab:
     def idle(self) -> bool:
         """Whether there are kernels, somebody listens to each, and all wait for work."""
         request = urllib.request.Request(f"{self.url}api/kernels", headers={"Authorization": f"token {self.token}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            kernels = json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                kernels = json.load(answer)
+        except urllib.error.HTTPError:  # asked while a kernel starts, the server may answer 500
+            return False
         return bool(kernels) and all(k["execution_state"] == "idle" and k["connections"] for k in kernels)
 
 
