@@ -7,14 +7,12 @@ failure. Without `--nbval` no notebook is collected and none of this does anythi
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
+import runpy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -44,7 +42,8 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
         return (yield)
     folder = tempfile.TemporaryDirectory(prefix="kvlab-nbval-", ignore_cleanup_errors=True)
     item.config.add_cleanup(folder.cleanup)
-    with _environment(_build_script().kernel_environment(Path(folder.name))):
+    script = runpy.run_path(str(ROOT / "scripts" / "build_notebooks.py"))
+    with _environment(script["kernel_environment"](Path(folder.name))):  # as when the notebook was built
         return (yield)  # the set-up of the notebook's first cell starts its kernel
 
 
@@ -81,13 +80,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(saved)
-
-
-def _build_script() -> ModuleType:
-    """`scripts/build_notebooks.py`, so that notebooks are checked in the environment that they were built in."""
-    name = "build_notebooks"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]

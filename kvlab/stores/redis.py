@@ -221,7 +221,7 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Any:
     if scheme not in SCHEMES:
         raise ConfigError(f"expected a store URL that begins with {', '.join(s + '://' for s in SCHEMES)}, got {url!r}")
     if scheme == "fakeredis":
-        import fakeredis  # here, because it doubles the time of `import kvlab`
+        import fakeredis  # here: with a real server nobody needs it
 
         name = urlsplit(url).netloc
         server = _fake_servers.setdefault(name, fakeredis.FakeServer()) if name else fakeredis.FakeServer()

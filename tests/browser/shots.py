@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import runpy
 import secrets
 import shutil
 import subprocess
@@ -114,11 +115,8 @@ def _server(home: Path, folder: Path, token: str) -> Iterator[int]:
 
 def _environment(home: Path, token: str) -> dict[str, str]:
     """The server's environment: the kernels' one, and all of Jupyter's own folders under `home`."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from build_notebooks import kernel_environment
-
-    sys.path.pop(0)
-    environment: dict[str, str] = kernel_environment(home)
+    script = runpy.run_path(str(ROOT / "scripts" / "build_notebooks.py"))
+    environment: dict[str, str] = script["kernel_environment"](home)
     names = {"CONFIG": "config", "DATA": "data", "RUNTIME": "runtime"}
     environment |= {f"JUPYTER_{name}_DIR": str(home / sub) for name, sub in names.items()}
     environment |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
