@@ -26,6 +26,7 @@ from kvlab.core.record import BadRecord, Format, Unholdable
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.stores import Health, RedisStore, Store
+from kvlab.stores.base import check_ttl
 
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -72,7 +73,12 @@ class DistributedKVCache(KVCache):
         self._salt = salt.encode() if isinstance(salt, str) else salt
         self.spec = spec_of(model) if isinstance(model, Llama) else model
         self._namespace = self._make_namespace(block_tokens)
-        address = url or (f"redis://{redis_host}:{redis_port}" if redis_host else "fakeredis://")
+        check_ttl(ttl_seconds)
+        address = "fakeredis://" if url is None else url
+        if redis_host is not None:
+            if not redis_host:
+                raise ConfigError("expected a host name in redis_host, got an empty text")
+            address = f"redis://{redis_host}:{redis_port}"
         self.store = RedisStore(address, ttl_s=ttl_seconds) if store is None else store
         self._stats = CacheStats()
         self._lock = threading.Lock()
@@ -136,6 +142,8 @@ class DistributedKVCache(KVCache):
             InputError: an empty prefix, a negative layer, tensors that differ in shape or dtype.
         """
         key = self._text_key(prefix, layer)
+        if not (isinstance(k_tensor, Tensor) and isinstance(v_tensor, Tensor)):
+            raise InputError(f"expected two tensors, got {type(k_tensor).__name__} and {type(v_tensor).__name__}")
         if k_tensor.shape != v_tensor.shape or k_tensor.dtype != v_tensor.dtype:
             raise InputError(
                 "expected keys and values of one shape and dtype, got "
@@ -205,8 +213,10 @@ class DistributedKVCache(KVCache):
         return self.spec, self._namespace
 
     def _text_key(self, prefix: str, layer: int) -> bytes:
-        if not prefix or layer < 0:
-            raise InputError(f"expected a non-empty prefix and a layer >= 0, got {prefix!r} and {layer}")
+        if not (isinstance(prefix, str) and prefix and prefix.encode(errors="replace").decode() == prefix):
+            raise InputError(f"expected a non-empty text as prefix, got {prefix!r}")
+        if not (isinstance(layer, int) and 0 <= layer < 2**32):
+            raise InputError(f"expected a layer number from 0 on, got {layer!r}")
         bound = b"" if self.spec is None else self.spec.fingerprint
         return text_key(prefix, layer, self.format.precision, self._salt, bound)
 

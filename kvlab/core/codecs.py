@@ -35,7 +35,8 @@ def encode(tensor: Tensor, precision: str, codec: str) -> memoryview:
     stored = tensor.detach().to("cpu", STORED[precision]).contiguous()
     if stored.dtype != tensor.dtype and bool((stored.isinf() != tensor.to("cpu").isinf()).any()):
         raise OverflowError(f"a value is beyond what {precision} holds")
-    raw = stored.reshape(-1).view(torch.uint8).numpy().data
+    flat = stored.as_strided((stored.numel(),), (1,))  # a contiguous tensor of one element may have any stride
+    raw = flat.view(torch.uint8).numpy().data
     if codec == "raw":
         return raw
     packer = zlib.compressobj(GZIP_LEVEL, wbits=_GZIP_WINDOW)  # writes no time stamp: equal input, equal bytes

@@ -152,6 +152,8 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
     """
     try:
         ids = np.asarray(tokens)
+        if ids.ndim != 1:
+            raise ValueError(f"got {ids.ndim} dims instead of one")
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"got {ids.dtype}")
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):

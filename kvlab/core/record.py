@@ -179,7 +179,8 @@ def decode(
         raise BadRecord("dims")
     try:
         if out is None:
-            if codecs.tensor_bytes(dims, torch.float32) > max_bytes:
+            # A dim of 0 must not hide the others: torch computes strides from them.
+            if codecs.tensor_bytes([max(d, 1) for d in dims], torch.float32) > max_bytes:
                 raise BadRecord("overflow")
             out = torch.empty(dims, dtype=DTYPES[dtype])
         codecs.decode(payload, fmt.precision, codec, out)

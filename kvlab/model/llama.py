@@ -259,7 +259,10 @@ class Llama(nn.Module):
             InputError: empty, a token out of the vocabulary, or longer than the context
                 when `new_tokens` more are to follow.
         """
-        ids = torch.as_tensor(tokens, device=self.device)
+        try:
+            ids = torch.as_tensor(tokens, device=self.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"expected a sequence of tokens, got {type(tokens).__name__} ({error})") from error
         if ids.ndim != 1 or ids.numel() == 0:
             raise InputError(f"expected a prompt of at least one token, got shape {tuple(ids.shape)}")
         if ids.is_floating_point() or ids.dtype == torch.bool:

@@ -8,9 +8,10 @@ how it was trained and what it is not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from kvlab.errors import ConfigError, ModelError
 from kvlab.model.llama import Llama, LlamaConfig, RopeScaling
+
+T = TypeVar("T")
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 SIZES = (
@@ -42,12 +45,11 @@ def load(folder: str | Path = PRETRAINED, dtype: torch.dtype = torch.float32, de
     Raises:
         ModelError: not a model folder, not a plain Llama, or weights missing, truncated or
             of the wrong shape.
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: an unknown device, or CUDA was asked for and is not there.
     """
     folder = Path(folder)
     config = read_config(folder)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='cpu'")
+    _check_device(device)
     with torch.device("meta"):  # no memory, no random initialisation
         model = Llama(config)
     state = {name: t.to(device=device, dtype=dtype) for name, t in read_weights(folder)}
@@ -76,27 +78,49 @@ def read_config(folder: Path) -> LlamaConfig:
     missing = [k for k in SIZES if not (type(raw.get(k)) is int and raw[k] > 0)]
     if missing:
         raise ModelError(f"{folder}/config.json: expected positive integers for {', '.join(missing)}")
+    try:
+        config = _parse(raw)
+    except KeyError as error:
+        raise ModelError(f"{folder}/config.json: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder}/config.json: {error}") from error
+    heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if not (kv_heads > 0 and heads % kv_heads == 0 and D > 0 and D % 2 == 0):
+        raise ModelError(
+            f"{folder}: expected KV heads to divide heads and an even head dim, got "
+            f"{heads} heads, {kv_heads} KV heads, head dim {D}"
+        )
+    return config
+
+
+def _parse(raw: dict[str, Any]) -> LlamaConfig:
+    """The config's fields; a field of a wrong type raises ValueError and names it."""
     heads = raw["num_attention_heads"]
-    eos = raw.get("eos_token_id")
-    theta, scaling = _rope(raw, folder)
-    config = LlamaConfig(
+    theta, scaling = _rope(raw)
+    return LlamaConfig(
         **{k: raw[k] for k in SIZES},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        num_key_value_heads=_field(raw, "num_key_value_heads", operator.index, heads),
+        head_dim=_field(raw, "head_dim", operator.index, raw["hidden_size"] // heads),
+        rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=_field(raw, "eos_token_id", _token_ids, ()),
     )
-    if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ModelError(
-            f"{folder}: expected KV heads to divide heads and an even head dim, got "
-            f"{heads} heads, {config.num_key_value_heads} KV heads, head dim {config.head_dim}"
-        )
-    return config
+
+
+def _field(raw: dict[str, Any], name: str, convert: Callable[[Any], T], default: T) -> T:
+    value = raw.get(name)
+    try:
+        return default if value is None else convert(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r} ({error})") from error
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    return tuple(operator.index(t) for t in (value if isinstance(value, list) else [value]))
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -134,10 +158,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]:
+def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Transformers 5 keeps everything in `rope_parameters`; 4 had `rope_theta` and `rope_scaling`."""
     params = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(params.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if not isinstance(params, dict):
+        raise ValueError(f"expected rope_parameters to be an object, got {params!r}")
+    theta = _field({"rope_theta": raw.get("rope_theta"), **params}, "rope_theta", float, 10000.0)
     kind = params.get("rope_type", params.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -151,7 +177,16 @@ def _rope(raw: dict[str, Any], folder: Path) -> tuple[float, RopeScaling | None]
             float(params["high_freq_factor"]),
             int(params["original_max_position_embeddings"]),
         )
-    raise ModelError(f"{folder}: expected RoPE of type default, linear or llama3, got {kind!r}")
+    raise ValueError(f"expected RoPE of type default, linear or llama3, got {kind!r}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"expected a device such as 'cpu' or 'cuda', got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='cpu'")
 
 
 def _check_weights(model: Llama, state: dict[str, Tensor], folder: Path) -> None:

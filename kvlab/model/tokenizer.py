@@ -41,15 +41,25 @@ class Tokenizer:
         """Text to tokens, with no special token added.
 
         Raises:
-            InputError: the text is empty.
+            InputError: the text is empty, or no text.
         """
         if not text:
             raise InputError("expected some text, got an empty prompt")
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeError) as error:  # not text, or half a surrogate pair
+            raise InputError(f"expected text that can be written as UTF-8, got {text!r:.60}") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens to text. Special tokens are left out."""
-        return str(self._tokenizer.decode(list(tokens)))
+        """Tokens to text. Special tokens are left out.
+
+        Raises:
+            InputError: something that cannot be a token.
+        """
+        try:
+            return str(self._tokenizer.decode(list(tokens)))
+        except (TypeError, OverflowError) as error:
+            raise InputError(f"expected a sequence of tokens, each from 0 on ({error})") from error
 
 
 def held_out() -> dict[str, str]:

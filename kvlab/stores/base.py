@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from kvlab.errors import InputError
+from kvlab.errors import ConfigError, InputError
 
 Value = bytes | memoryview | tuple[bytes | memoryview, ...]
 """What is put: bytes, or pieces whose concatenation is the value (a header and a payload, say)."""
@@ -125,6 +125,27 @@ def check_pairs(keys: Sequence[bytes], others: Sequence[object] | None, what: st
     """
     if others is not None and len(keys) != len(others):
         raise InputError(f"expected one {what} a key, got {len(keys)} keys and {len(others)}")
+
+
+def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> None:
+    """Check that there is one writable buffer a key, or none at all.
+
+    Raises:
+        InputError: there is not.
+    """
+    check_pairs(keys, out, "buffer")
+    if out is not None and any(memoryview(buffer).readonly for buffer in out):
+        raise InputError("expected writable buffers, got a read-only one")
+
+
+def check_ttl(ttl_s: float | None) -> None:
+    """Check a lifetime in seconds; None is "keep until evicted".
+
+    Raises:
+        ConfigError: not a positive finite number.
+    """
+    if ttl_s is not None and not 0 < ttl_s < float("inf"):
+        raise ConfigError(f"expected a positive TTL in seconds, or None to keep until evicted, got {ttl_s}")
 
 
 def place(value: bytes, out: memoryview | None) -> bytes | memoryview | None:

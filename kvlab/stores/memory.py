@@ -11,8 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvlab.errors import ConfigError
-from kvlab.stores.base import ABSENT, Health, Store, StoreStats, Value, check_pairs, joined, place
+from kvlab.stores.base import (
+    ABSENT,
+    Health,
+    Store,
+    StoreStats,
+    Value,
+    check_buffers,
+    check_pairs,
+    check_ttl,
+    joined,
+    place,
+)
 
 
 class MemoryStore(Store):
@@ -29,8 +39,7 @@ class MemoryStore(Store):
     """
 
     def __init__(self, ttl_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        if ttl_s is not None and ttl_s <= 0:
-            raise ConfigError(f"expected a positive TTL in seconds, or None to keep for ever, got {ttl_s}")
+        check_ttl(ttl_s)
         self._ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[bytes, tuple[bytes, float]] = {}
@@ -42,7 +51,7 @@ class MemoryStore(Store):
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`. A hit also renews the entry's TTL."""
-        check_pairs(keys, out, "buffer")
+        check_buffers(keys, out)
         with self._lock:
             return [self._get(key, None if out is None else out[i]) for i, key in enumerate(keys)]
 

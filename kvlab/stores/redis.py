@@ -11,6 +11,7 @@ fakeredis, a Redis inside this process, is the same code with another client: `f
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,19 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import ABSENT, Health, Store, StoreStats, Value, check_pairs, joined, pieces, place
+from kvlab.stores.base import (
+    ABSENT,
+    Health,
+    Store,
+    StoreStats,
+    Value,
+    check_buffers,
+    check_pairs,
+    check_ttl,
+    joined,
+    pieces,
+    place,
+)
 
 SCHEMES = ("redis", "rediss", "unix", "fakeredis")
 KEY_PREFIX = b"kv:"
@@ -74,8 +87,7 @@ class RedisStore(Store):
     def __init__(
         self, url: str = "fakeredis://", ttl_s: float | None = None, timeout_s: float = 0.5, max_connections: int = 16
     ) -> None:
-        if ttl_s is not None and not ttl_s > 0:
-            raise ConfigError(f"expected a positive TTL in seconds, or None to keep until evicted, got {ttl_s}")
+        check_ttl(ttl_s)
         if not timeout_s > 0:
             raise ConfigError(f"expected a positive timeout in seconds, got {timeout_s}")
         self.url = url
@@ -89,7 +101,7 @@ class RedisStore(Store):
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`. A hit renews the TTL of its whole batch, so a chain's root outlives its leaves."""
-        check_pairs(keys, out, "buffer")
+        check_buffers(keys, out)
         got: list[bytes | memoryview | None] = []
         reasons: Counter[str] = Counter()
         for start in range(0, len(keys), WINDOW_KEYS):
@@ -217,9 +229,7 @@ def _windows(keys: Sequence[bytes], values: Sequence[Value]) -> Iterator[list[tu
 
 
 def _client(url: str, timeout_s: float, max_connections: int) -> Any:
-    scheme = urlsplit(url).scheme
-    if scheme not in SCHEMES:
-        raise ConfigError(f"expected a store URL that begins with {', '.join(s + '://' for s in SCHEMES)}, got {url!r}")
+    scheme = _checked_scheme(url)
     if scheme == "fakeredis":
         import fakeredis  # here: with a real server nobody needs it
 
@@ -237,12 +247,33 @@ def _client(url: str, timeout_s: float, max_connections: int) -> Any:
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         )
-    except ValueError as error:
+        pool.connection_class(**pool.connection_kwargs)  # connects nowhere; an unknown setting shows here
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"not a usable store URL: {_without_password(url)!r} ({error})") from error
-    return redis.Redis(connection_pool=pool)
+    return redis.Redis.from_pool(pool)  # the client owns the pool: closing it closes the connections
+
+
+def _checked_scheme(url: str) -> str:
+    shown = _without_password(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # parsed only when asked for
+    except ValueError as error:
+        raise ConfigError(f"not a usable store URL: {shown!r} ({error})") from error
+    if parts.scheme not in SCHEMES:
+        raise ConfigError(
+            f"expected a store URL that begins with {', '.join(s + '://' for s in SCHEMES)}, got {shown!r}"
+        )
+    database = parts.path.strip("/")
+    if parts.scheme in ("redis", "rediss") and database and not database.isdigit():
+        raise ConfigError(f"not a usable store URL: {shown!r} (expected a database number after the host)")
+    return parts.scheme
 
 
 def _without_password(url: str) -> str:
     """The URL as it may be shown and logged."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+    return re.sub(r"(?<=://)([^:@/]*):[^@/]*@|([?&]password=)[^&]*", _starred, url)
+
+
+def _starred(match: re.Match[str]) -> str:
+    return f"{match[1]}:***@" if match[2] is None else f"{match[2]}***"
