@@ -120,7 +120,8 @@ def _field(raw: dict[str, Any], name: str, convert: Callable[[Any], T], default:
 
 
 def _token_ids(value: object) -> tuple[int, ...]:
-    return tuple(operator.index(t) for t in (value if isinstance(value, list) else [value]))
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    return tuple(operator.index(t) for t in ids)
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
