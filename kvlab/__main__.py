@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvlab", description="A distributed KV cache for LLM serving.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the whole system once: cold against warm on the real model")
-    demo.add_argument("--redis", metavar="URL", default="fakeredis://", help="a store, say redis://localhost:6379")
+    demo.add_argument("--redis", metavar="URL", default=_default_store(), help="a store, say redis://localhost:6379")
     demo.add_argument("--impl", metavar="FILE", help="run with the functions of this file, say work/mykv.py")
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     demo.set_defaults(run=_demo)
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _default_store() -> str:
+    """The Redis that the surroundings name (docker-compose.yml does), else one in this process."""
+    return os.environ.get("KVLAB_REDIS_URL") or "fakeredis://"
 
 
 def _demo(args: argparse.Namespace) -> int:

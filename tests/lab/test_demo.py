@@ -16,6 +16,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two short prefixes are enough to see that it works."""
     monkeypatch.setattr(demo.run, "__defaults__", (*demo.run.__defaults__[:3], (64, 128)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("KVLAB_REDIS_URL", raising=False)
 
 
 LINES = ("All tests completed!", "Cached KV tensors: True", "Retrieved from cache: True", "Cache hit rate: 100%")
@@ -48,6 +49,14 @@ def test_an_unreachable_redis_is_one_clear_line(capsys: pytest.CaptureFixture[st
     assert main(["demo", "--redis", "redis://127.0.0.1:9"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("kvlab: the store does not answer (redis://127.0.0.1:9: conn") and error.count("\n") == 1
+
+
+def test_the_surroundings_may_name_the_store(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVLAB_REDIS_URL", "redis://127.0.0.1:9")
+    assert main(["demo"]) == 1
+    assert "redis://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_an_unknown_scheme_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
