@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from IPython.display import Markdown
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
-BOX_WIDTH, BOX_HEIGHT, GAP = 168, 58, 30
+WIDTH, HEIGHT = 0.84, 0.76  # of a box, in columns and rows
 INK, PLAIN, MARKED = "#1b1b1b", "#eef3f8", "#fbe3d3"
 
 
@@ -35,59 +38,56 @@ REQUEST = (
 
 
 class Flow:
-    """Boxes joined by arrows, a few in a row, drawn as SVG; in plain text a line with arrows."""
+    """Boxes joined by arrows, a few in a row; in plain text a line with arrows.
+
+    The picture is a PNG: JupyterLab shows no SVG of a notebook that was not run here yet.
+    """
 
     def __init__(self, steps: Sequence[Step], columns: int = 4) -> None:
         self.steps, self.columns = steps, columns
 
     def __repr__(self) -> str:
-        return " -> ".join(step.title for step in self.steps)
+        return "Figure: " + " -> ".join(step.title for step in self.steps)
 
-    def _repr_svg_(self) -> str:
-        return self.svg()
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
-    def svg(self) -> str:
-        """The picture, with its text as the accessible description."""
+    def png(self) -> bytes:
+        """The picture."""
         rows = -(-len(self.steps) // self.columns)
-        width = self.columns * (BOX_WIDTH + GAP)
-        height = rows * (BOX_HEIGHT + GAP) + 10
-        parts = [self._box(i, step) for i, step in enumerate(self.steps)]
-        parts += [self._arrow(i) for i in range(len(self.steps) - 1)]
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img" aria-label="{html.escape(repr(self))}" font-family="sans-serif">'
-            f"<title>{html.escape(repr(self))}</title>"
-            '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="6" refY="4" orient="auto">'
-            f'<path d="M0,0 L8,4 L0,8 z" fill="{INK}"/></marker></defs>'
-            f'<rect width="{width}" height="{height}" fill="white"/>{"".join(parts)}</svg>'
-        )
+        fig = Figure(figsize=(2.3 * self.columns, 1.05 * rows), dpi=100)
+        ax = fig.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(-0.1, self.columns + 0.1), ylim=(rows - 0.1, -0.1))
+        ax.axis("off")
+        for i, step in enumerate(self.steps):
+            self._box(ax, i, step)
+        for i in range(len(self.steps) - 1):
+            self._arrow(ax, i)
+        file = io.BytesIO()
+        fig.savefig(file, format="png", metadata={"Software": None})
+        return file.getvalue()
 
-    def _corner(self, i: int) -> tuple[int, int]:
+    def _box(self, ax: Axes, i: int, step: Step) -> None:
         row, column = divmod(i, self.columns)
-        return 10 + column * (BOX_WIDTH + GAP), 10 + row * (BOX_HEIGHT + GAP)
-
-    def _box(self, i: int, step: Step) -> str:
-        x, y = self._corner(i)
-        middle = x + BOX_WIDTH / 2
-        return (
-            f'<rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" '
-            f'fill="{MARKED if step.marked else PLAIN}" stroke="{INK}"/>'
-            f'<text x="{middle}" y="{y + 25}" text-anchor="middle" font-size="15" font-weight="bold" '
-            f'fill="{INK}">{html.escape(step.title)}</text>'
-            f'<text x="{middle}" y="{y + 44}" text-anchor="middle" font-size="10.5" fill="{INK}">'
-            f"{html.escape(step.detail)}</text>"
+        shape = FancyBboxPatch(
+            (column + 0.08, row + 0.17), WIDTH - 0.06, HEIGHT - 0.14, boxstyle="round,pad=0.03,rounding_size=0.06"
         )
+        shape.set(facecolor=MARKED if step.marked else PLAIN, edgecolor=INK)
+        ax.add_patch(shape)
+        middle = column + 0.05 + WIDTH / 2
+        ax.text(middle, row + 0.36, step.title, ha="center", va="center", size=11, weight="bold", color=INK)
+        ax.text(middle, row + 0.6, step.detail, ha="center", va="center", size=7.5, color=INK)
 
-    def _arrow(self, i: int) -> str:
-        (x1, y1), (x2, y2) = self._corner(i), self._corner(i + 1)
-        half = BOX_HEIGHT / 2
-        if y1 == y2:
-            path = f"M{x1 + BOX_WIDTH},{y1 + half} L{x2 - 2},{y2 + half}"
-        else:  # down and back to the left
-            low = y1 + BOX_HEIGHT + GAP / 2
-            middle = x2 + BOX_WIDTH / 2
-            path = f"M{x1 + BOX_WIDTH / 2},{y1 + BOX_HEIGHT} V{low} H{middle} V{y2 - 2}"
-        return f'<path d="{path}" fill="none" stroke="{INK}" stroke-width="1.5" marker-end="url(#tip)"/>'
+    def _arrow(self, ax: Axes, i: int) -> None:
+        (r1, c1), (r2, c2) = divmod(i, self.columns), divmod(i + 1, self.columns)
+        style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+        middle = 0.05 + WIDTH / 2
+        if r1 == r2:
+            ax.annotate("", (c2 + 0.04, r2 + 0.48), (c1 + 0.06 + WIDTH, r1 + 0.48), arrowprops=style)
+            return
+        below = r1 + 0.97  # down and back to the left
+        ax.plot([c1 + middle, c1 + middle, c2 + middle], [r1 + 0.84, below, below], color=INK, linewidth=1, marker="")
+        ax.annotate("", (c2 + middle, r2 + 0.13), (c2 + middle, below), arrowprops=style)
 
 
 def takeaway(sentence: str) -> Markdown:
