@@ -145,7 +145,7 @@ def _has_caption(outputs: list[NotebookNode], i: int) -> bool:
     below = outputs[i + 1] if i + 1 < len(outputs) else NotebookNode()
     data = below.get("data", {})
     text = below.get("text") or data.get("text/markdown") or data.get("text/plain", "")
-    return own.startswith("[interactive") or text.lstrip("*_> ").startswith("Figure")
+    return own.startswith(("[interactive", "Figure: ")) or text.lstrip("*_> ").startswith("Figure")
 
 
 def has_something_to_look_at(page: Page) -> list[str]:
