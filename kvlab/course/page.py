@@ -55,7 +55,8 @@ class Flow:
     def png(self) -> bytes:
         """The picture."""
         rows = -(-len(self.steps) // self.columns)
-        fig = Figure(figsize=(2.3 * self.columns, 1.05 * rows), dpi=100, layout="none")
+        fig = Figure(figsize=(2.3 * self.columns, 1.05 * rows), dpi=100)
+        fig.set_layout_engine("none")  # whatever the page's plot style says: the axes fill the picture
         ax = fig.add_axes((0, 0, 1, 1))
         ax.set(xlim=(-0.1, self.columns + 0.1), ylim=(rows - 0.1, -0.1))
         ax.axis("off")
