@@ -147,15 +147,13 @@ class ScriptedServer:
 
     Args:
         answer: what it says to any command; b"" says nothing.
-        pause_s: time between the single bytes of the answer; 0 sends it whole.
         hang_up: close the connection instead of answering.
     """
 
-    def __init__(self, answer: bytes = b"", pause_s: float = 0.0, hang_up: bool = False) -> None:
-        self._answer, self._pause_s, self._hang_up = answer, pause_s, hang_up
+    def __init__(self, answer: bytes = b"", hang_up: bool = False) -> None:
+        self._answer, self._hang_up = answer, hang_up
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
-        self._over = threading.Event()
         self.port = self._listener.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}"
 
@@ -164,7 +162,6 @@ class ScriptedServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._over.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         for connection in (self._listener, *self._open):
             connection.close()
@@ -182,15 +179,6 @@ class ScriptedServer:
                 greetings = data.count(b"SETINFO")
                 connection.sendall(b"+OK\r\n" * greetings)
                 if data.count(b"*") > greetings:
-                    self._say(connection)
+                    connection.sendall(self._answer)
                     if self._hang_up:
                         return
-
-    def _say(self, connection: socket.socket) -> None:
-        if not self._pause_s:
-            connection.sendall(self._answer)
-            return
-        for byte in self._answer:
-            if self._over.wait(self._pause_s):
-                return
-            connection.sendall(bytes([byte]))

@@ -127,6 +127,8 @@ def run(
             rows.append(_measure(model, sample[: n + SUFFIX], caches, parts))
             say(_line(rows[-1]))
     result = DemoResult(cached, retrieved, rows, any(abs(r.aa_ratio - 1) > 0.10 for r in rows))
+    if result.noisy:
+        say("This machine was busy: the same work differed from itself by more than 10 %.")
     say(f"Same tokens cold and warm: {result.tokens_equal}")
     say(f"Cache hit rate: {result.hit_rate_full_blocks:.0%}")
     say("All tests completed!" if result.ok else "FAILED: see the lines above")
