@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -23,6 +23,7 @@ from kvlab.cache.base import CacheStats, KVCache
 from kvlab.core import record
 from kvlab.core.identity import KVSpec, Namespace, spec_of, text_key
 from kvlab.core.record import BadRecord, Format, Unholdable
+from kvlab.core.seals import AesGcm, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.stores import Health, RedisStore, Store
@@ -39,14 +40,19 @@ class DistributedKVCache(KVCache):
 
     Args:
         redis_host, redis_port: a plain Redis. `url` names any other kind (see `RedisStore`).
-        precision: fp32, fp16 or bf16 (or float32, float16, bfloat16). Part of a key's identity.
-        compress: gzip the payload. Readers accept records written either way.
+        precision: fp32, fp16, bf16, int8 or int4 (or float32, float16, bfloat16). Part of a key's
+            identity. What the small ones cost in quality is in docs/02_architecture_deep_dive.md.
+        compress: pack payloads without loss: True or "zstd", or "gzip", or False. Readers accept
+            records written any of these ways.
         ttl_seconds: lifetime after the last write or read; None leaves it to the server.
         store: any `Store`, instead of a Redis. The cache closes it with itself.
         model: whose KV this is: a loaded `Llama`, or its `KVSpec`. Needed for the token calls;
             for the text calls optional, and then keys are bound to no model: a second model
             using the same text reads the first one's tensors.
         salt: the tenant's secret. Other salt, other keys: tenants cannot see each other's hits.
+        encryption_keys: master keys (32 random bytes) by key id. Records are then encrypted and
+            authenticated, new ones with the highest id, and no others are accepted. Without it,
+            whoever can write to the store can forge records. See `kvlab.core.seals`.
         block_tokens: B, if not the default for the model.
 
     Raises:
@@ -58,19 +64,22 @@ class DistributedKVCache(KVCache):
         redis_host: str | None = None,
         redis_port: int = 6379,
         precision: str = "float16",
-        compress: bool = True,
+        compress: bool | str = True,
         ttl_seconds: float | None = 86400,
         *,
         url: str | None = None,
         store: Store | None = None,
         model: Llama | KVSpec | None = None,
         salt: str | bytes = b"",
+        encryption_keys: Mapping[int, bytes] | None = None,
         block_tokens: int | None = None,
     ) -> None:
         if sum(x is not None for x in (redis_host, url, store)) > 1:
             raise ConfigError("expected at most one of redis_host, url and store")
-        self.format = Format(_PRECISION_NAMES.get(precision, precision), "gzip" if compress else "raw")
         self._salt = salt.encode() if isinstance(salt, str) else salt
+        codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
+        seal = Xxh3() if encryption_keys is None else AesGcm(encryption_keys, self._salt)
+        self.format = Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
         self.spec = spec_of(model) if isinstance(model, Llama) else model
         self._namespace = self._make_namespace(block_tokens)
         check_ttl(ttl_seconds)
@@ -136,7 +145,8 @@ class DistributedKVCache(KVCache):
         """Keep one layer's keys and values under an exact text; True if the store took them.
 
         Args:
-            k_tensor, v_tensor: same shape (any, up to 7 dims) and dtype, say [N, H, T, D].
+            k_tensor, v_tensor: same shape (any, up to 7 dims) and dtype, say [N, H, T, D]. int8 and
+            int4 take the last two dims as tokens and channels.
 
         Raises:
             InputError: an empty prefix, a negative layer, tensors that differ in shape or dtype.
@@ -175,6 +185,7 @@ class DistributedKVCache(KVCache):
             if both.shape[0] != 2:
                 raise BadRecord("dims")
         except BadRecord as error:
+            self._remove_if_damaged(key, error)
             self._count(1, 0, {error.reason: 1})
             return None
         self._count(1, 1, {}, len(value))
@@ -227,10 +238,16 @@ class DistributedKVCache(KVCache):
         try:
             record.decode(value, key, self.format, tuple(out.shape), out=out)
         except BadRecord as error:
+            self._remove_if_damaged(key, error)
             return error.reason
         with self._lock:
             self._stats.bytes_read += len(value)
         return ""
+
+    def _remove_if_damaged(self, key: bytes, error: BadRecord) -> None:
+        """Never remove what another reader, newer or with other keys, may still use."""
+        if error.damaged:
+            self.store.delete_many([key])
 
     def _count(self, requested: int, hits: int, misses: dict[str, int], read: int = 0) -> None:
         with self._lock:

@@ -50,9 +50,9 @@ class Row:
     warm_ms: float
     speedup: float
     bytes: int
-    gzip_ms: float
-    gzip_speedup: float
-    gzip_bytes: int
+    zstd_ms: float
+    zstd_speedup: float
+    zstd_bytes: int
     hit_rate: float
     tokens_equal: bool
     aa_ratio: float
@@ -121,7 +121,7 @@ def run(
         say(f"Cached KV tensors: {cached}")
         say(f"Retrieved from cache: {retrieved}")
         _show_answer(model, tokenizer, sample, caches.raw, say)
-        say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'gzip':>9} {'faster':>8}")
+        say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'zstd':>9} {'faster':>8}")
         rows = []
         for n in prefixes:
             rows.append(_measure(model, sample[: n + SUFFIX], caches, parts))
@@ -136,7 +136,7 @@ def run(
 
 
 class _Caches:
-    """One cache with raw records and one with gzip, under a salt of this run alone: no hit comes from an older run."""
+    """One cache with raw records and one with zstd, under a salt of this run alone: no hit comes from an older run."""
 
     def __init__(self, url: str, model: Llama) -> None:
         spec = spec_of(model)
@@ -152,14 +152,14 @@ class _Caches:
                 salt=salt + bytes([compress]),
             )
 
-        self.raw, self.gzip = make(False), make(True)
+        self.raw, self.zstd = make(False), make(True)
 
     def __enter__(self) -> _Caches:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.raw.close()
-        self.gzip.close()
+        self.zstd.close()
 
 
 def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
@@ -182,7 +182,7 @@ def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: K
 def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> Row:
     cold = generate(model, prompt, NEW_TOKENS)
     answers, rates, sizes = [], [], []
-    for cache in (caches.raw, caches.gzip):
+    for cache in (caches.raw, caches.zstd):
         before = cache.stats().bytes_read
         generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
         before = cache.stats().bytes_read
@@ -197,9 +197,9 @@ def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> 
         warm_ms=times.median_ms("raw"),
         speedup=times.ratio("cold", "raw"),
         bytes=sizes[0],
-        gzip_ms=times.median_ms("gzip"),
-        gzip_speedup=times.ratio("cold", "gzip"),
-        gzip_bytes=sizes[1],
+        zstd_ms=times.median_ms("zstd"),
+        zstd_speedup=times.ratio("cold", "zstd"),
+        zstd_bytes=sizes[1],
         hit_rate=min(rates),
         tokens_equal=all(tokens == cold.tokens for tokens in answers),
         aa_ratio=times.aa_ratio,
@@ -212,7 +212,7 @@ def _race(model: Llama, prompt: list[int], caches: _Caches) -> Timings:
         {
             "cold": lambda: generate(model, prompt, 1),
             "raw": lambda: generate(model, prompt, 1, caches.raw),
-            "gzip": lambda: generate(model, prompt, 1, caches.gzip),
+            "zstd": lambda: generate(model, prompt, 1, caches.zstd),
         }
     )
 
@@ -220,5 +220,5 @@ def _race(model: Llama, prompt: list[int], caches: _Caches) -> Timings:
 def _line(r: Row) -> str:
     return (
         f"{r.prefix_tokens:>8} {r.cold_ms:>6.1f} ms {r.warm_ms:>6.1f} ms {r.speedup:>7.1f}x "
-        f"{r.bytes:>13,} {r.gzip_ms:>6.1f} ms {r.gzip_speedup:>7.1f}x"
+        f"{r.bytes:>13,} {r.zstd_ms:>6.1f} ms {r.zstd_speedup:>7.1f}x"
     )

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("kvlab", "torch", "numpy", "redis", "hiredis", "fakeredis", "xxhash", "tokenizers", "safetensors")
+PACKAGES = (
+    "kvlab",
+    "torch",
+    "numpy",
+    "redis",
+    "hiredis",
+    "fakeredis",
+    "xxhash",
+    "zstandard",
+    "tokenizers",
+    "safetensors",
+)
 
 
 def describe_machine() -> str:

@@ -73,7 +73,7 @@ def test_the_constructor_of_the_brief_in_both_forms(redis_server: RedisServer) -
 
 def test_the_defaults_are_those_of_the_brief() -> None:
     cache = DistributedKVCache()
-    assert (cache.format.precision, cache.format.codec) == ("fp16", "gzip")
+    assert (cache.format.precision, cache.format.codec) == ("fp16", "zstd")
     assert isinstance(cache.store, RedisStore) and cache.store.url == "fakeredis://"
     assert cache.store._ttl_ms == 86_400_000
     assert DistributedKVCache(ttl_seconds=None).store._ttl_ms is None

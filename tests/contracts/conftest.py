@@ -73,7 +73,7 @@ class CacheKind:
 def _distributed_kinds() -> Iterator[CacheKind]:
     stores, precisions, blocks = (MEMORY, FAKEREDIS, REDIS_TCP), ("fp32", "fp16", "bf16"), (None, 16)
     for store, compress, precision, block in itertools.product(stores, (False, True), precisions, blocks):
-        name = f"{store.name}-{precision}-{'gzip' if compress else 'raw'}-{block or 'default'}"
+        name = f"{store.name}-{precision}-{'zstd' if compress else 'raw'}-{block or 'default'}"
         settings = {"precision": precision, "compress": compress, "block_tokens": block}
         yield CacheKind(name, DistributedKVCache, store, settings)
 

@@ -386,7 +386,7 @@ def test_infinities_of_the_model_itself_are_kept(spec: KVSpec) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"precision": "fp8"}, "expected a precision of fp32, fp16, bf16, got 'fp8'"),
+        ({"precision": "fp8"}, "expected a precision of fp32, fp16, bf16, int8, int4, got 'fp8'"),
         ({"ttl_seconds": -1}, "positive TTL"),
         ({"ttl_seconds": 0}, "positive TTL"),
         ({"ttl_seconds": -1, "store": MemoryStore()}, "positive TTL"),

@@ -1,7 +1,7 @@
 """Makes the committed test vectors and golden records: `python -m tests.core.make_golden`.
 
-They pin version 1 of keys and records. They are made once; making them again is a change of
-format, which needs a new version number, not new files.
+They pin version 1 of keys and records. A file that exists is never made again: another content
+would be a change of format, which needs a new version number, not a new file.
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ from typing import Any
 import torch
 
 from kvlab.core import record
-from kvlab.core.codecs import CODECS, PRECISIONS
+from kvlab.core.codecs import CODECS
 from kvlab.core.identity import Namespace, digest_tensors, fingerprint, text_key
+from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import Format
+from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.model import Llama
 from tests.helpers import build_model, joined
 
 HERE = Path(__file__).parent
 VECTORS, GOLDEN = HERE / "vectors.json", HERE / "golden"
 GOLDEN_KEY = bytes(range(32))
+SEALS: dict[str, Seal] = {"": Xxh3(), "-aes": AesGcm({7: bytes(range(32, 64))}, b"tenant")}
+GOLDEN_FORMATS = {
+    f"{precision}-{codec}{name}": Format(precision, codec, seal)
+    for precision in PRECISIONS
+    for codec in CODECS
+    for name, seal in SEALS.items()
+}
 
 
 def golden_tensor() -> torch.Tensor:
-    """[L, P, H, B, D] = [2, 2, 1, 4, 3] of values that every precision holds exactly."""
+    """[L, P, H, B, D] = [2, 2, 1, 4, 3] of values that every floating precision holds exactly."""
     return (torch.arange(48).reshape(2, 2, 1, 4, 3) - 24).float() / 8
 
 
@@ -87,12 +96,20 @@ def main() -> None:
         "plain_model_untied": fingerprint(plain_model(tied=False)).hex(),
     }
     text = json.dumps(vectors, indent=1, ensure_ascii=False)
-    VECTORS.write_text(re.sub(r"\n\s+(\d+,?|\](?=,\n   \"root))", r" \1", text) + "\n")  # numbers in one line
+    keep(VECTORS, re.sub(r"\n\s+(\d+,?|\](?=,\n   \"root))", r" \1", text).encode() + b"\n")  # numbers in one line
     GOLDEN.mkdir(exist_ok=True)
-    for precision in PRECISIONS:
-        for codec in CODECS:
-            value = joined(record.encode(golden_tensor(), GOLDEN_KEY, Format(precision, codec)))
-            (GOLDEN / f"{precision}-{codec}.bin").write_bytes(value)
+    for name, fmt in GOLDEN_FORMATS.items():
+        keep(GOLDEN / f"{name}.bin", joined(record.encode(golden_tensor(), GOLDEN_KEY, fmt)))
+    for precision in ("int8", "int4"):
+        value = joined(record.encode(golden_tensor(), GOLDEN_KEY, Format(precision)))
+        rounded = record.decode(value, GOLDEN_KEY, Format(precision), golden_tensor().shape)
+        keep(GOLDEN / f"{precision}.expected", rounded.numpy().astype("<f4").tobytes())
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file once."""
+    if not path.exists():
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_no_state_of_a_raw_cache_changes_a_token(
         check(model, prompts, plain, cache)
 
 
-def test_no_state_of_a_gzip_cache_changes_a_token(
+def test_no_state_of_a_packed_cache_changes_a_token(
     model: Llama, spec: KVSpec, prompts: Prompts, plain: list[list[int]]
 ) -> None:
     cache = DistributedKVCache(precision="fp32", compress=True, model=spec)
@@ -218,7 +218,7 @@ def test_no_state_of_the_cache_changes_a_token_of_200_longer_answers(
     prompts = prompts_from(sample, 200)
     plain = tokens_of(model, prompts, 64)
     first = [tokens[:1] for tokens in plain]
-    for compress, length in ((False, 64), (True, 8)):  # what gzip gives back are the same bytes
+    for compress, length in ((False, 64), (True, 8)):  # what zstd gives back are the same bytes
         answers = [tokens[:length] for tokens in plain]
         cache = DistributedKVCache(precision="fp32", compress=compress, model=spec)
         check_empty(model, prompts, first, cache)
