@@ -1,4 +1,4 @@
-"""The command line: `python -m kvlab demo` and `python -m kvlab doctor`."""
+"""The command line: `python -m kvlab demo`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     doctor = commands.add_parser("doctor", help="check this machine; exit 1 on a problem")
     doctor.set_defaults(run=_doctor)
+    _add_bench(commands.add_parser("bench", help="measure one part of the system on this machine"))
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -50,6 +51,40 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.as_json(), indent=2))
     return 0 if result.ok else 1
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="bench", required=True)
+    hashing = what.add_parser("hash", help="nanoseconds a token for block keys, beside bare SHA-256")
+    codec = what.add_parser("codec", help="bytes, speed and quality of every codec on real KV (minutes)")
+    codec.add_argument("--windows", type=_positive, default=96, help="windows of text for the quality (default 96)")
+    codec.add_argument("--redis", metavar="URL", help="measure the wire to this server too")
+    fuzz = what.add_parser("fuzz", help="decode records that were damaged or forged; exit 1 if one gets through")
+    fuzz.add_argument("--n", type=_positive, default=100_000, help="number of cases (default 100,000)")
+    fuzz.add_argument("--seed", type=int, default=0)
+    for one in (hashing, codec, fuzz):
+        one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+        one.set_defaults(run=_bench)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {number}")
+    return number
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from kvlab.lab import bench_codec, bench_fuzz, bench_hash, tables
+
+    if args.bench == "hash":
+        result = bench_hash.run()
+    elif args.bench == "codec":
+        result = bench_codec.run(args.windows, redis=args.redis)
+    else:
+        result = bench_fuzz.run(args.n, args.seed)
+    print(json.dumps(result, indent=2) if args.json else tables.text(result))
+    return 1 if any(result.get(bad) for bad in ("wrong_tensors", "uncaught", "over_allocated")) else 0
 
 
 def _parts(file: str) -> Parts:

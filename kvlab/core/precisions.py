@@ -226,7 +226,8 @@ def _from_bf16(bits: Array) -> Array:
 
 
 def _times(integers: Array, scale: Array) -> Array:
-    product: Array = np.multiply(integers, _from_bf16(scale), dtype=np.float32)
+    with np.errstate(over="ignore"):  # only a forger writes such scales
+        product: Array = np.multiply(integers, _from_bf16(scale), dtype=np.float32)
     return product
 
 

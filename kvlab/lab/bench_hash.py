@@ -1,0 +1,74 @@
+"""What block keys cost: nanoseconds a token, beside the SHA-256 that they cannot do without.
+
+python -m kvlab bench hash --json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+from kvlab.core.identity import Namespace
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.timing import Timings, take_turns
+
+BLOCKS = (16, 64, 256)
+PREFIXES = (64, 256, 1024, 4096, 32768)
+MESSAGE_BYTES = 57  # what the chain adds to a block's tokens: the domain, the parent's key and their lengths
+
+
+def run(tokens: int = 32768, repeats: int = 15) -> dict[str, Any]:
+    """Hash one prompt of so many tokens (Python ints, as a tokenizer gives them) at each block size.
+
+    Returns:
+        `rows`: by block size, ns a token and us a block of `Namespace.keys`, and ns a token of
+        bare SHA-256 over as many messages of the same length. `by_prefix`: microseconds for all
+        keys of a prefix, at 64 tokens a block.
+    """
+    rng = random.Random(0)
+    prompt = [rng.randrange(128_000) for _ in range(tokens)]
+    times = take_turns({name: work for B in BLOCKS for name, work in _contenders(prompt, B).items()}, repeats)
+    names = {n: Namespace(bytes(32), "fp32", b"", 64) for n in PREFIXES}
+    prefixes = take_turns({str(n): _repeat(names[n], prompt[:n]) for n in PREFIXES}, repeats)
+    return {
+        "tokens": tokens,
+        "rows": [_row(times, B, tokens) for B in BLOCKS],
+        "by_prefix": [{"prefix_tokens": n, "us": 1000 * prefixes.median_ms(str(n)) / _times(n)} for n in PREFIXES],
+        "aa_ratio": times.aa_ratio,
+        "noisy": times.noisy,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def _contenders(prompt: list[int], B: int) -> dict[str, Callable[[], object]]:
+    namespace, messages = Namespace(bytes(32), "fp32", b"", B), len(prompt) // B
+    message = bytes(MESSAGE_BYTES + 4 * B)
+
+    def floor() -> None:
+        for _ in range(messages):
+            hashlib.sha256(message).digest()
+
+    return {f"keys {B}": lambda: namespace.keys(prompt), f"floor {B}": floor}
+
+
+def _row(times: Timings, B: int, tokens: int) -> dict[str, float]:
+    ns = 1e6 * times.median_ms(f"keys {B}") / tokens
+    return {
+        "block_tokens": B,
+        "ns_per_token": ns,
+        "us_per_block": ns * B / 1000,
+        "sha256_floor_ns_per_token": 1e6 * times.median_ms(f"floor {B}") / tokens,
+        "ratio_to_floor": times.ratio(f"keys {B}", f"floor {B}"),
+    }
+
+
+def _times(prefix: int) -> int:
+    """How often a short prefix is hashed for one measurement."""
+    return max(1, 4096 // prefix)
+
+
+def _repeat(namespace: Namespace, tokens: list[int]) -> Callable[[], object]:
+    return lambda: [namespace.keys(tokens) for _ in range(_times(len(tokens)))]
