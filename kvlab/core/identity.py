@@ -15,10 +15,19 @@ first on. All of that goes into a SHA-256 chain, version 1 of which is frozen he
     text key    = SHA256( field("kvlab/1/text") field(fingerprint or "") field(precision)
                           field(salt) field(prefix in UTF-8) field(layer as u32) )
 
-All integers are little-endian, all text is UTF-8, `config` is the JSON of the allow-listed
-fields with sorted keys and no spaces. Keys keep all 32 bytes. Why SHA-256: builtin `hash`
-differs between processes, and non-cryptographic hashes can be forged, which in a shared
-cache means reading another tenant's KV (CVE-2025-25183).
+    weights     = SHA256( field("kvlab/1/weights") field(e_1) field(e_2) … ), the entries sorted as bytes:
+                  e = field(name) field(dtype) field(shape as u64 each) SHA256(the tensor's bytes)
+    tokenizer   = SHA256( field("kvlab/1/tokenizer") field(JSON of tokenizer.json without its keys
+                  version, truncation and padding) ), or b"" where there is no tokenizer.json
+
+All integers are little-endian, all text is UTF-8. JSON has sorted keys, no spaces and only
+ASCII (`json.dumps(x, sort_keys=True, separators=(",", ":"))`). `config` is the JSON of the
+allow-listed fields (`KV_FIELDS`); `rope_scaling` is null or an object with the five fields of
+`kvlab.model.llama.RopeScaling`. A dtype is torch's name for it, "float32". Tensor bytes
+are row-major, little-endian; an output head that is only the tied embedding again is left out.
+Keys keep all 32 bytes. Why SHA-256: builtin `hash` differs between processes, and
+non-cryptographic hashes can be forged, which in a shared cache means reading another
+tenant's KV (CVE-2025-25183).
 
 Lossless compression is not part of identity; precision is, so that a reader never gets
 less than it asked for.
@@ -28,6 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from array import array
@@ -65,6 +75,7 @@ KV_FIELDS = (
     "mlp_bias",
 )
 Progress = Callable[[int, int], None]
+log = logging.getLogger("kvlab")
 
 
 def field(data: bytes) -> bytes:
@@ -256,7 +267,9 @@ def weights_digest(folder: Path, progress: Progress | None = None) -> bytes:
     try:
         return _known_digest(memory.read_text())
     except (OSError, ValueError):
-        value = digest_tensors(_folder_tensors(folder, sum(f.stat().st_size for f in files), progress))
+        total = sum(f.stat().st_size for f in files)
+        log.info("reading %.1f GB of weights in %s for the fingerprint; their digest is then remembered", total / 1e9, folder)
+        value = digest_tensors(_folder_tensors(folder, total, progress))
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         part = memory.with_name(f"{stamp}.{os.getpid()}")

@@ -38,6 +38,7 @@ _U1: Final = np.dtype(np.uint8)
 _I1: Final = np.dtype(np.int8)
 _U2: Final = np.dtype("<u2")
 _U4: Final = np.dtype("<u4")
+_UNSIGNED: Final = {2: _U2, 4: _U4}
 
 Array = NDArray[Any]
 Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
@@ -117,7 +118,7 @@ def _floats(tensor: Tensor, precision: str) -> Array:
     dtype = _STORED[precision]
     stored = tensor.cpu() if tensor.dtype == dtype else _rounded(tensor, precision)
     bits: Array = stored.contiguous().view(_SAME_SIZE[dtype.itemsize]).numpy()
-    return bits.view(f"<u{dtype.itemsize}")
+    return bits.view(_UNSIGNED[dtype.itemsize])
 
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:

@@ -1,0 +1,109 @@
+"""The benchmarks' results have the promised shape, and the fuzzer notices a decoder that is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from kvlab.__main__ import main
+from kvlab.core import record
+from kvlab.core.identity import KEY_BYTES, field
+from kvlab.core.record import HEADER_BYTES
+from kvlab.lab import bench_codec, bench_fuzz, bench_hash, tables
+
+
+def test_bench_hash_reports_every_block_size() -> None:
+    result = bench_hash.run(tokens=1024, repeats=1)
+    assert [row["block_tokens"] for row in result["rows"]] == [16, 64, 256]
+    for row in result["rows"]:
+        assert {"ns_per_token", "us_per_block", "sha256_floor_ns_per_token", "ratio_to_floor"} < set(row)
+        assert row["us_per_block"] == pytest.approx(row["ns_per_token"] * row["block_tokens"] / 1000)
+    assert [row["prefix_tokens"] for row in result["by_prefix"]] == list(bench_hash.PREFIXES)
+    assert {"machine", "versions", "noisy", "aa_ratio"} < set(result)
+
+
+def test_the_floor_hashes_messages_of_the_right_length() -> None:
+    chain = len(field(b"kvlab/1/block") + field(bytes(KEY_BYTES)) + field(b""))
+    assert chain == bench_hash.MESSAGE_BYTES
+
+
+@pytest.mark.slow
+def test_bench_codec_reports_every_codec() -> None:
+    result = bench_codec.run(windows_=2, blocks=4, repeats=1)
+    rows = {row["codec"]: row for row in result["rows"]}
+    assert len(rows) == 5 * 3 + 2
+    want = {"codec", "x_fp32", "encode_gbps", "decode_gbps", "fp16_cast_gbps", "memcpy_gbps"}
+    assert all(set(row) == want | {"kl", "kl_se", "ppl_delta_pct", "top1"} for row in rows.values())
+    assert rows["fp32"]["kl"] == 0 and rows["fp32"]["top1"] == 1
+    assert 0 < rows["bf16"]["kl"] < rows["int8"]["kl"] < rows["int4"]["kl"]
+    assert 0.999 < rows["fp32"]["x_fp32"] < 1 and 1.999 < 2 * rows["fp32"]["x_fp32"] <= rows["fp16"]["x_fp32"] * 1.001
+    for precision in ("fp32", "fp16", "bf16", "int8", "int4"):
+        assert rows[f"{precision}+zstd"]["x_fp32"] > rows[precision]["x_fp32"]
+        assert rows[f"{precision}+zstd"]["kl"] == rows[precision]["kl"]
+    assert result["reference"]["kl"] > rows["int8"]["kl"]
+    json.dumps(result)
+
+
+def test_bench_fuzz_lets_nothing_through() -> None:
+    result = bench_fuzz.run(4000, seed=1)
+    assert (result["wrong_tensors"], result["uncaught"], result["over_allocated"]) == (0, 0, 0), result["examples"]
+    assert set(result["by_case"]) == set(bench_fuzz.CASES)
+    assert sum(result["by_reason"].values()) == sum(result["by_case"].values()) == 4000
+    asked_for = {"magic", "version", "kind", "length", "dims", "precision", "codec", "key", "checksum", "forged"}
+    assert asked_for <= set(result["by_reason"])
+
+
+def _ignores_the_key(value: bytes, key: bytes, *rest: Any, **options: Any) -> torch.Tensor:
+    own = value[64:96] if len(value) >= HEADER_BYTES else key
+    return DECODE(value, own, *rest, **options)
+
+
+def _raises(value: bytes, *rest: Any, **options: Any) -> torch.Tensor:
+    if len(value) < HEADER_BYTES:
+        raise ValueError("too short")
+    return DECODE(value, *rest, **options)
+
+
+def _allocates(value: bytes, *rest: Any, **options: Any) -> torch.Tensor:
+    room = bytearray(1 << 20)
+    assert room
+    return DECODE(value, *rest, **options)
+
+
+DECODE = record.decode
+
+
+@pytest.mark.parametrize(
+    ("broken", "count"),
+    [(_ignores_the_key, "wrong_tensors"), (_raises, "uncaught"), (_allocates, "over_allocated")],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bench_fuzz_notices_a_broken_decoder(monkeypatch: pytest.MonkeyPatch, broken: Any, count: str) -> None:
+    monkeypatch.setattr(record, "decode", broken)
+    targets = bench_fuzz._targets()
+    monkeypatch.setattr(bench_fuzz, "_targets", lambda: targets)
+    result = bench_fuzz.run(300, seed=2)
+    assert result[count] > 0
+    assert result["examples"]
+
+
+def test_the_command_line_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "fuzz", "--n", "50", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 50
+    assert main(["bench", "fuzz", "--n", "50"]) == 0
+    assert "wrong_tensors: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["bench"], ["bench", "speed"], ["bench", "fuzz", "--n", "0"]])
+def test_wrong_usage_is_said(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(wrong)
+    assert stopped.value.code == 2
+
+
+def test_tables_line_up() -> None:
+    text = tables.text({"rows": [{"name": "a", "x": 1.23456}, {"name": "long", "x": 2}], "noisy": False, "w": {"a": 1}})
+    assert text.splitlines() == ["rows:", "  name     x", "     a  1.23", "  long     2", "noisy: False", "w: a 1"]
