@@ -268,7 +268,7 @@ def weights_digest(folder: Path, progress: Progress | None = None) -> bytes:
         return _known_digest(memory.read_text())
     except (OSError, ValueError):
         total = sum(f.stat().st_size for f in files)
-        log.info("reading %.1f GB of weights in %s for the fingerprint; their digest is then remembered", total / 1e9, folder)
+        log.info("reading %.1f GB of weights in %s for the fingerprint, this once", total / 1e9, folder)
         value = digest_tensors(_folder_tensors(folder, total, progress))
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
