@@ -208,8 +208,10 @@ def spec_of(model: Llama, adapter: bytes = b"", progress: Progress | None = None
 def fingerprint(model: Llama, adapter: bytes = b"", progress: Progress | None = None) -> bytes:
     """Identity of everything that shapes a model's KV, computed from its folder (or its weights in memory).
 
-    `adapter` is the digest of a LoRA or the like. `progress(done, total)` is called in bytes
-    while weights are read; their digest is remembered, so only the first call is slow.
+    A model with a folder has the identity of the folder's files: after changing its weights in
+    memory set `model.folder = None`. `adapter` is the digest of a LoRA or the like.
+    `progress(done, total)` is called in bytes while weights are read; their digest is
+    remembered, so only the first call is slow.
     """
     folder = model.folder
     if folder is None:
