@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvlab.core import record
 from kvlab.core.identity import KVSpec
 from kvlab.model import Llama, LlamaConfig
 from kvlab.model.load import SIZES
@@ -18,6 +20,12 @@ from kvlab.stores import Health, Store, StoreStats, Value
 
 HEADER_BYTES = 128
 SEAL_AT = 96
+KEY = bytes(range(32))
+REASONS = {
+    *("magic", "version", "kind", "length", "dims", "precision"),
+    *("codec", "key", "key_id", "checksum", "forged", "overflow"),
+}
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def build_model(
@@ -102,6 +110,26 @@ def blank(spec: KVSpec, tokens: int) -> Tensor:
 def joined(pieces: tuple[bytes | memoryview, ...]) -> bytes:
     """A value's pieces as the bytes that a store keeps."""
     return b"".join(pieces)
+
+
+def encoded(tensor: Tensor, fmt: record.Format, key: bytes = KEY, **options: Any) -> bytes:
+    """A tensor's record as the bytes that a store keeps."""
+    return joined(record.encode(tensor, key, fmt, **options))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the last bit, NaN payloads and signs of zero included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
+
+
+def reason_of(value: bytes, fmt: record.Format, shape: Any = None, key: bytes = KEY, **options: Any) -> str:
+    """Why decoding refuses a value; fails if it does not."""
+    with pytest.raises(record.BadRecord) as refused:
+        record.decode(value, key, fmt, shape, **options)
+    assert refused.value.reason in REASONS
+    return refused.value.reason
 
 
 def resealed(record: bytes) -> bytes:

@@ -3,7 +3,8 @@
     raw    the parts' little-endian bytes, one part after the other
     gzip   the same as one gzip member, level 6
     zstd   the parts cut into byte planes (all lowest bytes, …, all highest bytes), each plane
-           one zstd frame; before the frames their lengths, u32 each
+           one zstd frame that declares its content size; before the frames their lengths, u32
+           each. Frames follow the order of the parts; a part of bytes is one plane
 
 Why planes: the high bytes of floating-point numbers hold sign and exponent and repeat, the
 low bytes hold mantissa and look random. A compressor that sees them mixed finds neither.

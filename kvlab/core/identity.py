@@ -21,7 +21,8 @@ first on. All of that goes into a SHA-256 chain, version 1 of which is frozen he
                   version, truncation and padding) ), or b"" where there is no tokenizer.json
 
 All integers are little-endian, all text is UTF-8. JSON has sorted keys, no spaces and only
-ASCII (`json.dumps(x, sort_keys=True, separators=(",", ":"))`). `config` is the JSON of the
+ASCII, other letters escaped as `json.dumps` does, floats in the shortest form that reads back
+(`json.dumps(x, sort_keys=True, separators=(",", ":"))`). `config` is the JSON of the
 allow-listed fields (`KV_FIELDS`); `rope_scaling` is null or an object with the five fields of
 `kvlab.model.llama.RopeScaling`. A dtype is torch's name for it, "float32". Tensor bytes
 are row-major, little-endian; an output head that is only the tied embedding again is left out.
@@ -308,6 +309,8 @@ def _folder_tensors(folder: Path, total: int, progress: Progress | None) -> Iter
         done += t.nbytes
         if progress:
             progress(done, total)
+    if progress:
+        progress(total, total)  # the files hold headers too
 
 
 def _own_tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:

@@ -107,6 +107,7 @@ def near_duplicates(
 
     Similarity is the Jaccard index of their sets of `n` tokens in a row (Broder 1997, "shingles").
     Exact; time grows with the pairs that share a shingle, so it is for thousands of requests.
+    Requests that share none, or are shorter than `n`, form no pair.
 
     >>> near_duplicates([[1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [6, 7, 8, 9, 6]], n=2)
     [(0, 1, 0.8)]

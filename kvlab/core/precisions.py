@@ -4,14 +4,22 @@ A precision turns a tensor into one array or more, the parts. Their types and sh
 from the tensor's shape, so nothing needs a table of contents:
 
     fp32, fp16, bf16   the numbers
-    int8               keys: integers, scales; values: integers, scales
-    int4               keys: nibbles, scales, lowest values; values: nibbles, scales
+    int8               keys: integers k, scales; values: integers v, scales
+                           key = k * scale, k in -127 … 127     value = v * scale, v in -72 … 72
+    int4               keys: nibbles k, scales, lows; values: nibbles v, scales
+                           key = k * scale + low, k in 0 … 15   value = (v - 8) * scale, v in 1 … 15
 
 Integers share a scale in groups of 64 (or a whole axis that is no multiple of 64). Keys are
 grouped along the tokens of one channel, because a few channels of keys are many times larger
 than the rest; values along the channels of one token (Liu et al. 2024, "KIVI"). Keys get
 more levels than values, because an error in a key changes where attention looks: on the
 shipped model, int8 keys cost about five times the KL of int8 values.
+
+How integers are chosen: a scale is the group's largest magnitude (int4 keys: its range above
+the low) divided by the levels, rounded up to a bf16 with 6 bits of mantissa, at least 2**-126;
+a low is the smallest number rounded down to a bf16. The integer is the number (less the low)
+times the fp32 inverse of the scale, rounded half to even. Nibbles go two to a byte, the first
+one low, an odd one at the end beside a zero.
 """
 
 from __future__ import annotations
@@ -38,7 +46,7 @@ _U1: Final = np.dtype(np.uint8)
 _I1: Final = np.dtype(np.int8)
 _U2: Final = np.dtype("<u2")
 _U4: Final = np.dtype("<u4")
-_UNSIGNED: Final = {2: _U2, 4: _U4}
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {2: _U2, 4: _U4}
 
 Array = NDArray[Any]
 Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
@@ -118,7 +126,8 @@ def _floats(tensor: Tensor, precision: str) -> Array:
     dtype = _STORED[precision]
     stored = tensor.cpu() if tensor.dtype == dtype else _rounded(tensor, precision)
     bits: Array = stored.contiguous().view(_SAME_SIZE[dtype.itemsize]).numpy()
-    return bits.view(_UNSIGNED[dtype.itemsize])
+    unsigned: Array = bits.view(_UNSIGNED[dtype.itemsize])
+    return unsigned
 
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:
@@ -167,7 +176,7 @@ def _quantise(x: Array, precision: str, planes: int) -> list[Array]:
         if precision == "int8":
             return [*_symmetric(keys, -2, _KEY_LEVELS["int8"]), *_symmetric(values, -1, _VALUE_LEVELS["int8"])]
         low = _bf16_below(keys.min(-2, keepdims=True))
-        scale = _scale((keys.max(-2, keepdims=True) - _from_bf16(low)) / np.float32(_KEY_LEVELS["int4"]))
+        scale = _scale(keys.max(-2, keepdims=True) - _from_bf16(low), _KEY_LEVELS["int4"], _from_bf16(low))
         steps = (keys - _from_bf16(low)) * (1 / _from_bf16(scale))
         integers, value_scale = _symmetric(values, -1, _VALUE_LEVELS["int4"])
     return [_nibbles(np.rint(steps).astype(np.uint8)), scale, low, _nibbles(integers + 8), value_scale]
@@ -196,21 +205,21 @@ def _dequantise(parts: list[Array], precision: str, planes: int, out: Array) -> 
 def _symmetric(x: Array, axis: int, levels: int) -> tuple[Array, Array]:
     """int8 in -levels … levels, and bf16 scales, of groups along `axis`."""
     largest = np.maximum(x.max(axis, keepdims=True), -x.min(axis, keepdims=True))
-    scale = _scale(largest / np.float32(levels))
+    scale = _scale(largest, levels)
     return np.rint(x * (1 / _from_bf16(scale))).astype(np.int8), scale
 
 
-def _scale(x: Array) -> Array:
-    """Scales as bf16 bits, rounded up to few mantissa bits, so that no integer exceeds its levels.
+def _scale(width: Array, levels: int, low: Array | float = 0.0) -> Array:
+    """Scales of groups so wide, as bf16 bits, rounded up so that no integer exceeds its levels.
 
     Raises:
-        Unfit: NaN or infinity in the group, or numbers too far apart for fp32.
+        Unfit: NaN or infinity in the group, or the largest number that it would decode to is none of fp32.
     """
     drop = 23 - _SCALE_BITS
-    bits = np.maximum(x, _TINY).view(np.uint32)
-    rounded = (((bits + ((1 << drop) - 1)) >> drop << drop) >> 16).astype(_U2)
-    if not np.isfinite(x).all() or (rounded == 0x7F80).any():
-        raise Unfit("integers hold no NaN, no infinity, and no group that is too wide for fp32")
+    bits = np.maximum(width / np.float32(levels), _TINY).view(np.uint32)
+    rounded: Array = (((bits + ((1 << drop) - 1)) >> drop << drop) >> 16).astype(_U2)
+    if not (np.isfinite(width).all() and np.isfinite(low + levels * _from_bf16(rounded)).all()):
+        raise Unfit("integers hold no NaN, no infinity, and no numbers at the very end of fp32's range")
     return rounded
 
 

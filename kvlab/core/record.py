@@ -11,11 +11,11 @@ A record is a header of 128 bytes and a payload. Version 1, all integers little-
     8       1     dtype of the tensor before encoding: 1 fp32, 2 fp16, 3 bf16
     9       1     seal kind: 1 xxh3, 2 aes-gcm
     10      1     number of dims, at most 8
-    11      1     zero
+    11      1     zero; readers do not look at it
     12      4     key id: which key of the seal, 0 for xxh3
     16      32    dims, 8 x u32, unused ones zero; a block is [L, P, H, B, D]
     48      8     payload length in bytes
-    56      8     zero
+    56      8     zero; readers do not look at it
     64      32    the full key
     96      32    seal: xxh3 64 of (header with this field zero, then payload) in 8 bytes and
                   zeros; aes-gcm: nonce 12, tag 16, zeros; the 96 bytes before are its
@@ -73,8 +73,12 @@ class BadRecord(Exception):
 
     @property
     def damaged(self) -> bool:
-        """Whether the record is worthless to everyone, and not only to this reader."""
-        return self.reason in ("checksum", "forged")
+        """Whether the record is worthless to everyone.
+
+        "forged" is not: to a reader with a wrong master key every record looks forged, and it
+        must not empty the store for all others. The next save replaces such a record anyway.
+        """
+        return self.reason == "checksum"
 
 
 class Unholdable(Exception):

@@ -6,11 +6,15 @@ record that was made or changed without the key does not open. The header is aut
 with it, so a record that was moved to another key, shape or tenant does not open either.
 
 Keys. The operator gives master keys, 32 random bytes each, numbered by a key id. What
-encrypts is HKDF-SHA256 of the master key, one key per (tenant's salt, key id). Nonces are
-random, 96 bits. The rotation rule: start a new key id before 2**32 records were written
-under one salt and key id, because then a repeated nonce becomes too likely (NIST SP
-800-38D, section 8.3). To rotate, add a key with a higher id everywhere, then remove the old
-one after the longest TTL: readers take any id they have, writers the highest.
+encrypts (AES-256) is HKDF-SHA256 of the master key (RFC 5869, no HKDF salt, 32 bytes), with
+info = "kvlab/1/aes-gcm", the key id as u32, the length of the tenant's salt as u32, that salt:
+other tenant or other id, other key. The tag covers the header's first 96 bytes as associated
+data and the payload. Nonces are random, 96 bits.
+
+The rotation rule: start a new key id before 2**32 records were written under one salt and
+key id, because then a repeated nonce becomes too likely (NIST SP 800-38D, section 8.3). To
+rotate, add a key with a higher id everywhere, then remove the old one after the longest TTL:
+readers take any id they have, writers the highest.
 """
 
 from __future__ import annotations
@@ -157,8 +161,9 @@ def _derive(master: bytes, salt: bytes, key_id: int) -> bytes:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    info = b"kvlab/1/aes-gcm" + struct.pack("<I", key_id)
-    return HKDF(SHA256(), 32, salt, info).derive(master)
+    # In info and after its length: HKDF's own salt is padded, so that b"" and zero bytes would give one key.
+    info = b"kvlab/1/aes-gcm" + struct.pack("<II", key_id, len(salt)) + salt
+    return HKDF(SHA256(), 32, None, info).derive(master)
 
 
 def _field(*parts: bytes) -> bytes:

@@ -10,22 +10,26 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from kvlab.cache import DistributedKVCache
 from kvlab.core import identity
 from kvlab.core.identity import KVSpec, Namespace, digest_tensors, fingerprint, spec_of, text_key, token_bytes
 from kvlab.errors import ConfigError, InputError, KVLabError
 from kvlab.model import PRETRAINED, Llama, load
 from kvlab.model.llama import RopeScaling
+from kvlab.stores import MemoryStore
 from tests.core.make_golden import VECTORS, plain_model, plain_weights
-from tests.helpers import build_model, edit_json, own_weights, save_folder
+from tests.helpers import build_model, edit_json, exact_kv, own_weights, save_folder, small_spec
 
 PINNED = json.loads(VECTORS.read_text())
 
@@ -137,6 +141,100 @@ def test_the_fingerprint_is_the_pinned_one() -> None:
     assert fingerprint(plain_model(tied=False)).hex() == untied.hex() == PINNED["plain_model_untied"]
 
 
+def json2(value: Any) -> str:
+    """JSON with sorted keys and no spaces, all but printable ASCII escaped as UTF-16 units."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json2(key)}:{json2(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(json2, value)) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(map(escaped2, value)) + '"'
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+
+
+def escaped2(char: str) -> str:
+    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\f": "\\f", "\b": "\\b"}
+    if char in short or " " <= char <= "~":
+        return short.get(char, char)
+    units = char.encode("utf-16-be").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
+def tokenizer2(text: str) -> bytes:
+    content = {k: v for k, v in json.loads(text).items() if k not in ("version", "truncation", "padding")}
+    return sha2(b"kvlab/1/tokenizer", json2(content).encode())
+
+
+SMALL_TOKENIZER = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": {"direction": "Right"},
+    "added_tokens": [{"id": 0, "content": '<ü\n\x7f\x01🙂"\\>', "special": True, "lstrip": False}],
+    "model": {"vocab": {"b": 1, "a": 0, "Ä": 2}, "dropout": None, "score": [-1.5, 1e-07, 10, 1, 0]},
+}
+
+
+def test_a_second_implementation_agrees_on_the_tokenizer_digest(tmp_path: Path) -> None:
+    for text in (json.dumps(SMALL_TOKENIZER), json.dumps(SMALL_TOKENIZER, ensure_ascii=False, indent=2)):
+        (tmp_path / "tokenizer.json").write_text(text, "utf-8")
+        assert identity.tokenizer_digest(tmp_path) == tokenizer2(text)
+    assert identity.tokenizer_digest(PRETRAINED) == tokenizer2((PRETRAINED / "tokenizer.json").read_text("utf-8"))
+
+
+def test_without_a_tokenizer_its_digest_is_empty(tmp_path: Path) -> None:
+    assert identity.tokenizer_digest(tmp_path) == b""
+
+
+TENSORS = {
+    "a": torch.tensor([1.0, 2.0]),
+    "b": torch.tensor([[1.0, 2.0]]),
+    "c": torch.tensor([3.0, 4.0], dtype=torch.float16),
+    "d": torch.zeros(0),
+}
+
+
+@given(st.permutations(list(TENSORS)))
+def test_the_order_of_tensors_does_not_change_the_weights_digest(names: list[str]) -> None:
+    assert digest_tensors((n, TENSORS[n]) for n in names) == digest_tensors(TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a": torch.tensor([1.0, -2.0])},
+        {"a": torch.tensor([1.0, 2.0 + 2**-22])},
+        {"a": torch.tensor([[1.0, 2.0]])},
+        {"a": torch.tensor([1.0, 2.0]).view(torch.int32)},
+        {"c": torch.tensor([3.0, 4.0], dtype=torch.float16).view(torch.bfloat16)},
+        {"d": torch.zeros(0, 1)},
+        {"d": torch.zeros(0, dtype=torch.float16)},
+        {"e": torch.zeros(0)},
+        {"a": TENSORS["a"] + 2, "c": TENSORS["c"] - 2},
+    ],
+    ids=str,
+)
+def test_any_name_dtype_shape_or_number_changes_the_weights_digest(change: dict[str, torch.Tensor]) -> None:
+    assert digest_tensors({**TENSORS, **change}.items()) != digest_tensors(TENSORS.items())
+
+
+def test_tensors_that_change_names_or_vanish_change_the_weights_digest() -> None:
+    swapped = {"a": "b", "b": "a"}
+    others = [
+        {swapped.get(n, n): t for n, t in TENSORS.items()},
+        {n + "x": t for n, t in TENSORS.items()},
+        {n: t for n, t in TENSORS.items() if n != "d"},
+        {},
+    ]
+    assert len({digest_tensors(tensors.items()) for tensors in (TENSORS, *others)}) == 5
+
+
+def test_strides_do_not_change_the_weights_digest() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4)
+    strided = tensor.T.contiguous().T
+    assert not strided.is_contiguous()
+    assert digest_tensors([("a", strided)]) == digest_tensors([("a", tensor)])
+
+
 # --- properties of keys -------------------------------------------------------------------------
 prints = st.binary(min_size=32, max_size=32)
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=70)
@@ -246,6 +344,12 @@ def test_tokens_may_come_in_any_integer_sequence(tokens: Any) -> None:
     assert token_bytes(tokens) == u32(1, 2, 3)
 
 
+@given(tokens_lists)
+def test_every_kind_of_sequence_gives_the_same_bytes(tokens: list[int]) -> None:
+    kinds = (tokens, tuple(tokens), np.array(tokens, np.uint32), np.array(tokens, np.int64), [*np.array(tokens, "u4")])
+    assert {token_bytes(t) for t in kinds} == {u32(*tokens)}
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -262,6 +366,14 @@ def test_tokens_may_come_in_any_integer_sequence(tokens: Any) -> None:
         [None],
         None,
         [True, False],
+        (False,),
+        np.array([True]),
+        [1, -1],
+        [1, 2**32],
+        [1, None],
+        [1, "2"],
+        [np.float32(1)],
+        (1.0,),
         [[1], [2, 3]],
         [[1, 2], [3, 4]],
         5,
@@ -396,6 +508,20 @@ def test_saving_the_same_model_in_another_way_keeps_its_fingerprint(
     assert print_of(folder) == before
 
 
+@pytest.mark.hf
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_a_model_that_transformers_saved_again_keeps_its_fingerprint(folder: Path, shard: str) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    before = print_of(folder)
+    saved = folder.with_name("saved")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(saved, max_shard_size=shard)
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(saved)
+    assert (len(list(saved.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    assert contents(saved)["config.json"] != contents(folder)["config.json"]
+    assert print_of(saved) == before
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -460,9 +586,10 @@ def test_another_model_has_another_fingerprint(folder: Path, change: Callable[[P
     assert print_of(folder) != before
 
 
-def test_a_changed_weight_is_seen_though_size_and_time_are_restored(folder: Path) -> None:
+def test_a_changed_weight_is_seen_though_size_and_time_are_restored(folder: Path, cache_home: Path) -> None:
     file = folder / "model.safetensors"
     before, stat = print_of(folder), file.stat()
+    assert len(remembered(cache_home)) == 1
     last_weight_byte(folder)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = file.stat()
@@ -488,6 +615,56 @@ def test_every_compute_dtype_has_its_own_fingerprint(folder: Path) -> None:
 def test_rope_kinds_with_the_same_factor_differ() -> None:
     scalings = (None, RopeScaling("linear", 8.0), RopeScaling("llama3", 8.0), RopeScaling("llama3", 8.0, 2.0))
     assert len({identity.config_bytes(build_model(rope_scaling=s)) for s in scalings}) == 4
+
+
+def changed_config(**change: Any) -> bytes:
+    model = build_model()
+    model.config = replace(model.config, **change)
+    return identity.config_bytes(model)
+
+
+@pytest.mark.parametrize("name", PLAIN_CONFIG)
+def test_every_field_that_shapes_the_numbers_is_part_of_the_identity(name: str) -> None:
+    old = getattr(build_model().config, name)
+    new = RopeScaling("linear", 2.0) if old is None else not old if isinstance(old, bool) else old * 2
+    assert changed_config(**{name: new}) != changed_config()
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 98}, {"max_position_embeddings": 512}, {"eos_token_ids": (3,)}], ids=str
+)
+def test_fields_that_change_no_kv_are_not_part_of_it(change: dict[str, Any]) -> None:
+    assert changed_config(**change) == changed_config()
+
+
+def test_every_field_of_a_rope_scaling_is_part_of_it() -> None:
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    doubled = [{f.name: getattr(scaling, f.name) * 2} for f in fields(scaling) if f.name != "kind"]
+    configs = {changed_config(rope_scaling=replace(scaling, **d)) for d in ({}, {"kind": "linear"}, *doubled)}
+    assert len(configs) == 1 + len(fields(scaling))
+
+
+def test_the_layout_version_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(plain_model())
+    monkeypatch.setattr(identity, "LAYOUT_VERSION", 2)
+    assert fingerprint(plain_model()) != before
+
+
+def test_an_adapter_changes_the_fingerprint_of_a_folder(folder: Path) -> None:
+    model = load(folder)
+    assert len({fingerprint(model, adapter) for adapter in (b"", b"one", b"two")}) == 3
+
+
+def test_compression_is_not_identity_and_precision_is() -> None:
+    store, spec = MemoryStore(), small_spec()
+    options = {"store": store, "model": spec, "block_tokens": 16}
+    writer = DistributedKVCache(precision="fp32", compress="gzip", **options)
+    assert writer.save(list(range(32)), exact_kv(spec, 32)) == 2
+    for compress in (False, True, "gzip", "zstd"):
+        reader = DistributedKVCache(precision="fp32", compress=compress, **options)
+        assert reader.match(list(range(32))) == 32
+    for precision in ("fp16", "bf16", "int8", "int4"):
+        assert DistributedKVCache(precision=precision, compress="gzip", **options).match(list(range(32))) == 0
 
 
 # --- the memory of digests ----------------------------------------------------------------------
@@ -545,13 +722,68 @@ def test_a_memory_that_is_a_folder_costs_only_time(folder: Path, cache_home: Pat
     assert fingerprint(model) == before
 
 
-def test_progress_goes_up_to_the_size_of_the_weights(folder: Path) -> None:
+def progress_of(folder: Path) -> list[tuple[int, int]]:
+    """What one call reports."""
     seen: list[tuple[int, int]] = []
     fingerprint(load(folder), progress=lambda done, total: seen.append((done, total)))
-    done, total = zip(*seen, strict=True)
-    assert list(done) == sorted(done)
-    assert set(total) == {(folder / "model.safetensors").stat().st_size}
-    assert done[-1] == sum(t.nbytes for t in own_weights(build_model()).values()) <= total[0]
+    return seen
+
+
+@pytest.mark.parametrize("change", [lambda folder: None, sharded, with_a_copy_of_the_tied_head])
+def test_progress_goes_up_and_never_beyond_the_size_of_the_weights(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
+    change(folder)
+    done, totals = zip(*progress_of(folder), strict=True)
+    assert list(done) == sorted(done) and done[0] > 0
+    assert set(totals) == {sum(f.stat().st_size for f in folder.glob("*.safetensors"))}
+    assert sum(t.nbytes for t in own_weights(build_model()).values()) <= done[-1] <= totals[0]
+
+
+def test_progress_ends_at_its_total(folder: Path) -> None:
+    done, total = progress_of(folder)[-1]
+    assert done == total
+
+
+def test_there_is_no_progress_where_the_digest_is_remembered(folder: Path) -> None:
+    assert progress_of(folder)
+    assert progress_of(folder) == []
+
+
+def test_a_link_to_a_folder_uses_the_same_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    before = print_of(folder)
+    model = load(link)
+    refuse_to_read(monkeypatch)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda folder: (folder / "model.safetensors").chmod(0o600),
+        lambda folder: os.utime(folder / "model.safetensors", (1, 1)),
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "same.safetensors"),
+        lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
+    ],
+    ids=["mode", "time", "one more file", "name"],
+)
+def test_weights_that_were_touched_in_any_way_are_read_again(
+    folder: Path, touch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder)
+    fingerprint(model)
+    touch(folder)
+    refuse_to_read(monkeypatch)
+    with pytest.raises(AssertionError, match="read again"):
+        fingerprint(model)
+
+
+def test_equal_folders_do_not_share_a_memory(folder: Path, cache_home: Path) -> None:
+    before = print_of(folder)
+    assert print_of(Path(shutil.copytree(folder, folder.with_name("copy")))) == before
+    assert len(remembered(cache_home)) == 2
 
 
 def test_a_folder_that_lost_its_weights_is_a_clear_error(folder: Path) -> None:
