@@ -118,7 +118,8 @@ set_up() {
     install_torch
     say "[3/3] installing JupyterLab and the other packages of requirements.lock (about 150 MB)"
     pip install -r requirements.lock || explain_pip
-    pip install --no-deps --no-build-isolation -e . || explain_pip
+    # compat: a plain path entry. The default finder loses against a folder called kvlab in the current directory.
+    pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e . || explain_pip
     state >.venv/.ready
     say "ready: .venv"
 }

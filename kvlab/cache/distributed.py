@@ -51,8 +51,9 @@ class DistributedKVCache(KVCache):
             using the same text reads the first one's tensors.
         salt: the tenant's secret. Other salt, other keys: tenants cannot see each other's hits.
         encryption_keys: master keys (32 random bytes) by key id. Records are then encrypted and
-            authenticated, new ones with the highest id, and no others are accepted. Without it,
-            whoever can write to the store can forge records. See `kvlab.core.seals`.
+            authenticated, and no others are accepted. Without it, whoever can write to the store
+            can forge records. See `kvlab.core.seals`.
+        encryption_key_id: the id that new records are written with; by default the highest.
         block_tokens: B, if not the default for the model.
 
     Raises:
@@ -72,14 +73,19 @@ class DistributedKVCache(KVCache):
         model: Llama | KVSpec | None = None,
         salt: str | bytes = b"",
         encryption_keys: Mapping[int, bytes] | None = None,
+        encryption_key_id: int | None = None,
         block_tokens: int | None = None,
     ) -> None:
         if sum(x is not None for x in (redis_host, url, store)) > 1:
             raise ConfigError("expected at most one of redis_host, url and store")
-        self._salt = salt.encode() if isinstance(salt, str) else salt
+        self._salt = _salt_bytes(salt)
         codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
-        seal = Xxh3() if encryption_keys is None else AesGcm(encryption_keys, self._salt)
+        seal = Xxh3() if encryption_keys is None else AesGcm(encryption_keys, self._salt, encryption_key_id)
         self.format = Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
+        if not (model is None or isinstance(model, Llama | KVSpec)):
+            raise ConfigError(f"expected model= as a loaded Llama or a KVSpec, got {type(model).__name__}")
+        if not (store is None or isinstance(store, Store)):
+            raise ConfigError(f"expected store= as a kvlab.stores.Store, got {type(store).__name__}")
         self.spec = spec_of(model) if isinstance(model, Llama) else model
         self._namespace = self._make_namespace(block_tokens)
         check_ttl(ttl_seconds)
@@ -87,6 +93,8 @@ class DistributedKVCache(KVCache):
         if redis_host is not None:
             if not redis_host:
                 raise ConfigError("expected a host name in redis_host, got an empty text")
+            if redis_port == 0:
+                raise ConfigError("expected a redis_port of 1 … 65535, got 0")
             address = f"redis://{redis_host}:{redis_port}"
         self.store = RedisStore(address, ttl_s=ttl_seconds) if store is None else store
         self._stats = CacheStats()
@@ -150,6 +158,8 @@ class DistributedKVCache(KVCache):
 
         Raises:
             InputError: an empty prefix, a negative layer, tensors that differ in shape or dtype.
+
+        What was kept under this text before stays if the store does not take the new tensors.
         """
         key = self._text_key(prefix, layer)
         if not (isinstance(k_tensor, Tensor) and isinstance(v_tensor, Tensor)):
@@ -159,6 +169,8 @@ class DistributedKVCache(KVCache):
                 "expected keys and values of one shape and dtype, got "
                 f"{tuple(k_tensor.shape)} {k_tensor.dtype} and {tuple(v_tensor.shape)} {v_tensor.dtype}"
             )
+        if k_tensor.ndim >= record.MAX_DIMS or k_tensor.layout != torch.strided or k_tensor.is_meta:
+            raise InputError(f"expected dense tensors of up to 7 dims, got {tuple(k_tensor.shape)} {k_tensor.layout}")
         try:
             value = record.encode(torch.stack((k_tensor, v_tensor)), key, self.format, record.KIND_TEXT)
         except Unholdable:
@@ -211,8 +223,8 @@ class DistributedKVCache(KVCache):
         self.close()
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
-        if block_tokens is not None and block_tokens < 1:
-            raise ConfigError(f"expected a block of at least one token, got {block_tokens}")
+        if not (block_tokens is None or (isinstance(block_tokens, int) and 0 < block_tokens < 2**32)):
+            raise ConfigError(f"expected a block of at least one token, a whole number, got {block_tokens!r}")
         if self.spec is None:
             return None
         B = block_tokens or self.spec.block_tokens(self.format.precision)
@@ -227,7 +239,7 @@ class DistributedKVCache(KVCache):
         if not (isinstance(prefix, str) and prefix and prefix.encode(errors="replace").decode() == prefix):
             raise InputError(f"expected a non-empty text as prefix, got {prefix!r}")
         if not (isinstance(layer, int) and 0 <= layer < 2**32):
-            raise InputError(f"expected a layer number from 0 on, got {layer!r}")
+            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {layer!r}")
         bound = b"" if self.spec is None else self.spec.fingerprint
         return text_key(prefix, layer, self.format.precision, self._salt, bound)
 
@@ -257,7 +269,18 @@ class DistributedKVCache(KVCache):
             self._stats.bytes_read += read
 
 
+def _salt_bytes(salt: str | bytes) -> bytes:
+    try:
+        if isinstance(salt, str | bytes):
+            return salt.encode() if isinstance(salt, str) else salt
+    except UnicodeEncodeError:
+        pass
+    raise ConfigError(f"expected the salt as text or bytes, got {type(salt).__name__}; is a setting missing?")
+
+
 def _check_kv(kv: Tensor, spec: KVSpec, tokens: int) -> None:
     want = (spec.layers, 2, spec.heads, tokens, spec.head_dim)
+    if not isinstance(kv, Tensor):
+        raise InputError(f"expected KV as a tensor [L, P, H, T, D] = {want}, got {type(kv).__name__}")
     if tuple(kv.shape) != want or not kv.is_floating_point():
         raise InputError(f"expected KV of shape [L, P, H, T, D] = {want}, got {tuple(kv.shape)} {kv.dtype}")

@@ -117,10 +117,12 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
     """
     if tensor.dtype not in _DTYPE_IDS:
         raise InputError(f"expected a tensor of float32, float16 or bfloat16, got {tensor.dtype}")
-    if not 1 <= tensor.ndim <= MAX_DIMS or max(tensor.shape) >= 2**32 or len(key) != KEY_BYTES:
-        raise InputError(
-            f"expected 1 to {MAX_DIMS} dims and a key of {KEY_BYTES} bytes, got {tuple(tensor.shape)} and {len(key)}"
-        )
+    if not 1 <= tensor.ndim <= MAX_DIMS or max(tensor.shape) >= 2**32:
+        raise InputError(f"expected a tensor of 1 to {MAX_DIMS} dims, got {tuple(tensor.shape)}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(f"expected a dense tensor with data, got {tensor.layout} on {tensor.device}")
+    if len(key) != KEY_BYTES:
+        raise InputError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
     try:
         payload = codecs.pack(precisions.to_parts(tensor, fmt.precision, _PLANES[kind]), fmt.codec)
     except precisions.Unfit as error:

@@ -13,8 +13,8 @@ data and the payload. Nonces are random, 96 bits.
 
 The rotation rule: start a new key id before 2**32 records were written under one salt and
 key id, because then a repeated nonce becomes too likely (NIST SP 800-38D, section 8.3). To
-rotate, add a key with a higher id everywhere, then remove the old one after the longest TTL:
-readers take any id they have, writers the highest.
+rotate, give every process the new key first, still writing with the old id; then let them
+write with the new one; remove the old one after the longest TTL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Final
 
 import xxhash
@@ -99,6 +99,7 @@ class AesGcm(Seal):
     Args:
         keys: master keys of 32 bytes by key id, 1 or above.
         salt: the tenant's; other salt, other keys.
+        key_id: which of them new records are written with; by default the highest.
 
     Raises:
         ConfigError: no key, a key of another length, an impossible id, or the library is missing.
@@ -106,18 +107,15 @@ class AesGcm(Seal):
 
     kind = 2
 
-    def __init__(self, keys: Mapping[int, bytes], salt: bytes = b"") -> None:
-        if not keys or not all(isinstance(i, int) and 0 < i < 2**32 for i in keys):
-            raise ConfigError(f"expected master keys by key ids of 1 … 2**32 - 1, got the ids {sorted(keys, key=str)}")
-        if any(not isinstance(k, bytes) or len(k) != MASTER_KEY_BYTES for k in keys.values()):
-            raise ConfigError(
-                f"expected master keys of {MASTER_KEY_BYTES} random bytes: os.urandom({MASTER_KEY_BYTES})"
-            )
+    def __init__(self, keys: Mapping[int, bytes], salt: bytes = b"", key_id: int | None = None) -> None:
+        _check_keys(keys)
+        self.key_id = max(keys) if key_id is None else key_id
+        if self.key_id not in keys:
+            raise ConfigError(f"expected a key id to write with out of {sorted(keys)}, got {key_id!r}")
         try:
             self._keys = {i: _derive(key, salt, i) for i, key in keys.items()}
         except ImportError:
             raise ConfigError('aes-gcm needs the cryptography package: pip install "kvlab[secure]"') from None
-        self.key_id = max(keys)
 
     def __repr__(self) -> str:
         return f"AesGcm(key ids {sorted(self._keys)})"  # never the keys
@@ -155,6 +153,26 @@ class AesGcm(Seal):
         from cryptography.hazmat.primitives.ciphers.modes import GCM
 
         return Cipher(AES(self._keys[key_id]), GCM(nonce, tag))
+
+
+def _check_keys(keys: Mapping[int, bytes]) -> None:
+    """Refuse what is no set of master keys. No message may hold any part of one."""
+    if not isinstance(keys, Mapping) or not keys:
+        raise ConfigError(f"expected master keys as {{key id: {MASTER_KEY_BYTES} bytes}}, got {_kind(keys)}")
+    for i, key in keys.items():
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 < i < 2**32:
+            raise ConfigError(
+                f"expected master keys by key ids of 1 … 2**32 - 1, got the id {i if type(i) is int else _kind(i)}"
+            )
+        if not isinstance(key, bytes) or len(key) != MASTER_KEY_BYTES:
+            raise ConfigError(
+                f"expected master keys of {MASTER_KEY_BYTES} random bytes, got {_kind(key)} for id {i}; "
+                f"os.urandom({MASTER_KEY_BYTES}) makes one, bytes.fromhex reads one"
+            )
+
+
+def _kind(x: object) -> str:
+    return f"{type(x).__name__} of {len(x)}" if isinstance(x, Sized) else type(x).__name__
 
 
 def _derive(master: bytes, salt: bytes, key_id: int) -> bytes:

@@ -29,6 +29,7 @@ from kvlab.errors import ConfigError, InputError
 Value = bytes | memoryview | tuple[bytes | memoryview, ...]
 """What is put: bytes, or pieces whose concatenation is the value (a header and a payload, say)."""
 
+MAX_TTL_S = 100 * 365 * 86400  # what any server takes
 ABSENT = "absent"
 """The miss reason of a key that is simply not there."""
 
@@ -142,10 +143,12 @@ def check_ttl(ttl_s: float | None) -> None:
     """Check a lifetime in seconds; None is "keep until evicted".
 
     Raises:
-        ConfigError: not a positive finite number.
+        ConfigError: not a positive number, or more than a hundred years.
     """
-    if ttl_s is not None and not 0 < ttl_s < float("inf"):
-        raise ConfigError(f"expected a positive TTL in seconds, or None to keep until evicted, got {ttl_s}")
+    if ttl_s is not None and not (isinstance(ttl_s, int | float) and 0 < ttl_s <= MAX_TTL_S):
+        raise ConfigError(
+            f"expected a positive TTL in seconds of at most 100 years, or None to keep until evicted, got {ttl_s!r}"
+        )
 
 
 def place(value: bytes, out: memoryview | None) -> bytes | memoryview | None:

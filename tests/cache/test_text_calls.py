@@ -304,3 +304,11 @@ def test_eight_threads_get_what_they_put() -> None:
     assert wrong == []
     stats = cache.stats()
     assert (stats.requested, stats.hits, stats.saved) == (160, 160, 160)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3, 4).to_sparse(), torch.zeros(2, 2, device="meta")], ids=["sparse", "meta"]
+)
+def test_tensors_without_plain_data_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="dense"):
+        DistributedKVCache().cache_kv("text", 0, tensor, tensor)

@@ -300,6 +300,35 @@ def test_keys_that_do_not_work_are_refused_without_being_shown(keys: dict[Any, A
         assert not key or repr(key)[2:10] not in str(refused.value)
 
 
+@pytest.mark.parametrize("how", ["list", "swapped", "hex as id", "hex alone", "bytes alone"])
+def test_a_mistaken_call_does_not_print_the_key(how: str) -> None:
+    """Before, the message listed what it took for key ids: the key."""
+    master = bytes(range(65, 97))
+    keys: Any = {
+        "list": [master],
+        "swapped": {master: 1},
+        "hex as id": {master.hex(): 1},
+        "hex alone": master.hex(),
+        "bytes alone": master,
+    }[how]
+    with pytest.raises(ConfigError, match="expected master keys") as refused:
+        AesGcm(keys)
+    said = str(refused.value)
+    assert master.hex()[:8] not in said and repr(master)[2:10] not in said and "65, 66" not in said
+
+
+def test_new_records_take_the_key_id_that_was_named() -> None:
+    keys = {1: MASTER[1], 2: MASTER[2]}
+    old, new = AesGcm(keys, key_id=1), AesGcm(keys)
+    for seal, key_id in ((old, 1), (new, 2)):
+        value = encoded(golden_tensor(), Format("fp32", "raw", seal))
+        assert value[12:16] == struct.pack("<I", key_id)
+        for reader in (old, new):
+            assert same_bits(decoded(value, Format("fp32", "raw", reader)), golden_tensor())
+    with pytest.raises(ConfigError, match="key id to write with"):
+        AesGcm(keys, key_id=3)
+
+
 def test_nothing_that_is_printed_shows_a_key() -> None:
     master = bytes(range(65, 97))
     seal = AesGcm({7: master, 9: master[::-1]}, b"the salt")
