@@ -337,3 +337,14 @@ def test_docker_and_ci_call_the_one_set_up_script():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "run: .ci/run" in workflow
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", use) for use in re.findall(r"uses: (\S+)", workflow))
+
+
+def test_no_document_holds_a_placeholder() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        assert not re.search(r"^(TODO|[A-Z]+_TABLE)\b", document.read_text(), re.MULTILINE), document
+
+
+def test_the_readme_shows_the_demo_of_today() -> None:
+    from kvlab.lab.demo import HEADER
+
+    assert HEADER in (ROOT / "README.md").read_text()

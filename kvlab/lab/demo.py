@@ -32,6 +32,9 @@ def hit_rate(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float
     return cached_tokens // block_tokens / full if full else 0.0
 
 
+HEADER = f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'zstd':>9} {'faster':>8}"
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the demo is built from. A learner's own functions replace the package's, one by one."""
@@ -121,7 +124,7 @@ def run(
         say(f"Cached KV tensors: {cached}")
         say(f"Retrieved from cache: {retrieved}")
         _show_answer(model, tokenizer, sample, caches.raw, say)
-        say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'zstd':>9} {'faster':>8}")
+        say(HEADER)
         rows = []
         for n in prefixes:
             rows.append(_measure(model, sample[: n + SUFFIX], caches, parts))
