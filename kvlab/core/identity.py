@@ -148,11 +148,12 @@ class Namespace:
             InputError: a token that is not an integer in 0 … 2**32 - 1.
         """
         data, step = token_bytes(tokens), 4 * self.block_tokens
-        head = field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES)
+        domain = hashlib.sha256(field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES))  # the same for every block
         size, key, out = struct.pack("<I", step), self.root, []
-        sha256 = hashlib.sha256
         for i in range(0, len(data) - step + 1, step):
-            key = sha256(head + key + size + data[i : i + step]).digest()
+            block = domain.copy()
+            block.update(key + size + data[i : i + step])
+            key = block.digest()
             out.append(key)
         return out
 
