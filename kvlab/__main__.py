@@ -62,7 +62,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     fuzz = what.add_parser("fuzz", help="decode records that were damaged or forged; exit 1 if one gets through")
     fuzz.add_argument("--n", type=_positive, default=100_000, help="number of cases (default 100,000)")
     fuzz.add_argument("--seed", type=int, default=0)
-    for one in (hashing, codec, fuzz):
+    wire = what.add_parser("wire", help="GB/s to a Redis and back, beside a bare socket and redis-py")
+    wire.add_argument("--redis", metavar="URL", help="this server, instead of one started here")
+    for one in (hashing, codec, fuzz, wire):
         one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         one.set_defaults(run=_bench)
 
@@ -75,12 +77,14 @@ def _positive(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvlab.lab import bench_codec, bench_fuzz, bench_hash, tables
+    from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_wire, tables
 
     if args.bench == "hash":
         result = bench_hash.run()
     elif args.bench == "codec":
         result = bench_codec.run(args.windows, redis=args.redis)
+    elif args.bench == "wire":
+        result = bench_wire.run(args.redis)
     else:
         result = bench_fuzz.run(args.n, args.seed)
     print(json.dumps(result, indent=2) if args.json else tables.text(result))

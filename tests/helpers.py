@@ -156,8 +156,8 @@ class SpyStore(Store):
         self.inner = inner
         self.put_keys: list[bytes] = []
 
-    def get_many(self, keys: Any, out: Any = None) -> list[bytes | memoryview | None]:
-        return self.inner.get_many(keys, out)
+    def get_many(self, keys: Any, out: Any = None, why: Any = None) -> list[bytes | memoryview | None]:
+        return self.inner.get_many(keys, out, why)
 
     def put_many(self, keys: Any, values: list[Value]) -> int:
         self.put_keys += keys
@@ -165,6 +165,9 @@ class SpyStore(Store):
 
     def probe(self, keys: Any) -> int:
         return self.inner.probe(keys)
+
+    def touch_many(self, keys: Any) -> list[bool]:
+        return self.inner.touch_many(keys)
 
     def delete_many(self, keys: Any) -> int:
         return self.inner.delete_many(keys)

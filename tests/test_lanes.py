@@ -64,7 +64,7 @@ def test_a_missing_program_skips_its_lane_and_fails_a_required_one(tmp_path: Pat
 
 def test_a_lane_that_does_not_exist_cannot_be_required() -> None:
     assert required_lanes(" redis,hf,") == {"redis", "hf"}
-    with pytest.raises(pytest.UsageError, match="expected redis, cluster, browser, hf, got redsi"):
+    with pytest.raises(pytest.UsageError, match="expected redis, cluster, valkey, browser, hf, got redsi"):
         required_lanes("redis,redsi")
 
 
@@ -80,22 +80,25 @@ class PlainStore(Store):
     def __init__(self):
         self.values, self.open, self.lock, self.counts = {}, True, threading.RLock(), StoreStats()
 
-    def get_many(self, keys, out=None):
+    def get_many(self, keys, out=None, why=None):
         if out is not None and len(out) != len(keys):
             raise InputError(f"got {len(keys)} keys and {len(out)} buffers")
         if any(buffer.readonly for buffer in out or []):
             raise InputError("expected writable buffers")
+        why = [] if why is None else why
         with self.lock:
-            return [self.get(key, out[i].cast("B") if out is not None else None) for i, key in enumerate(keys)]
+            return [self.get(key, out[i].cast("B") if out is not None else None, why) for i, key in enumerate(keys)]
 
-    def get(self, key, buffer):
+    def get(self, key, buffer, why):
         self.counts.requested += 1
         value = self.values.get(key)
+        why.append("")
         if not self.open or value is None:
-            self.counts.misses["absent" if self.open else "closed"] += 1
-            return None
-        if buffer is not None and len(value) > len(buffer):
-            self.counts.misses["too_big"] += 1
+            why[-1] = "absent" if self.open else "closed"
+        elif buffer is not None and len(value) > len(buffer):
+            why[-1] = "too_big"
+        if why[-1]:
+            self.counts.misses[why[-1]] += 1
             return None
         self.counts.hits += 1
         self.counts.bytes_out += len(value)
@@ -122,6 +125,10 @@ class PlainStore(Store):
         with self.lock:
             found = [key in self.values for key in keys]
         return (found + [False]).index(False) if self.open else 0
+
+    def touch_many(self, keys):
+        with self.lock:
+            return [self.open and key in self.values for key in keys]
 
     def delete_many(self, keys):
         with self.lock:
@@ -170,7 +177,7 @@ BUGS = {
         "sum(found)",
         "longest_present_prefix",
     ),
-    "ForgetsToCount": ('self.counts.misses["too_big"] += 1', "pass", "value_that_does_not_fit"),
+    "ForgetsToCount": ("self.counts.misses[why[-1]] += 1", "pass", "value_that_does_not_fit"),
     "ReturnsACopy": ("return buffer[: len(value)]", "return value", "returned_view_is_the_callers_buffer"),
     "KeepsTheView": ("else bytes(value)", "else value", "may_be_changed_after_they_were_put"),
     "EmptyIsMissing": ("value is None:", "not value:", "an_empty_value_is_a_value"),

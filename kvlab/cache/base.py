@@ -28,12 +28,14 @@ class CacheStats:
 
     A block is requested when `load` or `get_cached_kv` asks for it. Blocks after a gap are
     not usable even if they are stored: they count as misses with the reason "gap".
+    Of the blocks that `save` was offered, `saved` were sent and `kept` were there already.
     """
 
     requested: int = 0
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
     saved: int = 0
+    kept: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     bytes_read: int = 0
     bytes_written: int = 0
@@ -79,7 +81,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """Offer the KV of `tokens`; return how many blocks were taken.
+        """Offer the KV of `tokens`; return how many blocks were taken, or were there already.
 
         Args:
             tokens: the request from its first token on.

@@ -23,12 +23,15 @@ from kvlab.cache.base import CacheStats, KVCache
 from kvlab.core import record
 from kvlab.core.identity import KVSpec, Namespace, spec_of, text_key
 from kvlab.core.record import BadRecord, Format, Unholdable
-from kvlab.core.seals import AesGcm, Xxh3
+from kvlab.core.seals import AesGcm, Pieces, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.stores import Health, RedisStore, Store
 from kvlab.stores.base import check_ttl
 
+WINDOW_BYTES = 16 << 20  # of records that a load holds at once
+MAX_SUSPECTS = 1 << 16
+_UNFIT = ("too_big", "response")  # the store has something under this key that is no record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -99,6 +102,8 @@ class DistributedKVCache(KVCache):
         self.store = RedisStore(address, ttl_s=ttl_seconds) if store is None else store
         self._stats = CacheStats()
         self._lock = threading.Lock()
+        self._suspects: dict[bytes, None] = {}  # keys to write even if the store has them; oldest first
+        self._scratch = threading.local()
 
     @property
     def block_tokens(self) -> int:
@@ -117,37 +122,49 @@ class DistributedKVCache(KVCache):
         if start % B or stop % B or not 0 <= start <= stop <= len(tokens):
             raise InputError(f"expected 0 <= start <= stop <= {len(tokens)} in steps of {B}, got {start} and {stop}")
         _check_kv(out, spec, stop - start)
-        keys = ns.keys(tokens[:stop])[start // B :]
-        good = 0
-        for i, (key, value) in enumerate(zip(keys, self.store.get_many(keys), strict=True)):
-            reason = self._decode_into(value, key, out[:, :, :, i * B : (i + 1) * B])
-            if reason:
-                self._count(len(keys), good, {reason: 1, "gap": len(keys) - good - 1})
-                return start + good * B
-            good += 1
-        self._count(len(keys), good, {})
+        chain = ns.keys(tokens[:stop])
+        before, keys = chain[: start // B], chain[start // B :]
+        if before:  # used, though not fetched: a root must not expire before its leaves
+            self.store.touch_many(before)
+        good, reason = self._load_blocks(keys, out, B)
+        self._count(len(keys), good, {reason: 1, "gap": len(keys) - good - 1} if reason else {})
         return start + good * B
 
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """See `KVCache.save`. Blocks with a value that the precision cannot hold are dropped, and all after them."""
+        """See `KVCache.save`. Blocks that are there already are not sent again, but live as long as new ones.
+
+        Blocks at and after one that was seen damaged are always written: that repairs them.
+        Blocks with a value that the precision cannot hold are dropped, and all after them.
+        """
         spec, ns = self._bound()
         B = ns.block_tokens
         _check_kv(kv, spec, len(tokens))
-        keys, values = ns.keys(tokens), []
+        chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
-        drops = 0
-        for i in range(first, len(keys)):
+        present = self.store.touch_many(chain)
+        there = [is_there and key not in self._suspects for is_there, key in zip(present, chain, strict=True)]
+        keys: list[bytes] = []
+        values: list[Pieces] = []
+        overflow = 0
+        for i in range(first, len(chain)):
+            if there[i]:
+                continue
             try:
-                values.append(record.encode(kv[:, :, :, i * B : (i + 1) * B], keys[i], self.format))
+                values.append(record.encode(kv[:, :, :, i * B : (i + 1) * B], chain[i], self.format))
             except Unholdable:
-                drops = len(keys) - i
+                overflow = len(chain) - i
                 break
-        stored = self.store.put_many(keys[first : first + len(values)], values)
+            keys.append(chain[i])
+        stored = self.store.put_many(keys, values)
+        kept = sum(there[first : len(chain) - overflow])
         with self._lock:
+            for key in keys if stored == len(keys) else ():
+                self._suspects.pop(key, None)
             self._stats.saved += stored
+            self._stats.kept += kept
             self._stats.bytes_written += sum(len(p) for v in values for p in v)
-            self._stats.drops += Counter(overflow=drops, store=len(values) - stored)
-        return stored
+            self._stats.drops += Counter(overflow=overflow, store=len(values) - stored)
+        return stored + kept
 
     def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
         """Keep one layer's keys and values under an exact text; True if the store took them.
@@ -189,10 +206,11 @@ class DistributedKVCache(KVCache):
         With precision float16 the values are those of the float16 rounding.
         """
         key = self._text_key(prefix, layer)
-        value = self.store.get_many([key])[0]
+        why: list[str] = []
+        value = self.store.get_many([key], why=why)[0]
         try:
             if value is None:
-                raise BadRecord("absent")
+                raise BadRecord(why[0])
             both = record.decode(value, key, self.format, None, record.KIND_TEXT)
             if both.shape[0] != 2:
                 raise BadRecord("dims")
@@ -243,10 +261,41 @@ class DistributedKVCache(KVCache):
         bound = b"" if self.spec is None else self.spec.fingerprint
         return text_key(prefix, layer, self.format.precision, self._salt, bound)
 
-    def _decode_into(self, value: bytes | memoryview | None, key: bytes, out: Tensor) -> str:
+    def _load_blocks(self, keys: Sequence[bytes], out: Tensor, B: int) -> tuple[int, str]:
+        """Fill `out` block by block; how many are good, and what was wrong with the next one, "" for nothing.
+
+        Records arrive in buffers that the next call of this thread uses again: fresh memory costs page faults.
+        """
+        room = record.max_record_bytes(self.format, (*out.shape[:3], B, out.shape[4]))
+        window = max(1, WINDOW_BYTES // room)
+        for at in range(0, len(keys), window):
+            part = keys[at : at + window]
+            why: list[str] = []
+            values = self.store.get_many(part, self._buffers(len(part), room), why)
+            for i, (key, value) in enumerate(zip(part, values, strict=True), at):
+                reason = why[i - at]
+                if value is not None:
+                    reason = self._decode_into(value, key, out[:, :, :, i * B : (i + 1) * B])
+                if reason:
+                    if value is not None or reason in _UNFIT:  # what follows was not looked at
+                        self._suspect(keys[i:])
+                    return i, reason
+        return len(keys), ""
+
+    def _buffers(self, count: int, size: int) -> list[memoryview]:
+        whole = getattr(self._scratch, "whole", memoryview(b""))
+        if len(whole) < count * size:
+            self._scratch.whole = whole = memoryview(bytearray(count * size))
+        return [whole[i * size : (i + 1) * size] for i in range(count)]
+
+    def _suspect(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            self._suspects.update(dict.fromkeys(keys))
+            while len(self._suspects) > MAX_SUSPECTS:
+                del self._suspects[next(iter(self._suspects))]
+
+    def _decode_into(self, value: bytes | memoryview, key: bytes, out: Tensor) -> str:
         """Fill one block; the reason if it cannot be."""
-        if value is None:
-            return "absent"
         try:
             record.decode(value, key, self.format, tuple(out.shape), out=out)
         except BadRecord as error:

@@ -137,6 +137,12 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
     return head + seal, *payload
 
 
+def max_record_bytes(fmt: Format, shape: Sequence[int], kind: int = KIND_BLOCK) -> int:
+    """Room for any honest record of this shape and precision, whatever its codec; a multiple of 64."""
+    size = precisions.layout_bytes(precisions.layout(fmt.precision, tuple(shape), _PLANES[kind]))
+    return -(-(HEADER_BYTES + size + size // 64 + 4096) // 64) * 64  # what does not compress grows by less than that
+
+
 def decode(
     value: bytes | bytearray | memoryview,
     key: bytes,

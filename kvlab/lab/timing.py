@@ -38,13 +38,15 @@ class Timings:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> Timings:
-    """Time each contender `repeats` times, turn by turn, after one uncounted round."""
+    """Time each contender `repeats` times, turn by turn, after one uncounted round; the order rotates."""
     first = next(iter(contenders))
     again = f"{first} again"
     work = {**contenders, again: contenders[first]}
     seconds: dict[str, list[float]] = {name: [] for name in work}
+    order = list(work.items())
     for turn in range(repeats + 1):
-        for name, run in work.items():
+        order.append(order.pop(0))
+        for name, run in order:
             begin = time.perf_counter()
             run()
             if turn:

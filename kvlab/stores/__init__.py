@@ -1,7 +1,8 @@
-"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in Redis (`redis`)."""
+"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in Redis (`redis`, over `wire`)."""
 
 from kvlab.stores.base import Health, Store, StoreStats, Value
+from kvlab.stores.behind import WriteBehind
 from kvlab.stores.memory import MemoryStore
 from kvlab.stores.redis import RedisStore
 
-__all__ = ["Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value"]
+__all__ = ["Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value", "WriteBehind"]

@@ -36,7 +36,12 @@ ABSENT = "absent"
 
 @dataclass
 class StoreStats:
-    """Counters since the store was made. `misses` and `drops` are by reason."""
+    """Counters since the store was made. `misses`, `drops` and `faults` are by reason.
+
+    Misses and drops count values. Faults count round trips that failed, those of `probe`,
+    `touch_many` and `delete_many` included, which are no requests: when a store is down, an
+    engine that probes first never gets as far as a miss.
+    """
 
     requested: int = 0
     hits: int = 0
@@ -44,6 +49,7 @@ class StoreStats:
     offered: int = 0
     stored: int = 0
     drops: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -66,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """Fetch values, in the order of `keys`; None for a miss.
 
@@ -75,6 +81,8 @@ class Store(ABC):
                 that part is returned; a value that does not fit is a miss ("too_big"). The
                 caller owns the buffers, and no later call touches them. Without it, each
                 value is a `bytes` of its own.
+            why: a list to which one word a key is added: the reason that a miss was counted
+                under, "" for a hit.
         """
 
     @abstractmethod
@@ -84,6 +92,14 @@ class Store(ABC):
     @abstractmethod
     def probe(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix of `keys` that is present now, in one round trip. Counts as no request."""
+
+    @abstractmethod
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys are there, in one round trip; those that are live as long again as if just written.
+
+        For blocks that are used without being fetched: a chain's root must not expire before its
+        leaves. Advice like `probe`, and like it no request.
+        """
 
     @abstractmethod
     def delete_many(self, keys: Sequence[bytes]) -> int:

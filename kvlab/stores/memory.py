@@ -48,12 +48,16 @@ class MemoryStore(Store):
         self._closed = False
 
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`. A hit also renews the entry's TTL."""
         check_buffers(keys, out)
         with self._lock:
-            return [self._get(key, None if out is None else out[i]) for i, key in enumerate(keys)]
+            reasons: list[str] = []
+            got = [self._get(key, None if out is None else out[i], reasons) for i, key in enumerate(keys)]
+        if why is not None:
+            why += reasons
+        return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`."""
@@ -77,6 +81,11 @@ class MemoryStore(Store):
                 if self._alive(key) is None:
                     return i
             return len(keys)
+
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See `Store.touch_many`."""
+        with self._lock:
+            return [self._renew(key) for key in keys]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
@@ -102,17 +111,24 @@ class MemoryStore(Store):
             self._entries.clear()
             self._closed = True
 
-    def _get(self, key: bytes, out: memoryview | None) -> bytes | memoryview | None:
+    def _get(self, key: bytes, out: memoryview | None, reasons: list[str]) -> bytes | memoryview | None:
         self._stats.requested += 1
         value = self._alive(key)
         got = None if value is None else place(value, out)
+        reasons.append("closed" if self._closed else ABSENT if value is None else "too_big" if got is None else "")
         if value is None or got is None:
-            self._stats.misses["closed" if self._closed else ABSENT if value is None else "too_big"] += 1
+            self._stats.misses[reasons[-1]] += 1
             return None
         self._entries[key] = (value, self._deadline())
         self._stats.hits += 1
         self._stats.bytes_out += len(value)
         return got
+
+    def _renew(self, key: bytes) -> bool:
+        value = self._alive(key)
+        if value is not None:
+            self._entries[key] = (value, self._deadline())
+        return value is not None
 
     def _alive(self, key: bytes) -> bytes | None:
         value, deadline = self._entries.get(key, (None, 0.0))

@@ -1,26 +1,27 @@
 """Blocks in Redis: one key a block, batched, with a TTL, and every fault a counted miss.
 
-redis-py with hiredis does the talking. Its defaults suit a database, not a cache in front of
-a model, so they are replaced: short timeouts and no client retries (the fallback is to
-recompute, which must not wait), RESP2 (with RESP3 redis-py drops the guard that notices
-left-over bytes on a pooled connection), a bounded pool.
+What this module decides is what a cache in front of a model needs, and a database client would
+not do: each call has one deadline, nothing is retried (the fallback is to recompute, which must
+not wait), and a server that does not answer is left alone for a while. How the bytes move is in
+`wire`, when to leave a server alone in `breaker`.
 
-fakeredis, a Redis inside this process, is the same code with another client: `fakeredis://`.
+fakeredis, a Redis inside this process, is the same store over another link: `fakeredis://`.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 import threading
+import time
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from kvlab.errors import ConfigError
 from kvlab.stores.base import (
@@ -32,37 +33,54 @@ from kvlab.stores.base import (
     check_buffers,
     check_pairs,
     check_ttl,
-    joined,
     pieces,
-    place,
 )
+from kvlab.stores.breaker import Breaker
+from kvlab.stores.wire import MAX_VALUE_BYTES, Command, FakeLink, Link, NoConnection, Reply, TooBig
 
-SCHEMES = ("redis", "rediss", "unix", "fakeredis")
-KEY_PREFIX = b"kv:"
-WINDOW_BYTES = 64 << 20
-WINDOW_KEYS = 64
-MAX_VALUE_BYTES = 64 << 20
+SCHEMES: Final = ("redis", "rediss", "unix", "fakeredis")
+KEY_PREFIX: Final = b"kv:"
+COMMANDS: Final = ("GET", "SET", "DEL", "EXISTS", "PEXPIRE", "INFO")
+"""All that the store ever asks of a server: the rights that its ACL user needs."""
+WINDOW_BYTES: Final = 16 << 20  # more replies at once fall out of the server's cache: measured, docs/02
+WINDOW_KEYS: Final = 1024
+SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
+_LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
+
+_Answer = bytes | memoryview | str | None
+"""A value, None for a key that is not there, or the reason why nothing is known."""
 
 _fake_servers: dict[str, Any] = {}
+_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
 
 # First match wins: in redis-py an authentication error is a ConnectionError too.
-_REASONS: tuple[tuple[type[BaseException], str], ...] = (
+_REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
+    (TooBig, "too_big"),
+    (NoConnection, "pool"),
     (redis.AuthenticationError, "auth"),
     (redis.exceptions.NoPermissionError, "auth"),
     (redis.TimeoutError, "timeout"),
+    (TimeoutError, "timeout"),
     (redis.BusyLoadingError, "loading"),
+    (redis.exceptions.MasterDownError, "loading"),
     (redis.ReadOnlyError, "readonly"),
     (redis.exceptions.OutOfMemoryError, "oom"),
     (redis.exceptions.InvalidResponse, "protocol"),
     (redis.ConnectionError, "conn"),
-    (redis.ResponseError, "response"),
     (OSError, "conn"),
 )
+_BY_WORD: Final = {"BUSY": "busy", "MISCONF": "misconf"}  # error replies that redis-py has no class for
+_LINK_FAULTS: Final = {"timeout", "conn", "protocol", "loading", "busy", "error"}
+_WRITE_FAULTS: Final = {"oom", "readonly", "misconf", "auth"}
+_OF_ONE_KEY: Final = {"too_big", "response"}
 
 
 def reason_of(error: BaseException) -> str:
-    """The counter that a fault of the client library belongs to."""
-    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), "error")
+    """The counter that a fault belongs to."""
+    known = next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
+    if known is None and isinstance(error, redis.ResponseError):
+        known = _BY_WORD.get(str(error).partition(" ")[0], "response")
+    return known or "error"
 
 
 class RedisStore(Store):
@@ -71,65 +89,94 @@ class RedisStore(Store):
     Args:
         url: redis://host:port/db, rediss:// (TLS), unix:///path/to.sock, all with an optional
             user:password@; or fakeredis:// for one in this process, which fakeredis://NAME
-            shares between all stores of the process that use the same name.
+            shares between all stores of the process that use the same name. A private CA is
+            named by rediss://…?ssl_ca_certs=FILE.
         ttl_s: how long a value lives after it was last written or read; None keeps it until
-            the server evicts it.
-        timeout_s: for connecting and for each read or write on the socket.
-        max_connections: the pool's bound; further threads wait for at most `timeout_s`.
+            the server evicts it, and is the choice for a user who may only read.
+        deadline_s: for a whole call: connecting, waiting, sending, receiving. Large calls get
+            one second more for each 50 MB, because no slower wire is worth asking.
+        max_connections: the bound of the pool; further threads wait inside their deadline.
+        clock: what the breakers go by; tests bring their own.
 
     Nothing is connected until the first call: an unreachable server shows in `health()` and
-    in the counters, not as an error.
+    in the counters, not as an error. After three faults in a row the server is left alone for
+    a second (`Breaker`); after three refused writes, writes are.
 
     Raises:
-        ConfigError: an unknown scheme, or a TTL or timeout that is not positive.
+        ConfigError: an unknown scheme, or a TTL, deadline or bound that is not positive.
     """
 
     def __init__(
-        self, url: str = "fakeredis://", ttl_s: float | None = None, timeout_s: float = 0.5, max_connections: int = 16
+        self,
+        url: str = "fakeredis://",
+        ttl_s: float | None = None,
+        deadline_s: float = 0.25,
+        max_connections: int = 16,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_ttl(ttl_s)
-        if not timeout_s > 0:
-            raise ConfigError(f"expected a positive timeout in seconds, got {timeout_s}")
+        if not deadline_s > 0:
+            raise ConfigError(f"expected a positive deadline in seconds, got {deadline_s}")
+        if not max_connections >= 1:
+            raise ConfigError(f"expected at least one connection, got {max_connections}")
         self.url = url
         self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
-        self._client = _client(url, timeout_s, max_connections)
+        self._deadline_s = deadline_s
+        self._link = _link(url, max_connections)
+        self.breaker = Breaker(clock=clock)
+        self.write_breaker = Breaker(clock=clock)
+        self._clock = clock
         self._stats = StoreStats()
-        self._lock = threading.Lock()  # guards the counters; the client has its own
+        self._lock = threading.Lock()  # guards the counters and the limit
+        self._limit, self._limit_until = MAX_VALUE_BYTES, -1.0
+        self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
         self._closed = False
+        _stores.add(self)
 
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
-        """See `Store.get_many`. A hit renews the TTL of its whole batch, so a chain's root outlives its leaves."""
+        """See `Store.get_many`. Hits renew their TTL, in the same round trip.
+
+        One round trip for each 16 MiB: of buffers, or of values as large as those seen lately.
+        """
         check_buffers(keys, out)
         got: list[bytes | memoryview | None] = []
-        reasons: Counter[str] = Counter()
-        for start in range(0, len(keys), WINDOW_KEYS):
-            part = [KEY_PREFIX + key for key in keys[start : start + WINDOW_KEYS]]
-            for i, value in enumerate(self._fetch(part), start):
-                placed = place(value, None if out is None else out[i]) if isinstance(value, bytes) else None
-                got.append(placed)
-                if placed is None:
-                    reasons["too_big" if isinstance(value, bytes) else value] += 1
+        reasons: list[str] = []
+        self._link.deadline.start(self._deadline_s)
+        fault: str | None = None
+        while len(got) < len(keys):
+            count = self._read_window(len(got), len(keys), out)
+            part = keys[len(got) : len(got) + count]
+            asked = self._get(part, out and out[len(got) : len(got) + count]) if fault is None else [fault] * count
+            for answer in asked:
+                if isinstance(answer, str) and answer not in _OF_ONE_KEY:
+                    fault = answer  # nor would the server answer the next window
+                reasons.append((answer or ABSENT) if isinstance(answer, str | None) else "")
+                got.append(None if isinstance(answer, str) else answer)
+        misses = Counter(filter(None, reasons))
         with self._lock:
             self._stats.requested += len(keys)
-            self._stats.misses += reasons
-            self._stats.hits += len(keys) - reasons.total()
+            self._stats.misses += misses
+            self._stats.hits += len(keys) - misses.total()
             self._stats.bytes_out += sum(len(v) for v in got if v is not None)
+        if why is not None:
+            why += reasons
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`. A value over 64 MiB is dropped before a byte of it is sent."""
+        """See `Store.put_many`. A value too large for the server is dropped before a byte of it is sent."""
         check_pairs(keys, values, "value")
         stored, stored_bytes, drops = 0, 0, Counter[str]()
-        for batch in _windows(keys, values):
-            fitting = [(k, v) for k, v in batch if len(v) <= MAX_VALUE_BYTES]
-            drops["too_big"] += len(batch) - len(fitting)
-            for (_, value), fault in zip(fitting, self._send(fitting), strict=True):
-                if fault:
-                    drops[fault] += 1
+        self._link.deadline.start(self._deadline_s)
+        limit = self._value_limit() if keys else 0
+        for window in _windows(keys, values):
+            sizes = [sum(map(_nbytes, pieces(value))) for _, value in window]
+            for size, answer in zip(sizes, self._put(window, sizes, limit), strict=True):
+                if answer is None:
+                    stored, stored_bytes = stored + 1, stored_bytes + size
                 else:
-                    stored, stored_bytes = stored + 1, stored_bytes + len(value)
+                    drops[answer] += 1
         with self._lock:
             self._stats.offered += len(keys)
             self._stats.stored += stored
@@ -139,36 +186,39 @@ class RedisStore(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`. 0 when the server does not answer."""
-        if self._closed or not keys:
-            return 0
-        try:
-            pipe = self._client.pipeline(transaction=False)
-            for key in keys:
-                pipe.exists(KEY_PREFIX + key)
-            answers = pipe.execute(raise_on_error=False)
-        except Exception:  # advice only: no answer means "plan without the store"
-            return 0
+        answers = self._advice([(b"EXISTS", KEY_PREFIX + key) for key in keys])
         return next((i for i, there in enumerate(answers) if there != 1), len(keys))
+
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See `Store.touch_many`. All False when the server does not answer."""
+        return [answer == 1 for answer in self._advice(list(map(self._touch, keys)))]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. 0 when the server does not answer."""
-        if self._closed or not keys:
-            return 0
-        try:
-            return int(self._client.delete(*(KEY_PREFIX + key for key in keys)))
-        except Exception:  # a cache entry that stays is only stale space
-            return 0
+        answers = self._advice([(b"DEL", KEY_PREFIX + key) for key in keys])
+        return sum(answer == 1 for answer in answers)
 
     def health(self) -> Health:
-        """See `Store.health`."""
+        """See `Store.health`. Tries every command that the store uses, on a key of its own that expires at once.
+
+        A worker that may only read is not healthy by this measure; its line says "reads work".
+        """
         where = _without_password(self.url)
         if self._closed:
             return Health(False, f"{where}: closed")
-        try:
-            self._client.ping()
-        except Exception as error:  # every kind of fault is the answer here
-            return Health(False, f"{where}: {reason_of(error)}: {error}")
-        return Health(True, f"{where}: answers")
+        key = KEY_PREFIX + b"health:" + os.urandom(8).hex().encode()
+        trials: list[Command] = [(b"GET", key), (b"EXISTS", key), (b"SET", key, b"", b"PX", b"1000")]
+        trials += [(b"PEXPIRE", key, b"1000"), (b"DEL", key)]
+        if isinstance(self._link, Link):
+            trials.append((b"INFO", b"memory"))
+        self._link.deadline.start(self._deadline_s)
+        replies = self._link.exchange(trials)
+        faults = [reply for reply in replies if isinstance(reply, Exception)]
+        self.breaker.record(not any(reason_of(fault) in _LINK_FAULTS for fault in faults))
+        if not faults:
+            return Health(True, f"{where}: answers")
+        reads = "" if isinstance(replies[0], Exception) or isinstance(replies[1], Exception) else "reads work, but "
+        return Health(False, f"{where}: {reads}{reason_of(faults[0])}: {' '.join(str(faults[0]).split())}")
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -178,79 +228,157 @@ class RedisStore(Store):
     def close(self) -> None:
         """See `Store.close`."""
         self._closed = True
-        self._client.close()
+        self._link.close()
 
-    def _fetch(self, keys: list[bytes]) -> list[bytes | str]:
-        """Each key's value, or the reason why there is none; one round trip."""
-        if self._closed:
-            return ["closed"] * len(keys)
-        try:
-            pipe = self._client.pipeline(transaction=False)
-            pipe.mget(keys)
-            if self._ttl_ms is not None:
-                for key in keys:
-                    pipe.pexpire(key, self._ttl_ms)
-            values = pipe.execute(raise_on_error=False)[0]
-            if isinstance(values, Exception):
-                raise values
-            if not isinstance(values, list) or len(values) != len(keys):
-                return ["protocol"] * len(keys)
-            return [v if isinstance(v, bytes) else ABSENT if v is None else "protocol" for v in values]
-        except Exception as error:  # a broken parser raises anything, RecursionError included
-            return [reason_of(error)] * len(keys)
+    def renew_after_fork(self) -> None:
+        """Called in the child of a fork: locks may be held by threads that it does not have."""
+        self._lock = threading.Lock()
+        self.breaker.renew()
+        self.write_breaker.renew()
+        self._link.renew()
 
-    def _send(self, batch: list[tuple[bytes, bytes]]) -> list[str | None]:
+    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> Sequence[_Answer]:
+        """Each key's value, None where there is none, or the reason why it is not known."""
+        commands: list[Command] = [(b"GET", KEY_PREFIX + key) for key in keys]
+        if self._ttl_ms is not None:
+            commands += map(self._touch, keys)
+        replies = self._exchange(commands, out)
+        refused = any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(keys) :])
+        if refused:  # chains would die of age with nobody noticing: such a user needs ttl_s=None
+            return ["auth"] * len(keys)
+        got = [_value(reply) for reply in replies[: len(keys)]]
+        sizes = [len(value) for value in got if isinstance(value, bytes | memoryview)]
+        if sizes:
+            self._value_bytes = max(sizes)
+        return got
+
+    def _put(self, window: list[tuple[bytes, Value]], sizes: list[int], limit: int | str) -> list[str | None]:
         """Store a window; per value None, or why it was dropped."""
-        if self._closed or not batch:
-            return ["closed"] * len(batch)
+        if isinstance(limit, str):
+            return [limit] * len(window)
+        fitting = [pair for pair, size in zip(window, sizes, strict=True) if size <= limit]
+        answers = iter(self._set(fitting, sum(size for size in sizes if size <= limit)))
+        return ["too_big" if size > limit else next(answers) for size in sizes]
+
+    def _set(self, pairs: list[tuple[bytes, Value]], nbytes: int) -> list[str | None]:
+        if not pairs:
+            return []
+        if not self.write_breaker.allow():
+            return ["breaker"] * len(pairs)
+        expiry = () if self._ttl_ms is None else (b"PX", b"%d" % self._ttl_ms)
+        self._link.deadline.extend(nbytes)
+        replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs])
+        answers = [None if reply in (True, b"OK") else _reason(reply) for reply in replies]
+        refused = any(answer in _WRITE_FAULTS for answer in answers)
+        self.write_breaker.record(True if None in answers else False if refused else None)
+        return answers
+
+    def _advice(self, commands: list[Command]) -> list[Reply]:
+        """Replies to a call that counts as no request."""
+        self._link.deadline.start(self._deadline_s)
+        return self._exchange(commands)
+
+    def _exchange(self, commands: list[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+        """One round trip, if the breaker lets it through. Says afterwards how the link did."""
+        if self._closed or not commands:
+            return [_Refused("closed")] * len(commands)
+        if not self.breaker.allow():
+            self._count_fault({"breaker"})
+            return [_Refused("breaker")] * len(commands)
+        verdict: bool | None = None
         try:
-            pipe = self._client.pipeline(transaction=False)
-            for key, value in batch:
-                pipe.set(KEY_PREFIX + key, value, px=self._ttl_ms)
-            answers = pipe.execute(raise_on_error=False)
-        except Exception as error:
-            return [reason_of(error)] * len(batch)
-        return [None if a is True else reason_of(a) if isinstance(a, Exception) else "protocol" for a in answers]
+            replies = self._link.exchange(commands, out)
+            reasons = {_reason(reply) for reply in replies if isinstance(reply, Exception)}
+            no_login = any(isinstance(reply, redis.AuthenticationError) for reply in replies)
+            verdict = None if "pool" in reasons else not (no_login or reasons & _LINK_FAULTS)
+        finally:
+            self.breaker.record(verdict)
+        self._count_fault(reasons)
+        return replies
+
+    def _count_fault(self, reasons: set[str]) -> None:
+        reasons = reasons - _OF_ONE_KEY
+        if reasons:
+            with self._lock:
+                self._stats.faults[min(reasons)] += 1
+
+    def _touch(self, key: bytes) -> Command:
+        """Renews a TTL where there is one; the answer is 1 if the key is there."""
+        if self._ttl_ms is None:
+            return (b"EXISTS", KEY_PREFIX + key)
+        return (b"PEXPIRE", KEY_PREFIX + key, b"%d" % self._ttl_ms)
+
+    def _read_window(self, start: int, stop: int, out: Sequence[memoryview] | None) -> int:
+        """How many keys to ask for at once."""
+        count, size = 0, 0
+        while start + count < stop and count < WINDOW_KEYS:
+            size += self._value_bytes if out is None else out[start + count].nbytes
+            if count and size > WINDOW_BYTES:
+                break
+            count += 1
+        return count
+
+    def _value_limit(self) -> int | str:
+        """The most bytes a value may have here, or why that cannot be known."""
+        with self._lock:
+            if isinstance(self._link, FakeLink) or self._clock() < self._limit_until:
+                return self._limit
+        (reply,) = self._exchange([(b"INFO", b"memory")])
+        found = re.search(rb"^maxmemory:(\d+)", reply, re.MULTILINE) if isinstance(reply, bytes) else None
+        if found is None:
+            return _reason(reply)
+        with self._lock:
+            share = int(found[1]) // SHARE_OF_MEMORY
+            self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
+            self._limit_until = self._clock() + _LIMIT_AGE_S
+            return self._limit
 
 
-def _windows(keys: Sequence[bytes], values: Sequence[Value]) -> Iterator[list[tuple[bytes, bytes]]]:
+class _Refused(Exception):
+    """A command that was not sent; the text is the reason."""
+
+
+def _reason(reply: Reply) -> str:
+    """Why a reply is not the one hoped for."""
+    if isinstance(reply, _Refused):
+        return str(reply)
+    return reason_of(reply) if isinstance(reply, Exception) else "protocol"
+
+
+def _value(reply: Reply) -> _Answer:
+    return reply if isinstance(reply, bytes | memoryview | None) else _reason(reply)
+
+
+def _nbytes(piece: bytes | memoryview) -> int:
+    return memoryview(piece).nbytes
+
+
+def _windows(keys: Sequence[bytes], values: Sequence[Value]) -> Iterator[list[tuple[bytes, Value]]]:
     """Split a batch so that at most `WINDOW_BYTES` and `WINDOW_KEYS` are in flight; a value alone may be larger."""
-    batch: list[tuple[bytes, bytes]] = []
+    window: list[tuple[bytes, Value]] = []
     size = 0
     for key, value in zip(keys, values, strict=True):
-        length = sum(len(p) for p in pieces(value))
-        if batch and (len(batch) == WINDOW_KEYS or size + length > WINDOW_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append((key, joined(value)))
+        length = sum(map(_nbytes, pieces(value)))
+        if window and (len(window) == WINDOW_KEYS or size + length > WINDOW_BYTES):
+            yield window
+            window, size = [], 0
+        window.append((key, value))
         size += length
-    if batch:
-        yield batch
+    if window:
+        yield window
 
 
-def _client(url: str, timeout_s: float, max_connections: int) -> Any:
-    scheme = _checked_scheme(url)
-    if scheme == "fakeredis":
+def _link(url: str, max_connections: int) -> Link | FakeLink:
+    if _checked_scheme(url) == "fakeredis":
         import fakeredis  # here: with a real server nobody needs it
 
         name = urlsplit(url).netloc
         server = _fake_servers.setdefault(name, fakeredis.FakeServer()) if name else fakeredis.FakeServer()
-        return fakeredis.FakeRedis(server=server)
+        return FakeLink(fakeredis.FakeRedis(server=server))
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=timeout_s,
-            protocol=2,
-            decode_responses=False,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-        pool.connection_class(**pool.connection_kwargs)  # connects nowhere; an unknown setting shows here
-    except (ValueError, TypeError) as error:
+        return Link(url, max_connections)
+    except (ValueError, TypeError, redis.RedisError) as error:
         raise ConfigError(f"not a usable store URL: {_without_password(url)!r} ({error})") from error
-    return redis.Redis.from_pool(pool)  # the client owns the pool: closing it closes the connections
 
 
 def _checked_scheme(url: str) -> str:
@@ -277,3 +405,12 @@ def _without_password(url: str) -> str:
 
 def _starred(match: re.Match[str]) -> str:
     return f"{match[1]}:***@" if match[2] is None else f"{match[2]}***"
+
+
+def _renew_all() -> None:
+    for store in list(_stores):
+        store.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

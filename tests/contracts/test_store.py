@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
+import redis
 
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.stores.wire import FakeLink
 from tests.contracts.conftest import FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, FakeClock, StoreKind
 from tests.servers import RedisServer
 
@@ -227,6 +229,15 @@ def test_delete_counts_what_was_there(store: Store) -> None:
     assert store.delete_many(keys) == 0
 
 
+def test_touch_says_what_is_there(store: Store) -> None:
+    keys, values = named(4)
+    store.put_many(keys[1:3], values[1:3])
+    before = store.stats()
+    assert store.touch_many([keys[2], keys[0], keys[1], keys[2]]) == [True, False, True, True]
+    assert store.touch_many([]) == []
+    assert store.stats() == before
+
+
 # --- counters -----------------------------------------------------------------------------------
 def test_every_request_and_offer_is_counted_once(store: Store) -> None:
     store.put_many([b"a", b"b"], [b"one", (b"th", b"ree")])
@@ -236,6 +247,17 @@ def test_every_request_and_offer_is_counted_once(store: Store) -> None:
     assert (stats.requested, stats.hits, stats.misses) == (7, 4, Counter(absent=2, too_big=1))
     assert (stats.offered, stats.stored, stats.drops) == (2, 2, Counter())
     assert (stats.bytes_in, stats.bytes_out) == (8, 14)
+
+
+def test_each_miss_says_why(store: Store) -> None:
+    store.put_many([b"a", b"b"], [b"one", b"three"])
+    why = ["before"]
+    store.get_many([b"a", b"x"], why=why)
+    store.get_many([b"b", b"a", b"x"], buffers(3, 3, 3), why)
+    assert why == ["before", "", "absent", "too_big", "", "absent"]
+    store.close()
+    store.get_many([b"a"], why=why)
+    assert why[-1] == "closed"
 
 
 def test_stats_are_a_copy(store: Store) -> None:
@@ -351,9 +373,14 @@ class Aging:
     age: Callable[[float], None]
 
 
+def plain_client(store: RedisStore) -> redis.Redis:
+    """A client that sees what the store sees."""
+    return store._link._client if isinstance(store._link, FakeLink) else redis.Redis.from_url(store.url)
+
+
 def _age_redis(store: RedisStore, seconds: float) -> None:
     """Shorten what is left of every key's life, as so much passing time would."""
-    client = store._client
+    client = plain_client(store)
     for key in client.scan_iter():
         left = client.pttl(key) - round(seconds * 1000)
         client.pexpire(key, left) if left > 0 else client.delete(key)
@@ -410,6 +437,16 @@ def test_a_read_renews_every_hit_of_its_batch(aging: Aging) -> None:
     assert store.get_many(keys) == values
 
 
+def test_a_touch_renews_the_ttl(aging: Aging) -> None:
+    store = aging.store
+    store.put_many([b"touched", b"left"], [b"one", b"two"])
+    for _ in range(3):
+        aging.age(60)
+        store.touch_many([b"touched"])
+    assert store.touch_many([b"touched", b"left"]) == [True, False]
+    assert store.get_many([b"touched", b"left"]) == [b"one", None]
+
+
 def test_without_ttl_entries_stay(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> None:
     clock = FakeClock()
     settings = {"clock": clock} if own_store_kind is MEMORY else {}
@@ -418,7 +455,7 @@ def test_without_ttl_entries_stay(own_store_kind: StoreKind, request: pytest.Fix
         _advance(clock, 1e9)
         assert store.get_many([b"a"]) == [b"one"]
         if isinstance(store, RedisStore):
-            assert store._client.pttl(b"kv:a") == -1
+            assert plain_client(store).pttl(b"kv:a") == -1
 
 
 @pytest.mark.parametrize(
@@ -450,10 +487,10 @@ def test_an_endless_ttl_is_no_ttl_or_refused() -> None:
     assert store.get_many([b"a"]) == [b"one"]
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_a_timeout_that_is_not_positive_is_refused(timeout: float) -> None:
-    with pytest.raises(ConfigError, match="positive timeout"):
-        RedisStore(timeout_s=timeout)
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_deadline_that_is_not_positive_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="positive deadline"):
+        RedisStore(deadline_s=seconds)
 
 
 @pytest.mark.parametrize(
@@ -532,13 +569,14 @@ def test_a_value_over_the_limit_is_dropped_and_counted(monkeypatch: pytest.Monke
 def test_bytes_in_flight_are_bounded_by_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlab.stores.redis.WINDOW_BYTES", 1000)
     sizes: list[int] = []
-    send = RedisStore._send
+    send = RedisStore._set
 
-    def spying(self: RedisStore, batch: list[tuple[bytes, bytes]]) -> list[str | None]:
-        sizes.append(sum(len(value) for _, value in batch))
-        return send(self, batch)
+    def spying(self: RedisStore, pairs: list[tuple[bytes, bytes]], nbytes: int) -> list[str | None]:
+        assert nbytes == sum(len(value) for _, value in pairs)
+        sizes.append(nbytes)
+        return send(self, pairs, nbytes)
 
-    monkeypatch.setattr(RedisStore, "_send", spying)
+    monkeypatch.setattr(RedisStore, "_set", spying)
     keys, _ = named(9)
     with RedisStore() as store:
         store.put_many(keys, [b"x" * 400] * 8 + [b"x" * 5000])

@@ -124,7 +124,9 @@ class DownStore(MemoryStore):
     def probe(self, keys: Sequence[bytes]) -> int:
         return len(keys)
 
-    def get_many(self, keys: Sequence[bytes], out: Any = None) -> list[Any]:
+    def get_many(self, keys: Sequence[bytes], out: Any = None, why: Any = None) -> list[Any]:
+        if why is not None:
+            why += ["absent"] * len(keys)
         return [None] * len(keys)
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
@@ -148,8 +150,15 @@ class LyingStore(MemoryStore):
         super().put_many([keys[i] for i in kept], [values[i] for i in kept])
         return self.rng.randint(0, len(keys))
 
-    def get_many(self, keys: Sequence[bytes], out: Any = None) -> list[Any]:
-        return [self.told(value) for value in super().get_many(keys, out)]
+    def get_many(self, keys: Sequence[bytes], out: Any = None, why: Any = None) -> list[Any]:
+        reasons: list[str] = []
+        told = [self.told(value) for value in super().get_many(keys, None, reasons)]
+        if why is not None:
+            why += [
+                "absent" if value is None and not reason else reason
+                for value, reason in zip(told, reasons, strict=True)
+            ]
+        return told
 
     def told(self, value: Any) -> Any:
         if value is None or self.rng.random() < 0.8:
@@ -179,7 +188,7 @@ def test_a_store_that_is_down_changes_no_token(
 
 def check_lies(model: Llama, owner: KVSpec | Llama, prompts: Prompts, plain: list[list[int]], rounds: int) -> None:
     """Whatever the store says, tokens stay, and every lie is a miss with a reason."""
-    store = LyingStore(seed=rounds)
+    store = LyingStore(seed=rounds + 1)
     cache = DistributedKVCache(precision="fp32", compress=False, store=store, model=owner, block_tokens=SMALL_BLOCK)
     for _ in range(rounds):
         assert tokens_of(model, prompts, len(plain[0]), cache) == plain

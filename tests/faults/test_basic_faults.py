@@ -55,7 +55,7 @@ def load_all(cache: DistributedKVCache) -> int:
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     """A Redis that works; what it holds is the problem."""
     url = "fakeredis://" if request.param == "fakeredis" else request.getfixturevalue("redis_server").url
-    with RedisStore(url, timeout_s=30) as made:
+    with RedisStore(url, deadline_s=30) as made:
         yield made
 
 
@@ -85,7 +85,7 @@ def saved_by_torch(value: object, **options: Any) -> bytes:
 
 RECORD = joined(record.encode(KV[:, :, :, LOST * B : (LOST + 1) * B], KEYS[LOST], Format()))
 FOREIGN = joined(record.encode(KV[:, :, :, :B], KEYS[0], Format()))
-BLOCK = KV[:, :, :, :B]
+BLOCK = KV[:, :, :, :B].clone()
 BAD_VALUES = {
     "empty": (b"", "length"),
     "text": (b"not a record " * 20, "magic"),
@@ -101,6 +101,7 @@ BAD_VALUES = {
     "other precision": (tampered(RECORD, 7, b"\x02"), "precision"),
     "other shape": (tampered(RECORD, 16, struct.pack("<5I", 2, 2, 2, 4, 16)), "dims"),
     "other seal": (tampered(RECORD, 9, b"\x02"), "key_id"),
+    "larger than any record": (RECORD + bytes(1 << 20), "too_big"),
     "payload twice": (RECORD + RECORD[128:], "length"),
     "one byte more": (RECORD + b"\0", "length"),
     "last byte flipped": (flipped(RECORD, len(RECORD) - 1), "checksum"),
@@ -238,7 +239,7 @@ def test_a_forged_size_of_a_text_record_is_a_miss(store: Store, dims: str, codec
 @pytest.mark.parametrize("kind", ["list", "hash", "set", "stream"])
 def test_a_redis_value_of_another_type_is_a_miss(redis_server: RedisServer, kind: str) -> None:
     client = redis_server.client()
-    cache = cache_over(RedisStore(redis_server.url, ttl_s=100, timeout_s=30))
+    cache = cache_over(RedisStore(redis_server.url, ttl_s=100, deadline_s=30))
     cache.save(TOKENS, KV)
     name = b"kv:" + KEYS[LOST]
     client.delete(name)
@@ -249,7 +250,7 @@ def test_a_redis_value_of_another_type_is_a_miss(redis_server: RedisServer, kind
         "stream": lambda: client.xadd(name, {"field": RECORD}),
     }[kind]()
     assert load_all(cache) == LOST
-    assert cache.stats().misses == Counter(absent=1, gap=BLOCKS - LOST - 1)
+    assert cache.stats().misses == Counter(response=1, gap=BLOCKS - LOST - 1)
     assert cache.save(TOKENS, KV, start=LOST * B) == BLOCKS - LOST
     assert load_all(cache) == BLOCKS
     cache.close()
@@ -276,16 +277,24 @@ def test_generation_repairs_what_it_finds_broken(store: Store) -> None:
 def check_is_no_help(cache: DistributedKVCache, reason: str) -> None:
     """Every call is answered, nothing comes back, and the store's counters say why."""
     before = cache.store.stats()
-    assert cache.match(TOKENS) == 0
-    assert load_all(cache) == 0
-    assert cache.save(TOKENS, KV) == 0
-    assert cache.store.delete_many(KEYS) == 0
+    calls = (lambda: cache.match(TOKENS), lambda: load_all(cache), lambda: cache.save(TOKENS, KV))
+    for call in (*calls, lambda: cache.store.delete_many(KEYS)):
+        heal_breakers(cache)  # each call as if it were the first
+        assert call() == 0
     after = cache.store.stats()
     assert after.misses - before.misses == Counter({reason: BLOCKS})
     assert after.drops - before.drops == Counter({reason: BLOCKS})
     assert after.hits == before.hits
     health = cache.health()
     assert not health.ok and f" {reason}: " in health.detail and "\n" not in health.detail
+    heal_breakers(cache)
+
+
+def heal_breakers(cache: DistributedKVCache) -> None:
+    """Forget earlier faults; how breakers work has tests of its own."""
+    assert isinstance(cache.store, RedisStore)
+    cache.store.breaker.renew()
+    cache.store.write_breaker.renew()
 
 
 def check_works_again(cache: DistributedKVCache) -> None:
@@ -339,6 +348,7 @@ def test_generation_with_a_redis_that_is_killed_goes_on(own_server: RedisServer)
     run = generate(model, prompt, 8, cache)
     assert (run.tokens, run.cached_tokens, run.saved_blocks) == (plain, 0, 0)
     own_server.start()
+    heal_breakers(cache)
     for cached in (0, 7 * B):
         run = generate(model, prompt, 8, cache)
         assert (run.tokens, run.cached_tokens) == (plain, cached)
@@ -358,7 +368,7 @@ def test_a_redis_killed_half_way_is_only_misses_until_it_is_back(own_server: Red
 
 @pytest.mark.redis
 def test_a_redis_that_restarted_unnoticed_costs_nothing_but_its_contents(own_server: RedisServer) -> None:
-    cache = cache_over(RedisStore(own_server.url, timeout_s=30))
+    cache = cache_over(RedisStore(own_server.url, deadline_s=30))
     check_works_again(cache)
     own_server.kill()
     own_server.start()
@@ -369,7 +379,7 @@ def test_a_redis_that_restarted_unnoticed_costs_nothing_but_its_contents(own_ser
 
 @pytest.mark.redis
 def test_a_frozen_redis_is_bounded_misses_until_it_wakes(own_server: RedisServer) -> None:
-    cache = cache_over(RedisStore(own_server.url, timeout_s=TIMEOUT_S))
+    cache = cache_over(RedisStore(own_server.url, deadline_s=TIMEOUT_S))
     check_works_again(cache)
     own_server.stop()
     calls = 5
@@ -390,7 +400,7 @@ def wait_for(there: Callable[[], bool], seconds: float = 30) -> None:
 @pytest.mark.redis
 def test_answers_that_come_too_late_are_never_taken_for_others(own_server: RedisServer) -> None:
     """A frozen server answers old questions when it wakes; the connection must not be used again."""
-    store = RedisStore(own_server.url, timeout_s=TIMEOUT_S, max_connections=1)
+    store = RedisStore(own_server.url, deadline_s=TIMEOUT_S, max_connections=1)
     keys = [b"%d" % i for i in range(20)]
     store.put_many(keys, [b"value of " + key for key in keys])
     own_server.stop()
@@ -413,7 +423,7 @@ def test_a_wrong_password_is_one_line_in_health(login: str) -> None:
         check_is_no_help(cache, "auth")
         assert "wrong" not in cache.health().detail.replace("WRONGPASS", "")
         cache.close()
-        right = cache_over(RedisStore(f"redis://:right@{address}", timeout_s=30))
+        right = cache_over(RedisStore(f"redis://:right@{address}", deadline_s=30))
         check_works_again(right)
         assert ":right@" not in right.health().detail
         right.close()
@@ -421,14 +431,15 @@ def test_a_wrong_password_is_one_line_in_health(login: str) -> None:
 
 @pytest.mark.redis
 def test_a_user_who_may_only_read_reads(own_server: RedisServer) -> None:
-    writer = cache_over(RedisStore(own_server.url, timeout_s=30))
+    writer = cache_over(RedisStore(own_server.url, deadline_s=30))
     writer.save(TOKENS, KV)
-    rights = ["reset", "on", ">pw", "~kv:*", "+mget", "+exists", "+ping", "+client"]
+    rights = ["reset", "on", ">pw", "~kv:*", "resetchannels", "+get", "+exists"]
     own_server.client().execute_command("ACL", "SETUSER", "reader", *rights)
     url = f"redis://reader:pw@127.0.0.1:{own_server.port}"
-    reader = cache_over(RedisStore(url, ttl_s=100, timeout_s=30))
+    reader = cache_over(RedisStore(url, deadline_s=30))
     assert load_all(reader) == BLOCKS
-    assert reader.save(TOKENS, KV) == 0
+    assert reader.save(TOKENS, KV) == reader.stats().kept == BLOCKS
+    assert reader.save(OTHER_TOKENS, OTHER_KV) == 0
     assert reader.store.stats().drops == Counter(auth=BLOCKS)
     assert reader.store.delete_many(KEYS) == 0
     for cache in (reader, writer):
@@ -437,7 +448,7 @@ def test_a_user_who_may_only_read_reads(own_server: RedisServer) -> None:
 
 @pytest.mark.redis
 def test_a_full_redis_drops_saves_and_goes_on_answering(own_server: RedisServer) -> None:
-    cache = cache_over(RedisStore(own_server.url, timeout_s=30))
+    cache = cache_over(RedisStore(own_server.url, deadline_s=30))
     cache.save(TOKENS, KV)
     own_server.client().config_set("maxmemory", 1)
     assert cache.save(OTHER_TOKENS, OTHER_KV) == 0
@@ -449,7 +460,7 @@ def test_a_full_redis_drops_saves_and_goes_on_answering(own_server: RedisServer)
 
 @pytest.mark.redis
 def test_what_redis_evicted_is_a_miss(own_server: RedisServer) -> None:
-    cache = cache_over(RedisStore(own_server.url, timeout_s=30))
+    cache = cache_over(RedisStore(own_server.url, deadline_s=30))
     cache.save(TOKENS, KV)
     client = own_server.client()
     client.config_set("maxmemory-policy", "allkeys-lru")
@@ -464,7 +475,7 @@ def test_what_redis_evicted_is_a_miss(own_server: RedisServer) -> None:
 
 @pytest.mark.redis
 def test_a_read_only_replica_reads(own_server: RedisServer) -> None:
-    cache = cache_over(RedisStore(own_server.url, ttl_s=100, timeout_s=30))
+    cache = cache_over(RedisStore(own_server.url, ttl_s=100, deadline_s=30))
     cache.save(TOKENS, KV)
     own_server.client().replicaof("127.0.0.1", free_port())
     assert load_all(cache) == BLOCKS
@@ -487,7 +498,7 @@ NONSENSE = {
     "an unknown error": (b"-STRANGE things\r\n" * BLOCKS, "response"),
     "loading": (b"-LOADING Redis is loading the dataset in memory\r\n" * BLOCKS, "loading"),
     "nothing": (b"", "timeout"),
-    "half an answer": (b"*4\r\n$100\r\nabc", "timeout"),
+    "half an answer": (b"$100\r\nabc", "timeout"),
     "a promise of a petabyte": (b"$1125899906842624\r\nabc", None),
     "arrays without end": (b"*1\r\n" * 100_000, None),
 }
@@ -497,7 +508,7 @@ NONSENSE = {
 def test_a_server_that_talks_nonsense_is_only_misses(name: str) -> None:
     answer, reason = NONSENSE[name]
     with ScriptedServer(answer) as server:
-        cache = cache_over(RedisStore(server.url, timeout_s=TIMEOUT_S))
+        cache = cache_over(RedisStore(server.url, deadline_s=TIMEOUT_S))
         within(10 * TIMEOUT_S * 3, lambda: check_gives_nothing(cache, reason))
         cache.close()
 
@@ -512,6 +523,6 @@ def check_gives_nothing(cache: DistributedKVCache, reason: str | None) -> None:
 
 def test_a_server_that_hangs_up_is_only_misses() -> None:
     with ScriptedServer(hang_up=True) as server:
-        cache = cache_over(RedisStore(server.url, timeout_s=TIMEOUT_S))
+        cache = cache_over(RedisStore(server.url, deadline_s=TIMEOUT_S))
         check_is_no_help(cache, "conn")
         cache.close()

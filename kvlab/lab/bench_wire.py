@@ -1,0 +1,337 @@
+"""What moving a block to Redis and back costs, beside the bare socket and beside redis-py.
+
+python -m kvlab bench wire --json
+
+"raw" is one blocking socket, one `sendmsg` of a command that was built before, `recv_into` a
+buffer that is used again: nothing in Python can be faster. "redis_py" is redis-py with hiredis
+as it comes: `set(key, bytes)`, `get(key)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import ssl
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+
+from kvlab.errors import KVLabError
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.server import local_redis
+from kvlab.lab.timing import Timings, take_turns
+from kvlab.stores import RedisStore
+from kvlab.stores.redis import KEY_PREFIX
+
+SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
+BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves about so much
+BATCH = 64
+LOOKUP_KEYS = 1024
+DEADLINE_S = 10.0  # a busy machine must not turn a measurement into misses
+
+
+def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
+    """Measure the wire to the server at `url`, or to one started here, over TCP and over a unix socket.
+
+    Args:
+        scale: of the number of repeats.
+
+    Returns:
+        `rows`: by value size, transport and whether the keys are new, GB/s of one value at a
+        time and ratios turn by turn. `batch`: 64 values by one call against one by one.
+        `lookup`: `probe` against one EXISTS at a time. `round_trips`: direction switches on
+        the connection (not for TLS and unix sockets). The keys used are deleted again.
+
+    Raises:
+        KVLabError: the server did not take or give back a value.
+    """
+    with ExitStack() as stack:
+        if url is None:
+            server = stack.enter_context(local_redis())
+            urls = [server.url, server.unix_url]
+        else:
+            urls = [url]
+        timings: list[Timings] = []
+        rows = [_row(u, size, new, scale, timings) for u in urls for size in SIZES for new in (False, True)]
+        batch = [_batch(urls[0], size, scale) for size in (1 << 20, 192 << 10)]
+        lookup = _lookup(urls[0], scale)
+        trips = _round_trips(urls[0]) if urls[0].startswith("redis://") else {}
+    return {
+        "rows": rows,
+        "batch": batch[0],
+        "batch_192_kib": batch[1],
+        "lookup": lookup,
+        "round_trips": trips,
+        "aa_ratio": statistics.median(t.aa_ratio for t in timings),
+        "noisy": any(t.noisy for t in timings),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+class Raw:
+    """One socket to a Redis, blocking, that moves values of one size."""
+
+    def __init__(self, url: str, size: int) -> None:
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.connect(parts.path)
+        else:
+            self.sock = socket.create_connection((parts.hostname or "localhost", parts.port or 6379))
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.tls = parts.scheme == "rediss"
+        if self.tls:
+            ca = parse_qs(parts.query).get("ssl_ca_certs", [None])[0]
+            self.sock = ssl.create_default_context(cafile=ca).wrap_socket(self.sock, server_hostname=parts.hostname)
+        if parts.password:
+            login = [x.encode() for x in (unquote(parts.username or "default"), unquote(parts.password))]
+            self._line(self._command(b"AUTH", *login))
+        self.buffer = memoryview(bytearray(size))
+        self._reply = memoryview(bytearray(len(b"$%d\r\n" % size) + size + 2))  # head, value, line end
+
+    def put(self, key: bytes, value: memoryview) -> None:
+        """SET by one sendmsg."""
+        head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
+        pieces: list[bytes | memoryview] = [head, value, b"\r\n"]
+        if self.tls:
+            for piece in pieces:
+                self.sock.sendall(piece)
+        else:
+            sent = self.sock.sendmsg(pieces)
+            rest = sum(map(len, pieces)) - sent
+            if rest:  # the tail did not fit the socket's buffer
+                self.sock.sendall(b"".join(pieces)[-rest:])
+        if self.sock.recv(64) != b"+OK\r\n":
+            raise KVLabError("the server did not take a value")
+
+    def get(self, key: bytes) -> memoryview:
+        """GET into the buffer that is used every time; the value is a view of it."""
+        self.sock.sendall(self._command(b"GET", key))
+        got = 0
+        while got < len(self._reply):
+            got += self.sock.recv_into(self._reply[got:])
+        if bytes(self._reply[:1]) != b"$" or bytes(self._reply[-2:]) != b"\r\n":
+            raise KVLabError("the server did not give back a value")
+        return self._reply[-2 - len(self.buffer) : -2]
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self.sock.close()
+
+    def _command(self, *arguments: bytes) -> bytes:
+        return b"*%d\r\n" % len(arguments) + b"".join(b"$%d\r\n%b\r\n" % (len(a), a) for a in arguments)
+
+    def _line(self, command: bytes) -> None:
+        self.sock.sendall(command)
+        answer = self.sock.recv(1024)
+        if not answer.startswith(b"+"):
+            raise KVLabError(f"the server refused: {answer[:80]!r}")
+
+
+class Bench:
+    """The three clients of one server, and keys that nobody else uses."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self.store = RedisStore(url, deadline_s=DEADLINE_S)
+        self.raw = Raw(url, size)
+        self.redis = redis.Redis.from_url(url)
+        self.value = os.urandom(size)
+        self.out = memoryview(bytearray(size))
+        self._name = b"bench:" + os.urandom(6).hex().encode() + b":"
+        self._made: list[bytes] = []
+
+    def keys(self, count: int) -> list[bytes]:
+        """New keys, deleted in the end."""
+        new = [self._name + b"%08d" % (len(self._made) + i) for i in range(count)]
+        self._made += new
+        return new
+
+    def put(self, key: bytes) -> None:
+        """By the store."""
+        if self.store.put_many([key], [memoryview(self.value)]) != 1:
+            raise KVLabError(f"the store did not take a value: {self.store.stats().drops}")
+
+    def get(self, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:
+        """By the store, into `out`."""
+        if None in self.store.get_many(keys, out):
+            raise KVLabError(f"the store did not give back a value: {self.store.stats().misses}")
+
+    def close(self) -> None:
+        """Delete the keys, let go of the server."""
+        for at in range(0, len(self._made), 1000):
+            self.store.delete_many(self._made[at : at + 1000])
+        self.store.close()
+        self.raw.close()
+        self.redis.close()
+
+
+@contextmanager
+def _bench(url: str, size: int) -> Iterator[Bench]:
+    bench = Bench(url, size)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -> dict[str, Any]:
+    repeats = max(5, int(scale * min(200, BYTES_A_ROW // size)))
+    with _bench(url, size) as b:
+
+        def key_source() -> Callable[[], bytes]:
+            """A new key each time, or the same one, already there."""
+            if new:
+                return lambda: b.keys(1)[0]
+            (same,) = b.keys(1)
+            b.put(same)
+            return lambda: same
+
+        stored = b.keys(repeats + 1 if new else 1)
+        for key in stored:
+            b.put(key)
+        cycles = [itertools.cycle(stored) for _ in range(4)]
+        sources = [key_source() for _ in range(4)]
+        view = memoryview(b.value)
+        times = take_turns(
+            {
+                "raw_put": lambda: b.raw.put(KEY_PREFIX + sources[0](), view),
+                "store_put": lambda: b.put(sources[1]()),
+                "redis_py_put": lambda: b.redis.set(KEY_PREFIX + sources[2](), b.value),
+                "raw_get": lambda: b.raw.get(KEY_PREFIX + next(cycles[0])),
+                "store_get": lambda: b.get([next(cycles[1])], [b.out]),
+                "redis_py_get": lambda: b.redis.get(KEY_PREFIX + next(cycles[2])),
+            },
+            repeats,
+        )
+        if not (b.raw.get(KEY_PREFIX + stored[0]) == b.out == b.value):
+            raise KVLabError("a value came back changed")
+    timings.append(times)
+    gbps = {name: size / times.median_ms(name) / 1e6 for name in times.seconds}
+    return {
+        "value_kib": size >> 10,
+        "transport": {"redis": "tcp", "rediss": "tls", "unix": "unix"}[urlsplit(url).scheme],
+        "new_keys": new,
+        **{f"{who}_{way}_gbps": gbps[f"{who}_{way}"] for who in ("store", "raw", "redis_py") for way in ("put", "get")},
+        "put_ratio": times.ratio("raw_put", "store_put"),
+        "get_ratio": times.ratio("raw_get", "store_get"),
+        "put_vs_redis_py": times.ratio("redis_py_put", "store_put"),
+        "get_vs_redis_py": times.ratio("redis_py_get", "store_get"),
+        "aa_ratio": times.aa_ratio,
+    }
+
+
+def _batch(url: str, size: int, scale: float) -> dict[str, Any]:
+    with _bench(url, size) as b:
+        keys = b.keys(BATCH)
+        for key in keys:
+            b.put(key)
+        whole = memoryview(bytearray(BATCH * size))
+        out = [whole[i * size : (i + 1) * size] for i in range(BATCH)]
+        names = [KEY_PREFIX + key for key in keys]
+
+        def one_by_one() -> None:
+            for i in range(BATCH):
+                b.get(keys[i : i + 1], out[i : i + 1])
+
+        times = take_turns(
+            {
+                "single": one_by_one,
+                "batch": lambda: b.get(keys, out),
+                "redis_py_single": lambda: [b.redis.get(name) for name in names],
+                "redis_py_mget": lambda: b.redis.mget(names),
+            },
+            max(3, int(scale * 7)),
+        )
+    return {
+        "records": BATCH,
+        "value_kib": size >> 10,
+        "gbps": BATCH * size / times.median_ms("batch") / 1e6,
+        "ratio_to_single": times.ratio("single", "batch"),
+        "redis_py_mget_ratio_to_single": times.ratio("redis_py_single", "redis_py_mget"),
+    }
+
+
+def _lookup(url: str, scale: float) -> dict[str, Any]:
+    with _bench(url, 16) as b:
+        keys = b.keys(LOOKUP_KEYS)
+        b.store.put_many(keys, [b.value] * LOOKUP_KEYS)
+
+        def probe() -> None:
+            if b.store.probe(keys) != LOOKUP_KEYS:
+                raise KVLabError("the store does not find what was stored")
+
+        one_at_a_time = [KEY_PREFIX + key for key in keys]
+        times = take_turns(
+            {"probe": probe, "exists": lambda: [b.redis.exists(name) for name in one_at_a_time]},
+            max(3, int(scale * 9)),
+        )
+    return {"keys": LOOKUP_KEYS, "probe_ms": times.median_ms("probe"), "ratio": times.ratio("exists", "probe")}
+
+
+def _round_trips(url: str) -> dict[str, int]:
+    """How often the direction on the wire turns to the server: for a probe, and for loads."""
+    parts = urlsplit(url)
+    with CountingProxy(parts.hostname or "localhost", parts.port or 6379) as proxy:
+        there = parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")).geturl()
+        with _bench(url, 1 << 20) as big, _bench(url, 192 << 10) as small, RedisStore(there, deadline_s=60) as store:
+            batches = []
+            for bench in (big, small):
+                keys = bench.keys(BATCH)
+                for key in keys:
+                    bench.put(key)
+                batches.append((keys, [memoryview(bytearray(len(bench.value))) for _ in keys]))
+            store.probe(batches[0][0])  # connects, and logs in
+            proxy.turns = 0
+            store.probe(batches[0][0])
+            counts = [proxy.turns]
+            for keys, out in batches:
+                proxy.turns = 0
+                store.get_many(keys, out)
+                counts.append(proxy.turns)
+    return dict(zip(("probe", "load_64_mib", "load_64_records_of_192_kib"), counts, strict=True))
+
+
+class CountingProxy:
+    """Passes bytes on to a server and counts how often they turn from its answers to new questions."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._upstream = (host, port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.turns = 0
+        self._asking = False
+
+    def __enter__(self) -> CountingProxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            server = socket.create_connection(self._upstream)
+            for ends, asking in (((client, server), True), ((server, client), False)):
+                threading.Thread(target=self._pass_on, args=(*ends, asking), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, asking: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                self.turns += asking and not self._asking
+                self._asking = asking
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:  # the other side has gone
+            sink.close()

@@ -1,0 +1,382 @@
+"""How bytes reach a Redis: redis-py's connections, made to move large values without copying them.
+
+redis-py connects, authenticates, does TLS and pools. Three of its public hooks are used here:
+
+    command packer     large pieces stay separate, where the default copies them into one string
+    connection class   pieces leave by one `sendmsg`; values arrive by `recvmsg_into`, straight
+                       in the caller's buffer, where the default makes a fresh object of each
+                       (on fresh memory the kernel's page faults cost more than the copying)
+    parser class       hiredis, under the deadline of the whole call instead of one for each read
+
+TLS has neither `sendmsg` nor `recvmsg_into`: there pieces go one by one.
+
+A connection on which anything unexpected happened is closed, never used again: a reply that
+nobody took would be taken for the next one.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, DefaultParser
+from redis.retry import Retry
+
+from kvlab.stores.base import Value, joined, pieces, place
+
+Command = tuple[bytes | Value, ...]
+"""A command's arguments, its name first. A value may be a tuple of pieces."""
+Reply = bytes | memoryview | int | None | Exception
+"""What came back; an exception is an error reply, or the fault that left this command unanswered."""
+
+BYTES_PER_S: Final = 50e6  # a wire slower than this loses against computing; it only stretches the deadline
+MAX_VALUE_BYTES: Final = 64 << 20
+_SEPARATE_BYTES: Final = 16 << 10  # smaller pieces are cheaper to copy than to send apart
+_PIECES_A_CALL: Final = 256  # the system's limit is 1024
+_LINE_BYTES: Final = 4096  # no line of an honest reply is longer
+_CRLF: Final = b"\r\n"
+_ANSWERS_WITH: Final[dict[object, bytes]] = {b"GET": b"$", b"INFO": b"$", b"SET": b"+"}  # all others with a number
+
+
+class TooBig(Exception):
+    """A value that does not fit the buffer it was meant for."""
+
+
+class NoConnection(Exception):
+    """All connections stayed in use until the deadline: nothing is known about the server."""
+
+
+class Deadline(threading.local):
+    """When the current call of this thread must be over, connecting and waiting included."""
+
+    _until = 0.0
+
+    def start(self, seconds: float, nbytes: int = 0) -> None:
+        """Begin a call that may take so long, plus the time for so many bytes."""
+        self._until = time.monotonic() + seconds + nbytes / BYTES_PER_S
+
+    def extend(self, nbytes: int) -> None:
+        """Allow the time for so many bytes more."""
+        self._until += nbytes / BYTES_PER_S
+
+    def left(self) -> float:
+        """Seconds left, more than 0.
+
+        Raises:
+            TimeoutError: none are.
+        """
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline of the call has passed")
+        return left
+
+
+def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
+    r"""Commands in the Redis protocol, as few pieces as possible; large ones are the caller's own memory.
+
+    >>> pack([(b"GET", b"kv:a")])
+    [b'*2\\r\\n$3\\r\\nGET\\r\\n$4\\r\\nkv:a\\r\\n']
+    """
+    packed: list[bytes | memoryview] = []
+    small: list[bytes | memoryview] = []
+    for command in commands:
+        small.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            if type(argument) is bytes and len(argument) < _SEPARATE_BYTES:
+                small.append(b"$%d\r\n%b\r\n" % (len(argument), argument))
+                continue
+            parts = [memoryview(part).cast("B") for part in pieces(argument)]
+            small.append(b"$%d\r\n" % sum(map(len, parts)))
+            for part in parts:
+                if len(part) < _SEPARATE_BYTES:
+                    small.append(part)
+                else:
+                    packed += (b"".join(small), part)
+                    small.clear()
+            small.append(_CRLF)
+    if small:
+        packed.append(b"".join(small))
+    return packed
+
+
+class _Packer:
+    """redis-py's hook for what it sends by itself, such as AUTH."""
+
+    def pack(self, *arguments: Any) -> list[bytes | memoryview]:
+        name, *rest = (a if isinstance(a, bytes) else str(a).encode() for a in arguments)
+        return pack([(*name.split(), *rest)])
+
+
+class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py chooses it at run time
+    """hiredis, for the replies to what redis-py sends by itself."""
+
+    def on_connect(self, connection: _Connection) -> None:
+        super().on_connect(connection)
+        self._deadline = connection.deadline
+
+    def read_from_socket(self, *args: Any, **options: Any) -> Any:
+        if self._sock is not None:
+            self._sock.settimeout(self._deadline.left())
+        return super().read_from_socket(*args, **options)
+
+
+class _Connection(AbstractConnection):
+    """What is added to each of redis-py's connection classes."""
+
+    _sock: Any  # a socket while connected, else None
+
+    def __init__(self, deadline: Deadline, **settings: Any) -> None:
+        self.deadline = deadline
+        self._line = bytearray(_LINE_BYTES)  # received and not yet taken: _line[_start:_end]
+        self._start = self._end = 0
+        packer: Any = _Packer()
+        super().__init__(command_packer=packer, parser_class=_Parser, **settings)
+
+    def connect(self) -> None:
+        if not self.is_connected:
+            self._start = self._end = 0
+            self.socket_connect_timeout = self.socket_timeout = self.deadline.left()
+        super().connect()  # type: ignore[no-untyped-call]
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Whether there are bytes that no command asked for; the pool then reconnects."""
+        return self._start < self._end or super().can_read(timeout)
+
+    def send_packed_command(self, command: Sequence[bytes | memoryview], check_health: bool = True) -> None:
+        """Send all pieces before the deadline."""
+        if not self.is_connected:
+            self.connect()
+        if isinstance(self._sock, ssl.SSLSocket):
+            for piece in command:
+                self._sock.settimeout(self.deadline.left())
+                self._sock.sendall(piece)
+            return
+        at, offset = 0, 0
+        while at < len(command):
+            views = [memoryview(command[at])[offset:], *command[at + 1 : at + _PIECES_A_CALL]]
+            self._sock.settimeout(self.deadline.left())
+            offset += self._sock.sendmsg(views)
+            while at < len(command) and offset >= len(command[at]):
+                offset -= len(command[at])
+                at += 1
+
+    def read_reply(self, command: Command, out: memoryview | None) -> Reply:
+        """The reply to a command of this store: an error, or what this command answers with.
+
+        Args:
+            out: where a value goes; without it, it becomes a `bytes` of its own.
+
+        Raises:
+            redis.InvalidResponse: this is no such reply.
+        """
+        line = self._read_line()
+        kind, rest = line[:1], line[1:]
+        if kind == b"-":
+            error: Exception = self._parser.parse_error(rest.decode("utf-8", "replace"))
+            return error
+        if kind != _ANSWERS_WITH.get(command[0], b":"):
+            raise redis.InvalidResponse(f"expected another kind of reply, got {line[:40]!r}")
+        if kind == b"+":
+            return rest
+        if kind == b":":
+            return _number(rest)
+        return None if rest == b"-1" else self._read_value(_number(rest), out)
+
+    def all_taken(self) -> bool:
+        """Whether every byte that arrived belonged to a reply that was read."""
+        return self._start == self._end
+
+    def _read_value(self, length: int, out: memoryview | None) -> Reply:
+        if length > MAX_VALUE_BYTES:
+            raise redis.InvalidResponse(f"expected a value of at most {MAX_VALUE_BYTES} bytes, got one of {length}")
+        self.deadline.extend(length)
+        if out is None:
+            own = bytearray(length)
+            self._fill(memoryview(own))
+            return bytes(own)
+        room = out.cast("B")
+        if length > len(room):
+            self._skip(length)
+            return TooBig()
+        self._fill(room[:length])
+        return room[:length]
+
+    def _fill(self, view: memoryview) -> None:
+        """Receive into `view`, then the line end."""
+        have = min(len(view), self._end - self._start)
+        view[:have] = self._line[self._start : self._start + have]
+        self._start += have
+        scatter = not isinstance(self._sock, ssl.SSLSocket)
+        while have < len(view):  # nothing is left in the line buffer now
+            self._sock.settimeout(self.deadline.left())
+            if scatter:  # the buffer of lines takes what follows the value
+                got = self._sock.recvmsg_into([view[have:], self._line])[0]
+            else:
+                got = self._sock.recv_into(view[have:])
+            self._start, self._end = 0, max(0, got - (len(view) - have))
+            have += _some(got)
+        if self._read_line():
+            raise redis.InvalidResponse("a value is longer than was announced")
+
+    def _skip(self, length: int) -> None:
+        """Receive a value that nobody has room for."""
+        scratch = memoryview(bytearray(min(length, 1 << 16)))
+        while length > len(scratch):
+            have = min(len(scratch), self._end - self._start)
+            self._start += have
+            if not have:
+                self._sock.settimeout(self.deadline.left())
+                have = _some(self._sock.recv_into(scratch))
+            length -= have
+        self._fill(scratch[:length])
+
+    def _read_line(self) -> bytes:
+        while (end := self._line.find(_CRLF, self._start, self._end)) < 0:
+            self._line[: self._end - self._start] = self._line[self._start : self._end]
+            self._start, self._end = 0, self._end - self._start
+            if self._end == _LINE_BYTES:
+                raise redis.InvalidResponse("a line of a reply does not end")
+            self._sock.settimeout(self.deadline.left())
+            self._end += _some(self._sock.recv_into(memoryview(self._line)[self._end :]))
+        line = bytes(self._line[self._start : end])
+        self._start = end + len(_CRLF)
+        return line
+
+
+class _TCP(_Connection, redis.Connection): ...
+
+
+class _TLS(_Connection, redis.SSLConnection):
+    def can_read(self, timeout: float = 0) -> bool:
+        """The socket alone cannot tell: TLS 1.3 sends session tickets, which are no data of ours."""
+        self._sock.settimeout(0)
+        try:
+            if self._start == self._end and not self._sock.recv(1):
+                raise redis.ConnectionError("closed by the server")
+        except ssl.SSLWantReadError:
+            return False
+        return True
+
+
+class _Unix(_Connection, redis.UnixDomainSocketConnection): ...
+
+
+_CLASSES: Final = {"redis": _TCP, "rediss": _TLS, "unix": _Unix}
+
+
+def _number(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > 19:
+        raise redis.InvalidResponse(f"expected a number in a reply, got {digits[:40]!r}")
+    return int(digits)
+
+
+def _some(got: int) -> int:
+    if got == 0:
+        raise ConnectionResetError("closed by the server")
+    return got
+
+
+class Link:
+    """Connections to one server, at most `max_connections` of them, opened when needed.
+
+    Raises:
+        ValueError, TypeError: a URL with settings that redis-py does not know.
+    """
+
+    def __init__(self, url: str, max_connections: int) -> None:
+        self.deadline = Deadline()
+        self._max = max_connections
+        self._pool: Any = redis.ConnectionPool.from_url(
+            url,
+            connection_class=_CLASSES[urlsplit(url).scheme],
+            max_connections=max_connections,
+            deadline=self.deadline,
+            protocol=2,  # with 3, redis-py does not look for left-over bytes on a pooled connection
+            decode_responses=False,
+            retry=Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
+            driver_info=None,  # saves two round trips a connection, and a right of the ACL user
+        )
+        self._pool.connection_class(**self._pool.connection_kwargs)  # connects nowhere; a wrong setting shows here
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget who waits for a connection (after a fork; the pool itself notices)."""
+        self._free = threading.BoundedSemaphore(self._max)
+
+    def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+        """Send all commands, then take one reply each: one round trip.
+
+        Args:
+            out: buffers for the values of the first commands.
+
+        Never raises: when the connection breaks, the commands that were not answered have the
+        fault as their reply.
+        """
+        replies: list[Reply] = []
+        try:
+            with self._connection() as connection:
+                connection.send_packed_command(pack(commands))
+                for i, command in enumerate(commands):
+                    replies.append(connection.read_reply(command, out[i] if out and i < len(out) else None))
+        except Exception as error:  # a broken server makes libraries raise anything
+            replies += [error] * (len(commands) - len(replies))
+        return replies
+
+    def close(self) -> None:
+        """Close all connections that are not in use; those in use when they come back."""
+        self._pool.close()
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        if not self._free.acquire(timeout=self.deadline.left()):
+            raise NoConnection(f"all {self._max} connections stayed in use")
+        try:
+            connection = self._pool.get_connection()
+            clean = False
+            try:
+                yield connection
+                clean = connection.all_taken()
+            finally:  # also when a signal's handler or a test's interrupt raises in the middle
+                if not clean:
+                    connection.disconnect()
+                self._pool.release(connection)
+        finally:
+            self._free.release()
+
+
+class FakeLink:
+    """The same over fakeredis: a Redis inside this process, without a wire, without deadlines."""
+
+    def __init__(self, client: Any) -> None:
+        self.deadline = Deadline()
+        self._client = client
+
+    def renew(self) -> None:
+        """Nothing to do: the child of a fork has a copy of the server."""
+
+    def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+        """See `Link.exchange`."""
+        try:
+            pipe = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*map(joined, command))
+            replies: list[Reply] = pipe.execute(raise_on_error=False)
+        except Exception as error:
+            return [error] * len(commands)
+        for i, view in enumerate(out or ()):
+            value = replies[i]
+            if isinstance(value, bytes):
+                placed = place(value, view)
+                replies[i] = TooBig() if placed is None else placed
+        return replies
+
+    def close(self) -> None:
+        """Let go of the server."""
+        self._client.close()

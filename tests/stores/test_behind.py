@@ -1,0 +1,180 @@
+"""Writes that nobody waits for: bounded, in order, counted, seen by reads, and written before the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from kvlab.stores import MemoryStore, WriteBehind
+
+WAIT_S = 30.0
+
+
+class SlowStore(MemoryStore):
+    """Takes writes only while its gate is open, and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.began = threading.Event()
+        self.batches: list[list[bytes]] = []
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
+        self.began.set()
+        assert self.gate.wait(WAIT_S)
+        self.batches.append(list(keys))
+        return super().put_many(keys, values)
+
+
+@pytest.fixture
+def slow() -> SlowStore:
+    return SlowStore()
+
+
+@pytest.fixture
+def behind(slow: SlowStore) -> Iterator[WriteBehind]:
+    made = WriteBehind(slow, max_bytes=1000)
+    yield made
+    slow.gate.set()
+    made.close()
+    made.stats().check()
+
+
+def test_a_put_returns_before_it_is_written_and_reads_see_it(behind: WriteBehind, slow: SlowStore) -> None:
+    assert behind.put_many([b"a", b"b"], [b"one", (b"t", memoryview(b"wo"))]) == 2
+    assert slow.began.wait(WAIT_S)
+    assert behind.get_many([b"a", b"x", b"b"]) == [b"one", None, b"two"]
+    assert behind.probe([b"a", b"b", b"x"]) == 2
+    assert behind.touch_many([b"a", b"x"]) == [True, False]
+    assert behind.stats().stored == 0
+    slow.gate.set()
+    assert behind.flush(WAIT_S)
+    assert slow.get_many([b"a", b"b"]) == [b"one", b"two"]
+    assert behind.stats().stored == 2
+
+
+def test_values_are_copied(behind: WriteBehind, slow: SlowStore) -> None:
+    value = bytearray(b"first")
+    behind.put_many([b"a"], [memoryview(value)])
+    value[:] = b"XXXXX"
+    slow.gate.set()
+    assert behind.flush(WAIT_S)
+    assert slow.get_many([b"a"]) == [b"first"]
+
+
+def test_a_full_queue_drops_and_counts_what_does_not_fit(behind: WriteBehind, slow: SlowStore) -> None:
+    keys = [b"%d" % i for i in range(5)]
+    assert behind.put_many(keys, [bytes(300)] * 5) == 3
+    assert behind.stats().drops == Counter(queue_full=2)
+    assert slow.began.wait(WAIT_S)
+    assert behind.put_many([b"more"], [bytes(200)]) == 0  # what is being written still counts
+    slow.gate.set()
+    assert behind.flush(WAIT_S)
+    assert behind.put_many([b"more"], [bytes(200)]) == 1
+    assert behind.flush(WAIT_S)
+    stats = behind.stats()
+    assert (stats.offered, stats.stored, stats.drops) == (7, 4, Counter(queue_full=3))
+
+
+def test_a_newer_value_takes_the_older_ones_place(behind: WriteBehind, slow: SlowStore) -> None:
+    behind.put_many([b"first"], [b"1"])
+    assert slow.began.wait(WAIT_S)  # "first" is under way now, the next ones wait
+    for value in (b"old", b"newer", b"newest"):
+        assert behind.put_many([b"a"], [value]) == 1
+    assert behind.get_many([b"a"]) == [b"newest"]
+    slow.gate.set()
+    assert behind.flush(WAIT_S)
+    assert slow.get_many([b"a"]) == [b"newest"]
+    assert slow.batches == [[b"first"], [b"a"]]
+    assert behind.stats().drops == Counter(collapsed=2)
+
+
+def test_a_repair_of_what_is_being_written_is_written_too(behind: WriteBehind, slow: SlowStore) -> None:
+    behind.put_many([b"a"], [b"damaged"])
+    assert slow.began.wait(WAIT_S)
+    behind.put_many([b"a"], [b"repaired"])
+    slow.gate.set()
+    assert behind.flush(WAIT_S)
+    assert slow.get_many([b"a"]) == [b"repaired"]
+    assert behind.stats().drops == Counter()
+
+
+def test_deleted_means_deleted(behind: WriteBehind, slow: SlowStore) -> None:
+    behind.put_many([b"under way"], [b"1"])
+    assert slow.began.wait(WAIT_S)
+    behind.put_many([b"waiting"], [b"2"])
+    threading.Timer(0.05, slow.gate.set).start()
+    assert behind.delete_many([b"under way", b"waiting", b"absent"]) == 2
+    assert behind.flush(WAIT_S)
+    assert behind.get_many([b"under way", b"waiting"]) == [None, None]
+    assert behind.stats().drops == Counter(deleted=1)
+
+
+def test_closing_writes_what_waits(slow: SlowStore) -> None:
+    behind = WriteBehind(slow)
+    keys = [b"%d" % i for i in range(100)]
+    behind.put_many(keys, [bytes(10)] * 100)
+    slow.gate.set()
+    behind.close()
+    assert sum(map(len, slow.batches)) == 100
+    assert behind.put_many([b"late"], [b"1"]) == 0
+    assert behind.stats().drops == Counter(closed=1)
+    behind.close()
+
+
+def test_a_store_that_drops_is_counted_once() -> None:
+    class Refuses(MemoryStore):
+        def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
+            self._stats.offered += len(keys)
+            self._stats.drops["oom"] += len(keys)
+            return 0
+
+    with WriteBehind(Refuses()) as behind:
+        assert behind.put_many([b"a", b"b"], [b"1", b"2"]) == 2
+        assert behind.flush(WAIT_S)
+        assert (behind.stats().offered, behind.stats().drops) == (2, Counter(oom=2))
+
+
+def test_many_writers_lose_nothing() -> None:
+    inner = MemoryStore()
+    behind = WriteBehind(inner)
+
+    def write(who: int) -> None:
+        for i in range(200):
+            behind.put_many([b"%d:%d" % (who, i)], [b"%d" % i])
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert behind.flush(WAIT_S)
+    keys = [b"%d:%d" % (who, i) for who in range(8) for i in range(200)]
+    assert inner.get_many(keys) == [key.split(b":")[1] for key in keys]
+    assert behind.stats().stored == 1600
+    behind.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_child_of_a_fork_leaves_the_parents_queue_alone(slow: SlowStore) -> None:
+    behind = WriteBehind(slow)
+    behind.put_many([b"a"], [b"1"])
+    assert slow.began.wait(WAIT_S)
+    child = os.fork()
+    if child == 0:
+        try:
+            slow.gate = threading.Event()
+            slow.gate.set()
+            good = behind.put_many([b"b"], [b"2"]) == 1 and behind.flush(WAIT_S)
+            os._exit(0 if good and slow.batches == [[b"b"]] else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    slow.gate.set()
+    behind.close()
+    assert slow.batches == [[b"a"]]

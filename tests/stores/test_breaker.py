@@ -1,0 +1,126 @@
+"""The circuit breaker, on a clock that only the test moves."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvlab.stores.breaker import Breaker
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> Breaker:
+    return Breaker(failures=3, cooldown_s=1.0, clock=clock)
+
+
+def fail(breaker: Breaker, times: int) -> None:
+    for _ in range(times):
+        assert breaker.allow()
+        breaker.record(ok=False)
+
+
+def test_it_opens_after_so_many_faults_in_a_row(breaker: Breaker) -> None:
+    fail(breaker, 2)
+    assert breaker.state == "closed"
+    fail(breaker, 1)
+    assert breaker.state == "open" and not breaker.allow()
+
+
+def test_a_success_between_starts_the_count_again(breaker: Breaker) -> None:
+    fail(breaker, 2)
+    assert breaker.allow()
+    breaker.record(ok=True)
+    fail(breaker, 2)
+    assert breaker.state == "closed"
+
+
+def test_what_tells_nothing_changes_nothing(breaker: Breaker) -> None:
+    fail(breaker, 2)
+    for _ in range(10):
+        breaker.record(ok=None)
+    assert breaker.state == "closed"
+    fail(breaker, 1)
+    assert breaker.state == "open"
+
+
+def test_it_stays_open_until_it_has_cooled_down(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 0.999
+    assert not breaker.allow()
+    clock.now += 0.001
+    assert breaker.allow() and breaker.state == "half-open"
+
+
+def test_one_caller_tries_and_the_others_wait_for_how_that_went(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 2
+    assert [breaker.allow() for _ in range(5)] == [True, False, False, False, False]
+    breaker.record(ok=True)
+    assert breaker.state == "closed" and breaker.allow()
+
+
+def test_a_failed_trial_opens_it_for_another_cool_down(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    for _ in range(4):
+        clock.now += 0.9
+        assert not breaker.allow()
+        clock.now += 0.1
+        assert breaker.allow()
+        breaker.record(ok=False)
+
+
+def test_a_trial_that_told_nothing_leaves_the_next_one_free(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 1
+    assert breaker.allow()
+    breaker.record(ok=None)
+    assert breaker.allow()
+
+
+def test_faults_of_calls_that_were_under_way_do_not_prolong_it(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 0.9
+    breaker.record(ok=False)
+    clock.now += 0.1
+    assert breaker.allow()
+
+
+def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: Clock) -> None:
+    clock.now = -1e9
+    breaker = Breaker(failures=1, cooldown_s=5, clock=clock)
+    fail(breaker, 1)
+    assert not breaker.allow()
+    clock.now += 5
+    assert breaker.allow()
+
+
+def test_of_many_threads_exactly_one_tries(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 3)
+    clock.now += 1
+    allowed: list[bool] = []
+    gate = threading.Barrier(16)
+
+    def ask() -> None:
+        gate.wait()
+        allowed.append(breaker.allow())
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(allowed) == 1
