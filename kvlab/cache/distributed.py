@@ -290,7 +290,9 @@ class DistributedKVCache(KVCache):
 
     def _suspect(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._suspects.update(dict.fromkeys(keys))
+            for key in reversed(keys):  # the first one is the one to remember longest: without it no load goes on
+                self._suspects.pop(key, None)
+                self._suspects[key] = None
             while len(self._suspects) > MAX_SUSPECTS:
                 del self._suspects[next(iter(self._suspects))]
 

@@ -95,7 +95,8 @@ class RedisStore(Store):
             the server evicts it, and is the choice for a user who may only read.
         deadline_s: for a whole call: connecting, waiting, sending, receiving. Large calls get
             one second more for each 50 MB, because no slower wire is worth asking.
-        max_connections: the bound of the pool; further threads wait inside their deadline.
+        max_connections: the bound of the pool; further threads wait, in order, for at most half
+            their deadline.
         clock: what the breakers go by; tests bring their own.
 
     Nothing is connected until the first call: an unreachable server shows in `health()` and

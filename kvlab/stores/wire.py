@@ -19,6 +19,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -50,7 +51,7 @@ class TooBig(Exception):
 
 
 class NoConnection(Exception):
-    """All connections stayed in use until the deadline: nothing is known about the server."""
+    """All connections stayed in use for half the deadline: nothing is known about the server."""
 
 
 class Deadline(threading.local):
@@ -283,6 +284,38 @@ def _some(got: int) -> int:
     return got
 
 
+class _Slots:
+    """So many at once, and who waits longest goes next. A semaphore lets a busy thread overtake for ever."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: deque[threading.Lock] = deque()
+        self._lock = threading.Lock()
+
+    def acquire(self, timeout_s: float) -> bool:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        if turn.acquire(timeout=timeout_s):
+            return True
+        with self._lock:
+            if turn not in self._waiting:  # handed over at the last moment
+                return True
+            self._waiting.remove(turn)
+            return False
+
+    def release(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
+
+
 class Link:
     """Connections to one server, at most `max_connections` of them, opened when needed.
 
@@ -308,7 +341,7 @@ class Link:
 
     def renew(self) -> None:
         """Forget who waits for a connection (after a fork; the pool itself notices)."""
-        self._free = threading.BoundedSemaphore(self._max)
+        self._slots = _Slots(self._max)
 
     def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
         """Send all commands, then take one reply each: one round trip.
@@ -335,7 +368,7 @@ class Link:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        if not self._free.acquire(timeout=self.deadline.left()):
+        if not self._slots.acquire(self.deadline.left() / 2):  # the server gets the other half, or it would be blamed
             raise NoConnection(f"all {self._max} connections stayed in use")
         try:
             connection = self._pool.get_connection()
@@ -348,7 +381,7 @@ class Link:
                     connection.disconnect()
                 self._pool.release(connection)
         finally:
-            self._free.release()
+            self._slots.release()
 
 
 class FakeLink:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.identity import KVSpec
-from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.stores import MemoryStore, RedisStore, Store, Value, WriteBehind
 from tests.conftest import LEARNER
 from tests.helpers import SpyStore, small_spec
 
@@ -26,10 +26,11 @@ class StoreKind:
     make: Callable[..., Store]
     server: str = ""  # the RedisServer property with the address
     marks: tuple[Any, ...] = ()
+    fixture: str = "redis_server"  # which server
 
     def store(self, request: pytest.FixtureRequest, **settings: Any) -> Store:
         if self.server:
-            settings["url"] = getattr(request.getfixturevalue("redis_server"), self.server)
+            settings["url"] = getattr(request.getfixturevalue(self.fixture), self.server)
         return self.make(**settings)
 
 
@@ -44,14 +45,26 @@ class FakeClock:
 
 
 def _redis(**settings: Any) -> RedisStore:
-    return RedisStore(timeout_s=TIMEOUT_S, **settings)
+    return RedisStore(deadline_s=TIMEOUT_S, **settings)
+
+
+class Flushed(WriteBehind):
+    """Writes behind, but done when the call returns: the suite asks what finished writes have counted."""
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+        queued = super().put_many(keys, values)
+        assert self.flush(TIMEOUT_S)
+        return queued
 
 
 MEMORY = StoreKind("memory", MemoryStore)
+BEHIND = StoreKind("write-behind", lambda **settings: Flushed(MemoryStore(**settings)))
 FAKEREDIS = StoreKind("fakeredis", _redis)
 REDIS_TCP = StoreKind("redis-tcp", _redis, "url", (pytest.mark.redis,))
 REDIS_UNIX = StoreKind("redis-unix", _redis, "unix_url", (pytest.mark.redis,))
-STORES = (MEMORY, FAKEREDIS, REDIS_TCP, REDIS_UNIX)
+REDIS_TLS = StoreKind("redis-tls", _redis, "tls_url", (pytest.mark.redis,), "tls_server")
+VALKEY = StoreKind("valkey", _redis, "url", (pytest.mark.valkey,), "valkey_server")
+STORES = (MEMORY, BEHIND, FAKEREDIS, REDIS_TCP, REDIS_UNIX, REDIS_TLS, VALKEY)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import redis
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store
 from kvlab.stores.wire import FakeLink
-from tests.contracts.conftest import FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, FakeClock, StoreKind
+from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, FakeClock, StoreKind
 from tests.servers import RedisServer
 
 AWKWARD_KEYS = [
@@ -393,9 +393,9 @@ def _advance(clock: FakeClock, seconds: float) -> None:
 @pytest.fixture
 def aging(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> Iterator[Aging]:
     """Each store with a TTL of 100 seconds."""
-    if own_store_kind is MEMORY:
+    if own_store_kind in (MEMORY, BEHIND):
         clock = FakeClock()
-        made = Aging(MemoryStore(ttl_s=100, clock=clock), lambda s: _advance(clock, s))
+        made = Aging(own_store_kind.make(ttl_s=100, clock=clock), lambda s: _advance(clock, s))
     else:
         store = own_store_kind.store(request, ttl_s=100)
         made = Aging(store, lambda s: _age_redis(store, s))
@@ -449,7 +449,7 @@ def test_a_touch_renews_the_ttl(aging: Aging) -> None:
 
 def test_without_ttl_entries_stay(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> None:
     clock = FakeClock()
-    settings = {"clock": clock} if own_store_kind is MEMORY else {}
+    settings = {"clock": clock} if own_store_kind in (MEMORY, BEHIND) else {}
     with own_store_kind.store(request, **settings) as store:
         store.put_many([b"a"], [b"one"])
         _advance(clock, 1e9)

@@ -1,0 +1,530 @@
+"""The fault tests' own tools do what they say: the proxy's faults happen, its counts are right, servers follow."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.proxy import FaultProxy, Splitter
+from tests.servers import CERTS_SCRIPT, RedisServer, ScriptedServer, free_port, make_certs, read_command
+
+WORDS = [b"$3\r\none\r\n", b"+two\r\n", b"*2\r\n:3\r\n*1\r\n$5\r\nth\r\nr\r\n", b"$-1\r\n"]
+LONG = b"$300000\r\n" + bytes(300_000) + b"\r\n"
+GET = b"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n"
+
+
+def reply(command: list[bytes]) -> bytes | None:
+    """`GET n` gives one of the words, `LONG` a long value, `ALL` every word, `END` ends the connection."""
+    name, *arguments = command
+    if name == b"GET":
+        return WORDS[int(arguments[0])] if arguments[0].isdigit() else b"$-1\r\n"
+    return {b"LONG": LONG, b"ALL": b"".join(WORDS), b"SET": b"+OK\r\n"}.get(name)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer(reply) as made:
+        yield made
+
+
+@pytest.fixture
+def proxy(server: ScriptedServer) -> Iterator[FaultProxy]:
+    """A proxy that leaves no thread and logs nothing."""
+    with FaultProxy(server.port) as made:
+        yield made
+    assert not [thread for thread in threading.enumerate() if thread.name == "fault-proxy"]
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Nobody prints a traceback."""
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        yield
+    assert [record.getMessage() for record in caplog.records] == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def dial(proxy: FaultProxy, timeout_s: float = 5.0) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout_s)
+
+
+def command(*words: bytes) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+def ask(connection: socket.socket, *words: bytes) -> bytes:
+    """Send a command, take as many bytes as its answer has."""
+    connection.sendall(command(*words))
+    return take(connection, len(reply(list(words)) or b""))
+
+
+def take(connection: socket.socket, n: int) -> bytes:
+    """n bytes, or what comes before the end."""
+    got = b""
+    while len(got) < n and (data := connection.recv(n - len(got))):
+        got += data
+    return got
+
+
+def take_all(connection: socket.socket) -> tuple[bytes, str]:
+    """What comes until the end, and which end that is."""
+    got = b""
+    try:
+        while data := connection.recv(1 << 16):
+            got += data
+    except ConnectionResetError:
+        return got, "reset"
+    except TimeoutError:
+        return got, "open"
+    return got, "end"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def check_takes(low: float, high: float, call: Callable[[], object]) -> None:
+    """Never faster; and not slower either, once out of five, for the machine may be busy."""
+    for _ in range(5):
+        took = seconds(call)
+        assert took >= low
+        if took < high:
+            return
+    pytest.fail(f"five times over {high} s, the last {took} s")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+# --- the proxy: passing on and counting ----------------------------------------------------------
+def test_without_faults_everything_passes_and_is_counted(proxy: FaultProxy) -> None:
+    with dial(proxy) as one, dial(proxy) as two:
+        assert ask(one, b"GET", b"0") == WORDS[0]
+        assert ask(two, b"LONG") == LONG
+        assert (proxy.accepted, proxy.open_connections) == (2, 2)
+        assert proxy.bytes_up == len(command(b"GET", b"0") + command(b"LONG"))
+        assert proxy.bytes_down == len(WORDS[0] + LONG)
+        assert proxy.round_trips() == proxy.exchanges() == 2
+    wait_for(lambda: proxy.open_connections == 0)
+    assert proxy.accepted == 2
+
+
+def test_a_round_trip_is_a_turn_of_direction(proxy: FaultProxy) -> None:
+    with dial(proxy) as connection:
+        ask(connection, b"GET", b"0")
+        ask(connection, b"GET", b"1")
+        assert proxy.round_trips() == 2
+        proxy.reset_counts()
+        connection.sendall(b"".join(command(b"GET", b"%d" % i) for i in range(4)))
+        assert take(connection, len(b"".join(WORDS))) == b"".join(WORDS)
+        assert (proxy.round_trips(), proxy.exchanges(), proxy.accepted) == (1, 1, 0)
+
+
+def test_a_client_that_goes_on_sending_while_it_is_answered_made_one_exchange(proxy: FaultProxy) -> None:
+    with dial(proxy) as connection:
+        connection.sendall(command(b"GET", b"0") + command(b"GET", b"1")[:9])
+        take(connection, len(WORDS[0]))
+        connection.sendall(command(b"GET", b"1")[9:] + command(b"LONG") + command(b"GET", b"0")[:1])
+        take(connection, len(WORDS[1] + LONG))
+        assert proxy.round_trips() == 2
+        assert proxy.exchanges() == 2, "the first piece of the second command was not yet owed an answer"
+
+
+def test_an_exchange_lasts_until_every_command_is_answered(proxy: FaultProxy) -> None:
+    proxy.slices = (len(WORDS[0]), 0.05)
+    with dial(proxy) as connection:
+        connection.sendall(command(b"GET", b"0") * 2)
+        take(connection, len(WORDS[0]))
+        connection.sendall(command(b"GET", b"0"))
+        take(connection, 2 * len(WORDS[0]))
+        assert (proxy.round_trips(), proxy.exchanges()) == (2, 1)
+
+
+def test_a_client_that_leaves_ends_the_servers_connection_and_the_other_way_round(
+    server: ScriptedServer, proxy: FaultProxy
+) -> None:
+    with dial(proxy) as connection:
+        connection.sendall(command(b"END"))
+        assert take_all(connection) == (b"", "end")
+    dial(proxy).close()
+    wait_for(lambda: proxy.open_connections == 0)
+
+
+def test_an_upstream_that_is_not_there_is_a_closed_connection() -> None:
+    with FaultProxy(free_port()) as proxy, dial(proxy) as connection:
+        assert take_all(connection) == (b"", "end")
+
+
+# --- the proxy: bytes ----------------------------------------------------------------------------
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+@pytest.mark.parametrize("n", [0, 1, 9, 65_536, 262_145, len(LONG) - 1, len(LONG)])
+def test_a_truncated_answer_has_exactly_n_bytes(proxy: FaultProxy, n: int, reset: bool) -> None:
+    with dial(proxy) as connection:
+        ask(connection, b"GET", b"0")
+        proxy.truncate(n, reset)
+        connection.sendall(command(b"LONG") + command(b"GET", b"1"))
+        assert take_all(connection) == (LONG[:n], "reset" if reset else "end")
+    assert proxy.fired == {"truncate": 1}
+    with dial(proxy) as connection:
+        assert ask(connection, b"LONG") == LONG
+
+
+def test_an_answer_can_be_truncated_by_the_death_of_the_server() -> None:
+    dead = []
+    with ScriptedServer(reply) as server, FaultProxy(server.port) as proxy, dial(proxy) as connection:
+        proxy.truncate(1000, call=lambda: dead.append(proxy.bytes_down))
+        connection.sendall(command(b"LONG"))
+        assert take_all(connection) == (LONG[:1000], "end")
+    assert dead == [1000]
+
+
+@pytest.mark.parametrize(("n", "bit"), [(0, 0), (100, 7), (len(LONG) - 1, 3)])
+def test_one_bit_of_one_byte_is_flipped(proxy: FaultProxy, n: int, bit: int) -> None:
+    with dial(proxy) as connection:
+        ask(connection, b"GET", b"0")
+        proxy.flip(n, bit)
+        got = ask(connection, b"LONG")
+        changed = [(i, a ^ b) for i, (a, b) in enumerate(zip(got, LONG, strict=True)) if a != b]
+        assert changed == [(n, 1 << bit)]
+        assert ask(connection, b"LONG") == LONG
+    assert proxy.fired == {"flip": 1}
+
+
+def test_something_can_be_done_after_n_bytes(proxy: FaultProxy) -> None:
+    def hold() -> None:
+        proxy.hold = True
+
+    proxy.after(1000, hold)
+    with dial(proxy, 0.1) as connection:
+        connection.sendall(command(b"LONG"))
+        assert take_all(connection) == (LONG[:1000], "open")
+        proxy.hold = False
+        connection.settimeout(5)
+        assert take(connection, len(LONG) - 1000) == LONG[1000:]
+
+
+def test_faults_at_bytes_may_be_combined(proxy: FaultProxy) -> None:
+    seen: list[int] = []
+    proxy.after(10, lambda: seen.append(proxy.bytes_down))
+    proxy.flip(10)
+    proxy.flip(11)
+    proxy.truncate(12)
+    with dial(proxy) as connection:
+        connection.sendall(command(b"LONG"))
+        got, end = take_all(connection)
+    assert (got, end, seen) == (LONG[:10] + b"\x01\x01", "end", [10])
+
+
+# --- the proxy: replies --------------------------------------------------------------------------
+@pytest.mark.parametrize("k", range(4))
+def test_a_reply_is_sent_twice(proxy: FaultProxy, k: int) -> None:
+    proxy.double(k)
+    with dial(proxy) as connection:
+        connection.sendall(command(b"ALL"))
+        expected = b"".join([*WORDS[: k + 1], *WORDS[k:]])
+        assert take(connection, len(expected)) == expected
+        assert ask(connection, b"GET", b"0") == WORDS[0]
+    assert proxy.fired == {"double": 1}
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_two_replies_change_places(proxy: FaultProxy, k: int) -> None:
+    proxy.swap(k)
+    with dial(proxy) as connection:
+        connection.sendall(command(b"ALL"))
+        expected = b"".join([*WORDS[:k], WORDS[k + 1], WORDS[k], *WORDS[k + 2 :]])
+        assert take(connection, len(expected)) == expected
+        assert ask(connection, b"LONG") == LONG
+    assert proxy.fired == {"swap": 1}
+
+
+def test_long_replies_change_places_whole(proxy: FaultProxy) -> None:
+    proxy.swap()
+    with dial(proxy) as connection:
+        connection.sendall(command(b"LONG") + command(b"GET", b"0"))
+        assert take(connection, len(LONG + WORDS[0])) == WORDS[0] + LONG
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_the_ends_of_replies_are_found_in_pieces_of_any_size(size: int) -> None:
+    small = [b"_\r\n", b"=5\r\ntxt:a\r\n", b"*-1\r\n", b"$0\r\n\r\n", b"*0\r\n", b"-ERR $3\r\n"]
+    nested = [b"%1\r\n+a\r\n:1\r\n", b"|1\r\n+a\r\n:1\r\n+b\r\n", b">2\r\n+a\r\n~1\r\n#t\r\n"]
+    values = [*WORDS, *small, *nested, *WORDS]
+    stream, splitter, ends, at = b"".join(values), Splitter(), [], 0
+    for start in range(0, len(stream), size):
+        for piece, end in splitter.split(stream[start : start + size]):
+            at += len(piece)
+            ends += [at] if end else []
+    assert ends == [len(b"".join(values[: i + 1])) for i in range(len(values))]
+    assert splitter.between
+
+
+@pytest.mark.parametrize("stream", [b"HTTP/1.1 400\r\n+OK\r\n", b"$x\r\n+OK\r\n", bytes(100_000) + b"\r\n+OK\r\n"])
+def test_what_is_not_resp_has_no_ends(stream: bytes) -> None:
+    splitter = Splitter()
+    assert splitter.split(stream[:50]) + splitter.split(stream[50:]) + splitter.split(b"+OK\r\n")
+    assert not any(ends for _, ends in splitter.split(b"+OK\r\n"))
+
+
+# --- the proxy: time -----------------------------------------------------------------------------
+def test_an_answer_comes_later_and_all_of_it_together(proxy: FaultProxy) -> None:
+    proxy.latency_s = 0.1
+    with dial(proxy) as connection:
+        check_takes(0.1, 0.2, lambda: ask(connection, b"LONG"))
+        proxy.latency_s = 0
+        check_takes(0, 0.1, lambda: ask(connection, b"LONG"))
+
+
+def test_jitter_is_drawn_from_the_seed(server: ScriptedServer) -> None:
+    draws = random.Random(7)
+    with FaultProxy(server.port, seed=7) as proxy, dial(proxy) as connection:
+        proxy.latency_s, proxy.jitter_s = 0.01, 0.05
+        for _ in range(4):
+            assert seconds(lambda: ask(connection, b"GET", b"0")) >= 0.01 + draws.uniform(0, 0.05)
+        check_takes(0.01, 0.08, lambda: ask(connection, b"GET", b"0"))
+
+
+def test_bandwidth_is_kept(proxy: FaultProxy) -> None:
+    proxy.bandwidth = 3e6
+    with dial(proxy) as connection:
+        check_takes(0.1 / 3, 0.1 * 3, lambda: ask(connection, b"LONG"))
+
+
+def test_upload_bandwidth_is_kept(proxy: FaultProxy) -> None:
+    proxy.upload_bandwidth = 3e6
+    with dial(proxy) as connection:
+        check_takes(0.1 / 3, 0.1 * 3, lambda: ask(connection, b"SET", b"k", bytes(300_000)))
+
+
+def test_slices_have_at_most_n_bytes(proxy: FaultProxy) -> None:
+    proxy.slices = (4, 0.02)
+    sizes = []
+    with dial(proxy) as connection:
+        connection.sendall(command(b"GET", b"2"))
+        start = time.perf_counter()
+        while sum(sizes) < len(WORDS[2]):
+            sizes.append(len(connection.recv(100)))
+    assert time.perf_counter() - start >= 0.02 * (len(WORDS[2]) // 4)
+    assert min(sizes) <= 4 and len(sizes) > 1  # on a busy machine some slices are found together
+
+
+def test_a_black_hole_accepts_and_says_nothing(server: ScriptedServer, proxy: FaultProxy) -> None:
+    with dial(proxy, 0.05) as old:
+        ask(old, b"GET", b"0")
+        proxy.blackhole = True
+        with dial(proxy, 0.05) as new:
+            new.sendall(command(b"GET", b"1"))
+            old.sendall(command(b"GET", b"2"))
+            assert take_all(new) == take_all(old) == (b"", "open")
+            assert len(server.commands) == 1
+            proxy.blackhole = False
+            for connection, word in ((new, WORDS[1]), (old, WORDS[2])):
+                connection.settimeout(5)
+                assert take(connection, len(word)) == word
+
+
+def test_held_answers_wait_though_the_server_heard_the_command(server: ScriptedServer, proxy: FaultProxy) -> None:
+    proxy.hold = True
+    with dial(proxy, 0.05) as connection:
+        connection.sendall(command(b"GET", b"1"))
+        assert take_all(connection) == (b"", "open")
+        assert server.commands == [[b"GET", b"1"]]
+        proxy.hold = False
+        connection.settimeout(5)
+        assert take(connection, len(WORDS[1])) == WORDS[1]
+
+
+# --- the proxy: connections ----------------------------------------------------------------------
+def test_connections_are_reset(proxy: FaultProxy) -> None:
+    with dial(proxy) as old:
+        ask(old, b"GET", b"0")
+        proxy.reset = True
+        with pytest.raises(ConnectionResetError), dial(proxy) as new:
+            new.recv(1)
+        assert ask(old, b"GET", b"0") == WORDS[0]
+    assert proxy.accepted == 2
+
+
+def test_connections_are_refused_and_accepted_again_on_the_same_port(proxy: FaultProxy) -> None:
+    port = proxy.port
+    with dial(proxy) as old:
+        ask(old, b"GET", b"0")
+        for _ in range(2):
+            proxy.refuse = True
+            with pytest.raises(ConnectionRefusedError):
+                dial(proxy)
+            assert ask(old, b"GET", b"0") == WORDS[0]
+            proxy.refuse = False
+            with dial(proxy) as new:
+                assert ask(new, b"GET", b"1") == WORDS[1]
+    assert proxy.port == port
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_open_connections_are_dropped(proxy: FaultProxy, reset: bool) -> None:
+    with dial(proxy) as connection:
+        ask(connection, b"GET", b"0")
+        proxy.drop(reset)
+        assert take_all(connection) == (b"", "reset" if reset else "end")
+
+
+def test_healing_ends_every_fault(proxy: FaultProxy) -> None:
+    proxy.latency_s, proxy.bandwidth, proxy.blackhole, proxy.hold, proxy.reset = 9.0, 1.0, True, True, True
+    proxy.slices, proxy.refuse = (1, 9.0), True
+    proxy.truncate(0)
+    proxy.flip(0)
+    proxy.double()
+    proxy.heal()
+    with dial(proxy) as connection:
+        assert ask(connection, b"LONG") == LONG
+    assert not proxy.fired
+
+
+def test_the_end_waits_for_nobody(server: ScriptedServer) -> None:
+    with FaultProxy(server.port) as proxy:
+        connections = [dial(proxy) for _ in range(5)]
+        for connection, fault in zip(connections, ("hold", "blackhole", "latency_s", "none", "none"), strict=True):
+            setattr(proxy, fault, 60)
+            connection.sendall(command(b"LONG"))
+        time.sleep(0.05)
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 5.0
+    for connection in connections:
+        connection.close()
+
+
+def test_a_fault_of_the_proxy_itself_is_not_kept_quiet(server: ScriptedServer) -> None:
+    with pytest.raises(RuntimeError, match="the proxy itself failed"), FaultProxy(server.port) as proxy:
+        proxy.after(1, lambda: 1 / 0)
+        with dial(proxy) as connection:
+            connection.sendall(command(b"LONG"))
+            take_all(connection)
+
+
+@pytest.mark.redis
+def test_redis_speaks_through_the_proxy(redis_server: RedisServer) -> None:
+    value = os.urandom(8_000_000)
+    with FaultProxy(redis_server.port) as proxy:
+        client = redis.Redis.from_url(proxy.url, protocol=2, socket_timeout=5)
+        client.set("k", value)
+        proxy.reset_counts()
+        assert client.get("k") == value
+        assert (proxy.round_trips(), proxy.exchanges()) == (1, 1)
+        with client.pipeline(transaction=False) as pipeline:
+            for _ in range(100):
+                pipeline.get("nothing")
+            assert pipeline.execute() == [None] * 100
+        assert proxy.exchanges() == 2
+        client.close()
+
+
+# --- servers -------------------------------------------------------------------------------------
+def test_a_script_answers_each_command(server: ScriptedServer) -> None:
+    value = bytes(range(256)) * 1000 + b"\r\n*1\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+        parts = command(b"CLIENT", b"SETINFO", b"lib-name", b"x") + command(b"SET", b"k", value) + b"GET 1\r\n"
+        for at in range(0, len(parts), 50_001):
+            connection.sendall(parts[at : at + 50_001])
+        expected = b"+OK\r\n+OK\r\n" + WORDS[1]
+        assert take(connection, len(expected)) == expected
+        connection.sendall(command(b"END"))
+        assert take_all(connection) == (b"", "end")
+    assert server.commands == [[b"SET", b"k", value], [b"GET", b"1"], [b"END"]]
+
+
+def test_a_client_library_follows_a_script() -> None:
+    with ScriptedServer(reply) as server:
+        client = redis.Redis.from_url(server.url, protocol=2)
+        assert (client.get("0"), client.get("3"), client.set("k", "v")) == (b"one", None, True)
+        client.close()
+
+
+@pytest.mark.parametrize("stream", [b"", GET[:1], GET[:3], GET[:6], GET[:-1], b"*1\r\n$"])
+def test_half_a_command_is_none(stream: bytes) -> None:
+    assert read_command(io.BytesIO(stream)) == []
+
+
+@pytest.mark.redis
+def test_options_of_the_server_survive_a_restart() -> None:
+    with RedisServer("--maxmemory", "3mb", debug=True) as server:
+        for _ in range(2):
+            client = server.client()
+            assert client.config_get("maxmemory") == {"maxmemory": "3145728"}
+            assert client.execute_command("DEBUG", "SLEEP", "0") == b"OK"
+            client.close()
+            server.kill()
+            server.start()
+
+
+@pytest.mark.valkey
+def test_valkey_is_valkey(valkey_server: RedisServer) -> None:
+    with valkey_server.client() as client:
+        assert client.info("server")["server_name"] == "valkey"
+
+
+# --- certificates --------------------------------------------------------------------------------
+@pytest.mark.redis
+def test_a_certificate_holds_for_its_hosts_and_no_other(tls_server: RedisServer) -> None:
+    strict = ssl.create_default_context(cafile=str(tls_server._tls.ca))
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 does of itself
+    for host, holds in {"localhost": True, "127.0.0.1": True, "::1": True, "example.org": False}.items():
+        with socket.create_connection(("127.0.0.1", tls_server.tls_port), 5) as plain:
+            if holds:
+                strict.wrap_socket(plain, server_hostname=host).close()
+            else:
+                with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+                    strict.wrap_socket(plain, server_hostname=host)
+
+
+@pytest.mark.redis
+def test_tls_works_also_through_the_proxy_and_only_with_our_authority(tls_server: RedisServer) -> None:
+    with FaultProxy(tls_server.tls_port) as proxy:
+        for url in (tls_server.tls_url, tls_server._tls.url(proxy.port)):
+            with redis.Redis.from_url(url) as client:
+                assert client.ping()
+        stranger = redis.Redis.from_url(f"rediss://127.0.0.1:{proxy.port}", retry=None)
+        with stranger, pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.ping()
+
+
+def test_certificates_are_for_tests(tmp_path: Path) -> None:
+    x509 = pytest.importorskip("cryptography.x509")
+    (tmp_path / "test-redis.key").write_text("older, and open to all")
+    certs = make_certs(tmp_path)
+    assert {stat.S_IMODE(key.stat().st_mode) for key in (certs.key, certs.ca_key)} == {0o600}
+    for path in (certs.ca, certs.cert):
+        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        assert timedelta(days=29) < end - datetime.now(UTC) <= timedelta(days=30)
+
+
+def test_the_script_says_how_to_use_what_it_made(tmp_path: Path) -> None:
+    x509 = pytest.importorskip("cryptography.x509")
+    call = [sys.executable, str(CERTS_SCRIPT), str(tmp_path / "new"), "--host", "cache.lan", "--host", "10.0.0.7"]
+    said = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    ca = tmp_path / "new" / "test-ca.crt"
+    assert said[0].startswith("redis-server --port 0 --tls-port 6380 ") and f"--tls-ca-cert-file {ca}" in said[0]
+    assert said[1] == f"rediss://cache.lan:6380?ssl_ca_certs={ca}"
+    made = x509.load_pem_x509_certificate((tmp_path / "new" / "test-redis.crt").read_bytes())
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in names] == ["localhost", "127.0.0.1", "::1", "cache.lan", "10.0.0.7"]
