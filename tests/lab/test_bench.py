@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -12,7 +13,9 @@ from kvlab.__main__ import main
 from kvlab.core import record
 from kvlab.core.identity import KEY_BYTES, field
 from kvlab.core.record import HEADER_BYTES
-from kvlab.lab import bench_codec, bench_fuzz, bench_hash, tables
+from kvlab.errors import KVLabError
+from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_wire, tables
+from tests.servers import RedisServer
 
 
 def test_bench_hash_reports_every_block_size() -> None:
@@ -45,6 +48,45 @@ def test_bench_codec_reports_every_codec() -> None:
         assert rows[f"{precision}+zstd"]["kl"] == rows[precision]["kl"]
     assert result["reference"]["kl"] > rows["int8"]["kl"]
     json.dumps(result)
+
+
+WIRE_ROW = {"value_kib", "transport", "new_keys", "put_ratio", "get_ratio", "put_vs_redis_py", "get_vs_redis_py"}
+WIRE_ROW |= {f"{who}_{way}_gbps" for who in ("store", "raw") for way in ("put", "get")}
+
+
+@pytest.mark.redis
+def test_bench_wire_reports_every_size_and_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_wire, "SIZES", (64 << 10, 192 << 10))
+    result = bench_wire.run(scale=0.01)
+    kinds = [(row["transport"], row["value_kib"], row["new_keys"]) for row in result["rows"]]
+    assert kinds == list(itertools.product(("tcp", "unix"), (64, 192), (False, True)))
+    for row in result["rows"]:
+        assert set(row) >= WIRE_ROW and min(row[name] for name in WIRE_ROW - {"transport", "new_keys"}) > 0
+    assert result["round_trips"] == {"probe": 1, "load_64_mib": 4, "load_64_records_of_192_kib": 1}
+    assert result["batch"]["records"] == 64 and result["lookup"]["keys"] == 1024
+    json.dumps(result)
+
+
+@pytest.mark.redis
+def test_bench_wire_measures_a_given_server_and_leaves_nothing_there(
+    monkeypatch: pytest.MonkeyPatch, tls_server: RedisServer
+) -> None:
+    monkeypatch.setattr(bench_wire, "SIZES", (64 << 10,))
+    for url, transport in ((tls_server.tls_url, "tls"), (tls_server.unix_url, "unix")):
+        rows = bench_wire.run(url, scale=0.01)["rows"]
+        assert [row["transport"] for row in rows] == [transport] * 2
+    assert tls_server.client().dbsize() == 0
+
+
+@pytest.mark.redis
+def test_bench_wire_says_when_a_server_takes_nothing(redis_server: RedisServer) -> None:
+    client = redis_server.client()
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(KVLabError, match="did not take a value"):
+            bench_wire.run(redis_server.url, scale=0.01)
+    finally:
+        client.config_set("maxmemory", 0)
 
 
 def test_bench_fuzz_lets_nothing_through() -> None:
