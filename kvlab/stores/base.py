@@ -151,7 +151,7 @@ def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> No
         InputError: there is not.
     """
     check_pairs(keys, out, "buffer")
-    if out is not None and any(memoryview(buffer).readonly for buffer in out):
+    if out is not None and any(buffer.readonly for buffer in out):
         raise InputError("expected writable buffers, got a read-only one")
 
 

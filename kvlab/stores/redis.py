@@ -47,9 +47,6 @@ WINDOW_KEYS: Final = 1024
 SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
 _LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
 
-_Answer = bytes | memoryview | str | None
-"""A value, None for a key that is not there, or the reason why nothing is known."""
-
 _fake_servers: dict[str, Any] = {}
 _stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
 
@@ -72,7 +69,7 @@ _REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
 _BY_WORD: Final = {"BUSY": "busy", "MISCONF": "misconf"}  # error replies that redis-py has no class for
 _LINK_FAULTS: Final = {"timeout", "conn", "protocol", "loading", "busy", "error"}
 _WRITE_FAULTS: Final = {"oom", "readonly", "misconf", "auth"}
-_OF_ONE_KEY: Final = {"too_big", "response"}
+_OF_ONE_KEY: Final = {ABSENT, "too_big", "response"}
 
 
 def reason_of(error: BaseException) -> str:
@@ -145,22 +142,27 @@ class RedisStore(Store):
         got: list[bytes | memoryview | None] = []
         reasons: list[str] = []
         self._link.deadline.start(self._deadline_s)
-        fault: str | None = None
+        fault = ""
         while len(got) < len(keys):
-            count = self._read_window(len(got), len(keys), out)
-            part = keys[len(got) : len(got) + count]
-            asked = self._get(part, out and out[len(got) : len(got) + count]) if fault is None else [fault] * count
-            for answer in asked:
-                if isinstance(answer, str) and answer not in _OF_ONE_KEY:
-                    fault = answer  # nor would the server answer the next window
-                reasons.append((answer or ABSENT) if isinstance(answer, str | None) else "")
-                got.append(None if isinstance(answer, str) else answer)
-        misses = Counter(filter(None, reasons))
+            at = len(got)
+            window = self._read_window(at, len(keys), out)
+            if fault:  # nor would the server answer now
+                replies: Sequence[Reply] = [_Refused(fault)] * window
+            else:
+                replies = self._get(keys[at : at + window], out[at : at + window] if out else None)
+            for reply in replies:
+                there = type(reply) is memoryview or type(reply) is bytes
+                reasons.append("" if there else ABSENT if reply is None else _reason(reply))
+                got.append(reply if there else None)  # type: ignore[arg-type]
+            fault = next((r for r in reasons[at:] if r and r not in _OF_ONE_KEY), "")
+        misses = Counter(filter(None, reasons)) if any(reasons) else None
         with self._lock:
             self._stats.requested += len(keys)
-            self._stats.misses += misses
-            self._stats.hits += len(keys) - misses.total()
-            self._stats.bytes_out += sum(len(v) for v in got if v is not None)
+            self._stats.hits += len(keys)
+            self._stats.bytes_out += sum([len(value) for value in got if value is not None])
+            if misses:
+                self._stats.hits -= misses.total()
+                self._stats.misses += misses
         if why is not None:
             why += reasons
         return got
@@ -238,20 +240,19 @@ class RedisStore(Store):
         self.write_breaker.renew()
         self._link.renew()
 
-    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> Sequence[_Answer]:
-        """Each key's value, None where there is none, or the reason why it is not known."""
+    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> Sequence[Reply]:
+        """One round trip: each key's value, None where there is none, or why it is not known."""
         commands: list[Command] = [(b"GET", KEY_PREFIX + key) for key in keys]
         if self._ttl_ms is not None:
             commands += map(self._touch, keys)
         replies = self._exchange(commands, out)
-        refused = any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(keys) :])
-        if refused:  # chains would die of age with nobody noticing: such a user needs ttl_s=None
-            return ["auth"] * len(keys)
-        got = [_value(reply) for reply in replies[: len(keys)]]
-        sizes = [len(value) for value in got if isinstance(value, bytes | memoryview)]
-        if sizes:
-            self._value_bytes = max(sizes)
-        return got
+        if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(keys) :]):
+            # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
+            return [_Refused("auth")] * len(keys)
+        values = replies[: len(keys)]
+        if out is None:
+            self._value_bytes = max([len(v) for v in values if isinstance(v, bytes)], default=self._value_bytes)
+        return values
 
     def _put(self, window: list[tuple[bytes, Value]], sizes: list[int], limit: int | str) -> list[str | None]:
         """Store a window; per value None, or why it was dropped."""
@@ -289,12 +290,14 @@ class RedisStore(Store):
         verdict: bool | None = None
         try:
             replies = self._link.exchange(commands, out)
-            reasons = {_reason(reply) for reply in replies if isinstance(reply, Exception)}
-            no_login = any(isinstance(reply, redis.AuthenticationError) for reply in replies)
+            faults = [reply for reply in replies if isinstance(reply, Exception)]
+            reasons = {_reason(fault) for fault in faults}
+            no_login = any(isinstance(fault, redis.AuthenticationError) for fault in faults)
             verdict = None if "pool" in reasons else not (no_login or reasons & _LINK_FAULTS)
         finally:
             self.breaker.record(verdict)
-        self._count_fault(reasons)
+        if reasons:
+            self._count_fault(reasons)
         return replies
 
     def _count_fault(self, reasons: set[str]) -> None:
@@ -344,10 +347,6 @@ def _reason(reply: Reply) -> str:
     if isinstance(reply, _Refused):
         return str(reply)
     return reason_of(reply) if isinstance(reply, Exception) else "protocol"
-
-
-def _value(reply: Reply) -> _Answer:
-    return reply if isinstance(reply, bytes | memoryview | None) else _reason(reply)
 
 
 def _nbytes(piece: bytes | memoryview) -> int:

@@ -1,6 +1,6 @@
 """How bytes reach a Redis: redis-py's connections, made to move large values without copying them.
 
-redis-py connects, authenticates, does TLS and pools. Three of its public hooks are used here:
+redis-py connects, authenticates and does TLS. Three of its public hooks are used here:
 
     command packer     large pieces stay separate, where the default copies them into one string
     connection class   pieces leave by one `sendmsg`; values arrive by `recvmsg_into`, straight
@@ -20,14 +20,13 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection, DefaultParser
+from redis.connection import AbstractConnection, DefaultParser, parse_url
 from redis.retry import Retry
 
 from kvlab.stores.base import Value, joined, pieces, place
@@ -146,9 +145,17 @@ class _Connection(AbstractConnection):
             self.socket_connect_timeout = self.socket_timeout = self.deadline.left()
         super().connect()  # type: ignore[no-untyped-call]
 
-    def can_read(self, timeout: float = 0) -> bool:
-        """Whether there are bytes that no command asked for; the pool then reconnects."""
-        return self._start < self._end or super().can_read(timeout)
+    def make_ready(self) -> None:
+        """Connect, or connect again where the server has hung up or has sent what nobody asked for."""
+        try:
+            if self.is_connected and self.can_read():
+                raise redis.ConnectionError("unexpected bytes")
+        except (redis.ConnectionError, redis.TimeoutError, OSError):
+            self.disconnect()  # type: ignore[no-untyped-call]
+        if not self.is_connected:
+            self.connect()
+            if self.can_read():
+                raise redis.InvalidResponse("the server speaks before it is asked")
 
     def send_packed_command(self, command: Sequence[bytes | memoryview], check_health: bool = True) -> None:
         """Send all pieces before the deadline."""
@@ -259,7 +266,7 @@ class _TLS(_Connection, redis.SSLConnection):
         """The socket alone cannot tell: TLS 1.3 sends session tickets, which are no data of ours."""
         self._sock.settimeout(0)
         try:
-            if self._start == self._end and not self._sock.recv(1):
+            if not self._sock.recv(1):
                 raise redis.ConnectionError("closed by the server")
         except ssl.SSLWantReadError:
             return False
@@ -269,7 +276,7 @@ class _TLS(_Connection, redis.SSLConnection):
 class _Unix(_Connection, redis.UnixDomainSocketConnection): ...
 
 
-_CLASSES: Final = {"redis": _TCP, "rediss": _TLS, "unix": _Unix}
+_CLASSES: Final[dict[str, Any]] = {"redis": _TCP, "rediss": _TLS, "unix": _Unix}
 
 
 def _number(digits: bytes) -> int:
@@ -284,40 +291,11 @@ def _some(got: int) -> int:
     return got
 
 
-class _Slots:
-    """So many at once, and who waits longest goes next. A semaphore lets a busy thread overtake for ever."""
-
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._waiting: deque[threading.Lock] = deque()
-        self._lock = threading.Lock()
-
-    def acquire(self, timeout_s: float) -> bool:
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return True
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        if turn.acquire(timeout=timeout_s):
-            return True
-        with self._lock:
-            if turn not in self._waiting:  # handed over at the last moment
-                return True
-            self._waiting.remove(turn)
-            return False
-
-    def release(self) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._free += 1
-
-
 class Link:
     """Connections to one server, at most `max_connections` of them, opened when needed.
+
+    redis-py's pools let a busy thread overtake a waiting one for ever, and cost a fifth of the
+    time of a small read. Here who waits longest goes next.
 
     Raises:
         ValueError, TypeError: a URL with settings that redis-py does not know.
@@ -326,22 +304,27 @@ class Link:
     def __init__(self, url: str, max_connections: int) -> None:
         self.deadline = Deadline()
         self._max = max_connections
-        self._pool: Any = redis.ConnectionPool.from_url(
-            url,
-            connection_class=_CLASSES[urlsplit(url).scheme],
-            max_connections=max_connections,
-            deadline=self.deadline,
-            protocol=2,  # with 3, redis-py does not look for left-over bytes on a pooled connection
-            decode_responses=False,
-            retry=Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
-            driver_info=None,  # saves two round trips a connection, and a right of the ACL user
-        )
-        self._pool.connection_class(**self._pool.connection_kwargs)  # connects nowhere; a wrong setting shows here
+        self._class = _CLASSES[urlsplit(url).scheme]
+        settings = parse_url(url)  # type: ignore[no-untyped-call]
+        settings.pop("connection_class", None)
+        self._settings: dict[str, Any] = {
+            "deadline": self.deadline,
+            "protocol": 2,  # with 3, redis-py does not look for left-over bytes
+            "decode_responses": False,
+            "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
+            "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
+            **settings,
+        }
+        self._class(**self._settings)  # connects nowhere; a wrong setting shows here
         self.renew()
 
     def renew(self) -> None:
-        """Forget who waits for a connection (after a fork; the pool itself notices)."""
-        self._slots = _Slots(self._max)
+        """Forget all connections and who waits for them: they are the parent's (after a fork)."""
+        self._lock = threading.Lock()
+        self._idle: list[Any] = []  # the last one used is the first one taken
+        self._not_made = self._max
+        self._waiting: deque[_Turn] = deque()
+        self._closed = False
 
     def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
         """Send all commands, then take one reply each: one round trip.
@@ -353,35 +336,73 @@ class Link:
         fault as their reply.
         """
         replies: list[Reply] = []
+        connection, clean = None, False
         try:
-            with self._connection() as connection:
-                connection.send_packed_command(pack(commands))
-                for i, command in enumerate(commands):
-                    replies.append(connection.read_reply(command, out[i] if out and i < len(out) else None))
+            connection = self._take()
+            connection.make_ready()
+            connection.send_packed_command(pack(commands))
+            buffers = len(out) if out else 0
+            for i, command in enumerate(commands):
+                replies.append(connection.read_reply(command, out[i] if out and i < buffers else None))
+            clean = connection.all_taken()
         except Exception as error:  # a broken server makes libraries raise anything
             replies += [error] * (len(commands) - len(replies))
+        finally:  # also when a signal's handler raises in the middle
+            if connection is not None:
+                if not clean or self._closed:
+                    connection.disconnect()
+                self._give_back(connection)
         return replies
 
     def close(self) -> None:
-        """Close all connections that are not in use; those in use when they come back."""
-        self._pool.close()
+        """Close all connections: those in use when they come back."""
+        self._closed = True
+        with self._lock:
+            for connection in self._idle:
+                connection.disconnect()
 
-    @contextmanager
-    def _connection(self) -> Iterator[Any]:
-        if not self._slots.acquire(self.deadline.left() / 2):  # the server gets the other half, or it would be blamed
-            raise NoConnection(f"all {self._max} connections stayed in use")
+    def _take(self) -> Any:
+        """An idle connection, a new one, or the one that whoever waits longest is handed.
+
+        Raises:
+            NoConnection: none came free in half of what is left of the deadline. The other half is
+                the server's, or it would be blamed for the waiting.
+        """
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            if self._not_made:
+                connection = self._class(**self._settings)
+                self._not_made -= 1
+                return connection
+            turn = _Turn()
+            self._waiting.append(turn)
         try:
-            connection = self._pool.get_connection()
-            clean = False
-            try:
-                yield connection
-                clean = connection.all_taken()
-            finally:  # also when a signal's handler or a test's interrupt raises in the middle
-                if not clean:
-                    connection.disconnect()
-                self._pool.release(connection)
-        finally:
-            self._slots.release()
+            turn.came.wait(self.deadline.left() / 2)
+        finally:  # a signal's handler may raise while this waits
+            with self._lock:
+                if turn.connection is None:
+                    self._waiting.remove(turn)
+        if turn.connection is None:
+            raise NoConnection(f"all {self._max} connections stayed in use")
+        return turn.connection
+
+    def _give_back(self, connection: Any) -> None:
+        with self._lock:
+            if self._waiting:
+                turn = self._waiting.popleft()
+                turn.connection = connection
+                turn.came.set()
+            else:
+                self._idle.append(connection)
+
+
+class _Turn:
+    """A place in the queue for a connection."""
+
+    def __init__(self) -> None:
+        self.came = threading.Event()
+        self.connection: Any = None
 
 
 class FakeLink:
