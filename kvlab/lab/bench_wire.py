@@ -24,7 +24,7 @@ import redis
 
 from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.server import local_redis
+from kvlab.lab.server import with_redis
 from kvlab.lab.timing import Timings, take_turns
 from kvlab.stores import RedisStore
 from kvlab.stores.redis import KEY_PREFIX
@@ -53,8 +53,8 @@ def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
     """
     with ExitStack() as stack:
         if url is None:
-            server = stack.enter_context(local_redis())
-            urls = [server.url, server.unix_url]
+            server = stack.enter_context(with_redis())
+            urls = [str(server), server.unix_url]
         else:
             urls = [url]
         timings: list[Timings] = []

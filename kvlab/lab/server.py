@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from kvlab.errors import KVLabError
 
 READY_S = 10.0
 
 
-@dataclass(frozen=True)
-class LocalRedis:
-    """Where it listens, and its process, which may be stopped and continued."""
+class LocalRedis(str):
+    """A running server's URL over TCP.
 
-    port: int
-    socket_path: str
-    process: subprocess.Popen[bytes]
+    Attributes:
+        unix_url: the same over its Unix socket.
+    """
 
-    @property
-    def url(self) -> str:
-        """Address over TCP."""
-        return f"redis://127.0.0.1:{self.port}"
+    unix_url: str
+    _process: subprocess.Popen[bytes]
 
-    @property
-    def unix_url(self) -> str:
-        """Address over the unix socket."""
-        return f"unix://{self.socket_path}"
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The server hangs: its port still accepts, and nothing comes back. It goes on afterwards."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
-def local_redis(*options: str) -> Iterator[LocalRedis]:
-    """Start a `redis-server` on a free loopback port and a unix socket; end it afterwards.
+def with_redis(*options: str) -> Iterator[LocalRedis]:
+    """Start a `redis-server` on a free loopback port and a Unix socket; yield its URL; end it afterwards.
 
     Args:
         options: more of its options, say "--maxmemory", "64mb".
@@ -55,7 +56,9 @@ def local_redis(*options: str) -> Iterator[LocalRedis]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             _wait_for(path, process)
-            yield LocalRedis(port, path, process)
+            server = LocalRedis(f"redis://127.0.0.1:{port}")
+            server.unix_url, server._process = f"unix://{path}", process
+            yield server
         finally:
             process.kill()  # nothing to save; also ends one that was stopped
             process.wait()

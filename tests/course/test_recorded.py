@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from kvlab.course import recorded
-from kvlab.course.live import with_redis
 from kvlab.course.recorded import live_or_recorded
 from kvlab.course.work import work_dir
-from kvlab.errors import ConfigError, KVLabError
+from kvlab.errors import ConfigError
 
 
 @pytest.fixture
@@ -46,22 +45,6 @@ def test_the_notebooks_recordings_are_committed() -> None:
     for name in re.findall(r'live_or_recorded\(\\"(\w+)\\"', text):
         result, machine = recorded.load_recording(name)
         assert result and "cores" in machine
-
-
-@pytest.mark.redis
-def test_with_redis_ends_what_it_started() -> None:
-    import redis
-
-    with with_redis() as url:
-        assert redis.Redis.from_url(url).ping()
-    with pytest.raises(redis.ConnectionError):
-        redis.Redis.from_url(url, retry=None).ping()
-
-
-def test_with_redis_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(KVLabError, match="apt-get install redis-server"), with_redis():
-        pass
 
 
 def test_the_work_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from kvlab.cache import DistributedKVCache
 from kvlab.core.identity import KVSpec
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.server import LocalRedis, local_redis
+from kvlab.lab.server import LocalRedis, with_redis
 from kvlab.stores import RedisStore
 
 B, BLOCKS, PROMPTS = 16, 8, 40
@@ -107,8 +107,8 @@ def _rss_mib() -> float:
 
 def run(seconds: float, processes: int = 8, threads: int = 8, deadline_s: float = 5.0) -> dict[str, Any]:
     """`processes` times `threads` threads; what they saw together, and what the server did."""
-    with local_redis("--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru") as server:
-        jobs = [(server.url, threads, seconds, deadline_s)] * processes
+    with with_redis("--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru") as server:
+        jobs = [(str(server), threads, seconds, deadline_s)] * processes
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             pending = pool.starmap_async(work, jobs)
             watched = _watch(server, pending)
@@ -135,7 +135,7 @@ def run(seconds: float, processes: int = 8, threads: int = 8, deadline_s: float 
 def _watch(server: LocalRedis, pending: Any) -> dict[str, Any]:
     import redis
 
-    client = redis.Redis.from_url(server.url)
+    client = redis.Redis.from_url(server)
     connections, used = [], []
     while not pending.ready():
         connections.append(client.info("clients")["connected_clients"] - 1)
