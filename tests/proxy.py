@@ -355,6 +355,7 @@ class FaultProxy:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
                 connection.close()
             else:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent in two goes out in two
                 self._start(self._serve(connection))
 
     async def _serve(self, connection: socket.socket) -> None:

@@ -39,6 +39,7 @@ Reply = bytes | memoryview | int | None | Exception
 BYTES_PER_S: Final = 50e6  # a wire slower than this loses against computing; it only stretches the deadline
 MAX_VALUE_BYTES: Final = 64 << 20
 _SEPARATE_BYTES: Final = 16 << 10  # smaller pieces are cheaper to copy than to send apart
+_SKIP_BYTES: Final = 16 << 20  # received and thrown away, so that the values behind it still come
 _PIECES_A_CALL: Final = 256  # the system's limit is 1024
 _LINE_BYTES: Final = 4096  # no line of an honest reply is longer
 _CRLF: Final = b"\r\n"
@@ -202,15 +203,16 @@ class _Connection(AbstractConnection):
         return self._start == self._end
 
     def _read_value(self, length: int, out: memoryview | None) -> Reply:
-        if length > MAX_VALUE_BYTES:
-            raise redis.InvalidResponse(f"expected a value of at most {MAX_VALUE_BYTES} bytes, got one of {length}")
+        fits = length <= (MAX_VALUE_BYTES if out is None else out.nbytes)
+        if not fits and length > _SKIP_BYTES:
+            raise TooBig(f"a value of {length} bytes")  # the connection goes with it: cheaper than to receive it
         self.deadline.extend(length)
         if out is None:
             own = bytearray(length)
             self._fill(memoryview(own))
             return bytes(own)
         room = out.cast("B")
-        if length > len(room):
+        if not fits:
             self._skip(length)
             return TooBig()
         self._fill(room[:length])
