@@ -62,7 +62,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     fuzz = what.add_parser("fuzz", help="decode records that were damaged or forged; exit 1 if one gets through")
     fuzz.add_argument("--n", type=_positive, default=100_000, help="number of cases (default 100,000)")
     fuzz.add_argument("--seed", type=int, default=0)
-    wire = what.add_parser("wire", help="GB/s to a Redis and back, beside a bare socket and redis-py")
+    wire = what.add_parser("wire", help="GB/s to a Redis and back (writes about 300 MB there, and deletes it)")
     wire.add_argument("--redis", metavar="URL", help="this server, instead of one started here")
     for one in (hashing, codec, fuzz, wire):
         one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -28,7 +28,8 @@ class CacheStats:
 
     A block is requested when `load` or `get_cached_kv` asks for it. Blocks after a gap are
     not usable even if they are stored: they count as misses with the reason "gap".
-    Of the blocks that `save` was offered, `saved` were sent and `kept` were there already.
+    Of the blocks that `save` was offered, the store took `saved` (a `WriteBehind` takes what it
+    queues) and `kept` were there already. `bytes_written` counts all records that were offered.
     """
 
     requested: int = 0

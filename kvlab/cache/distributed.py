@@ -47,7 +47,8 @@ class DistributedKVCache(KVCache):
             identity. What the small ones cost in quality is in docs/02_architecture_deep_dive.md.
         compress: pack payloads without loss: True or "zstd", or "gzip", or False. Readers accept
             records written any of these ways.
-        ttl_seconds: lifetime after the last write or read; None leaves it to the server.
+        ttl_seconds: lifetime after the last write or read; None leaves it to the server. A store
+            that is given as `store=` keeps its own.
         store: any `Store`, instead of a Redis. The cache closes it with itself.
         model: whose KV this is: a loaded `Llama`, or its `KVSpec`. Needed for the token calls;
             for the text calls optional, and then keys are bound to no model: a second model
@@ -96,6 +97,8 @@ class DistributedKVCache(KVCache):
         if redis_host is not None:
             if not redis_host:
                 raise ConfigError("expected a host name in redis_host, got an empty text")
+            if "://" in redis_host:
+                raise ConfigError(f"expected a host name in redis_host, got a URL; write url={redis_host!r}")
             if redis_port == 0:
                 raise ConfigError("expected a redis_port of 1 … 65535, got 0")
             address = f"redis://{redis_host}:{redis_port}"

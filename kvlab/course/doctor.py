@@ -200,7 +200,7 @@ def _named_redis(url: str) -> Check:
         health = Health(False, str(error))
     if health.ok:
         return Check("Redis", OK, f"KVLAB_REDIS_URL: {health.detail}")
-    fix = "start that Redis, or go without: unset KVLAB_REDIS_URL"
+    fix = "start that Redis or correct its URL, or go without: unset KVLAB_REDIS_URL"
     return Check("Redis", PROBLEM, f"KVLAB_REDIS_URL: {health.detail}", fix)
 
 

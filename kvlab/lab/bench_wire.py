@@ -27,12 +27,19 @@ from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.server import with_redis
 from kvlab.lab.timing import Timings, take_turns
 from kvlab.stores import RedisStore
-from kvlab.stores.redis import KEY_PREFIX
+from kvlab.stores.redis import KEY_PREFIX, without_password
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
 BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves about so much
 BATCH = 64
 LOOKUP_KEYS = 1024
+TRANSPORTS = {"redis": "tcp", "rediss": "tls", "unix": "unix"}
+TTL_S = 600  # of what is left behind when the measuring is interrupted
+ABOUT = (
+    "put_ratio, get_ratio: kvlab's store beside the bare socket; …_vs_redis_py: beside redis-py; new_keys: each put "
+    "makes a key, which costs the server fresh memory; aa_ratio: the same work against itself; wire: one value of "
+    "1 MiB at a time, keys that are there, to put beside your break-even bandwidth"
+)
 DEADLINE_S = 10.0  # a busy machine must not turn a measurement into misses
 
 
@@ -49,25 +56,38 @@ def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
         the connection (not for TLS and unix sockets). The keys used are deleted again.
 
     Raises:
-        KVLabError: the server did not take or give back a value.
+        KVLabError: there is no such server, or it did not take or give back a value.
     """
+    try:
+        return _run(url, scale)
+    except (OSError, redis.RedisError) as error:
+        raise KVLabError(f"cannot measure {without_password(url or 'a server started here')}: {error}") from error
+
+
+def _run(url: str | None, scale: float) -> dict[str, Any]:
     with ExitStack() as stack:
         if url is None:
             server = stack.enter_context(with_redis())
             urls = [str(server), server.unix_url]
-        else:
+        elif urlsplit(url).scheme in TRANSPORTS:
             urls = [url]
+        else:
+            raise KVLabError(f"expected redis://, rediss:// or unix:// to measure, got {without_password(url)!r}")
+        first = TRANSPORTS[urlsplit(urls[0]).scheme]
         timings: list[Timings] = []
         rows = [_row(u, size, new, scale, timings) for u in urls for size in SIZES for new in (False, True)]
         batch = [_batch(urls[0], size, scale) for size in (1 << 20, 192 << 10)]
         lookup = _lookup(urls[0], scale)
         trips = _round_trips(urls[0]) if urls[0].startswith("redis://") else {}
+    (mine,) = (row for row in rows if (row["value_kib"], row["new_keys"], row["transport"]) == (1024, False, first))
     return {
         "rows": rows,
+        "about": ABOUT,
         "batch": batch[0],
         "batch_192_kib": batch[1],
         "lookup": lookup,
         "round_trips": trips,
+        "wire": {f"{name}_gbps": mine[f"store_{name}_gbps"] for name in ("get", "put")},
         "aa_ratio": statistics.median(t.aa_ratio for t in timings),
         "noisy": any(t.noisy for t in timings),
         "machine": describe_machine(),
@@ -98,8 +118,8 @@ class Raw:
 
     def put(self, key: bytes, value: memoryview) -> None:
         """SET by one sendmsg."""
-        head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
-        pieces: list[bytes | memoryview] = [head, value, b"\r\n"]
+        head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
+        pieces: list[bytes | memoryview] = [head, value, b"\r\n$2\r\nPX\r\n$6\r\n%d\r\n" % (1000 * TTL_S)]
         if self.tls:
             for piece in pieces:
                 self.sock.sendall(piece)
@@ -116,7 +136,10 @@ class Raw:
         self.sock.sendall(self._command(b"GET", key))
         got = 0
         while got < len(self._reply):
-            got += self.sock.recv_into(self._reply[got:])
+            new = self.sock.recv_into(self._reply[got:])
+            got += new
+            if not new or bytes(self._reply[:2]) == b"$-":
+                raise KVLabError("a value is gone: does the server evict? A measurement needs room")
         if bytes(self._reply[:1]) != b"$" or bytes(self._reply[-2:]) != b"\r\n":
             raise KVLabError("the server did not give back a value")
         return self._reply[-2 - len(self.buffer) : -2]
@@ -140,6 +163,7 @@ class Bench:
 
     def __init__(self, url: str, size: int) -> None:
         self.store = RedisStore(url, deadline_s=DEADLINE_S)
+        self.writer = RedisStore(url, ttl_s=TTL_S, deadline_s=DEADLINE_S)
         self.raw = Raw(url, size)
         self.redis = redis.Redis.from_url(url)
         self.value = os.urandom(size)
@@ -155,19 +179,20 @@ class Bench:
 
     def put(self, key: bytes) -> None:
         """By the store."""
-        if self.store.put_many([key], [memoryview(self.value)]) != 1:
-            raise KVLabError(f"the store did not take a value: {self.store.stats().drops}")
+        if self.writer.put_many([key], [memoryview(self.value)]) != 1:
+            raise KVLabError(f"the store did not take a value: {dict(self.writer.stats().drops)}")
 
     def get(self, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:
         """By the store, into `out`."""
         if None in self.store.get_many(keys, out):
-            raise KVLabError(f"the store did not give back a value: {self.store.stats().misses}")
+            raise KVLabError(f"the store did not give back a value: {dict(self.store.stats().misses)}")
 
     def close(self) -> None:
         """Delete the keys, let go of the server."""
         for at in range(0, len(self._made), 1000):
             self.store.delete_many(self._made[at : at + 1000])
         self.store.close()
+        self.writer.close()
         self.raw.close()
         self.redis.close()
 
@@ -203,7 +228,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
             {
                 "raw_put": lambda: b.raw.put(KEY_PREFIX + sources[0](), view),
                 "store_put": lambda: b.put(sources[1]()),
-                "redis_py_put": lambda: b.redis.set(KEY_PREFIX + sources[2](), b.value),
+                "redis_py_put": lambda: b.redis.set(KEY_PREFIX + sources[2](), b.value, ex=TTL_S),
                 "raw_get": lambda: b.raw.get(KEY_PREFIX + next(cycles[0])),
                 "store_get": lambda: b.get([next(cycles[1])], [b.out]),
                 "redis_py_get": lambda: b.redis.get(KEY_PREFIX + next(cycles[2])),
@@ -216,7 +241,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
     gbps = {name: size / times.median_ms(name) / 1e6 for name in times.seconds}
     return {
         "value_kib": size >> 10,
-        "transport": {"redis": "tcp", "rediss": "tls", "unix": "unix"}[urlsplit(url).scheme],
+        "transport": TRANSPORTS[urlsplit(url).scheme],
         "new_keys": new,
         **{f"{who}_{way}_gbps": gbps[f"{who}_{way}"] for who in ("store", "raw", "redis_py") for way in ("put", "get")},
         "put_ratio": times.ratio("raw_put", "store_put"),
@@ -240,28 +265,33 @@ def _batch(url: str, size: int, scale: float) -> dict[str, Any]:
             for i in range(BATCH):
                 b.get(keys[i : i + 1], out[i : i + 1])
 
-        times = take_turns(
-            {
-                "single": one_by_one,
-                "batch": lambda: b.get(keys, out),
-                "redis_py_single": lambda: [b.redis.get(name) for name in names],
-                "redis_py_mget": lambda: b.redis.mget(names),
-            },
-            max(3, int(scale * 7)),
-        )
+        work: dict[str, Callable[[], object]] = {"single": one_by_one, "batch": lambda: b.get(keys, out)}
+        if _may_mget(b.redis):
+            work["redis_py_single"] = lambda: [b.redis.get(name) for name in names]
+            work["redis_py_mget"] = lambda: b.redis.mget(names)
+        times = take_turns(work, max(3, int(scale * 7)))
     return {
         "records": BATCH,
         "value_kib": size >> 10,
         "gbps": BATCH * size / times.median_ms("batch") / 1e6,
         "ratio_to_single": times.ratio("single", "batch"),
-        "redis_py_mget_ratio_to_single": times.ratio("redis_py_single", "redis_py_mget"),
+        "redis_py_mget_ratio_to_single": times.ratio("redis_py_single", "redis_py_mget") if len(work) > 2 else None,
     }
+
+
+def _may_mget(client: redis.Redis) -> bool:
+    """Whether the user has this right, which the store does not need."""
+    try:
+        client.mget([KEY_PREFIX + b"bench"])
+    except redis.exceptions.NoPermissionError:
+        return False
+    return True
 
 
 def _lookup(url: str, scale: float) -> dict[str, Any]:
     with _bench(url, 16) as b:
         keys = b.keys(LOOKUP_KEYS)
-        b.store.put_many(keys, [b.value] * LOOKUP_KEYS)
+        b.writer.put_many(keys, [b.value] * LOOKUP_KEYS)
 
         def probe() -> None:
             if b.store.probe(keys) != LOOKUP_KEYS:

@@ -135,11 +135,14 @@ def joined(value: Value) -> bytes:
 
 
 def check_pairs(keys: Sequence[bytes], others: Sequence[object] | None, what: str) -> None:
-    """Check that two batches have one length.
+    """Check that keys are bytes, and that two batches have one length.
 
     Raises:
-        InputError: they have not.
+        InputError: they are not, or have not.
     """
+    for key in keys:
+        if type(key) is not bytes:
+            raise InputError(f"expected keys as bytes, got {type(key).__name__}")
     if others is not None and len(keys) != len(others):
         raise InputError(f"expected one {what} a key, got {len(keys)} keys and {len(others)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from kvlab.stores.base import (
 )
 
 BATCH_BYTES = 4 << 20
+logger = logging.getLogger(__name__)
 
 
 class WriteBehind(Store):
@@ -29,7 +31,8 @@ class WriteBehind(Store):
     may forget, it must not stop its engine. A newer value for a key that is still waiting takes
     the older one's place ("collapsed"). Reads see what waits.
 
-    `put_many` returns how many were queued; whether they were stored is in `stats()` later.
+    `put_many` returns how many were queued; whether they were stored is in `stats()` later, and
+    a cache in front counts as saved what was queued.
 
     Args:
         store: where the writes go; closed together with this.
@@ -181,7 +184,13 @@ class WriteBehind(Store):
                 if not self._waiting:
                     return
                 self._take_batch()
-            self.store.put_many(list(self._writing), list(self._writing.values()))
+            try:
+                self.store.put_many(list(self._writing), list(self._writing.values()))
+            except Exception:  # a store that breaks its contract must not stop the writes to come
+                logger.exception("a store raised in put_many")
+                with self._changed:
+                    for _ in self._writing:
+                        self._drop("error")
             with self._changed:
                 self._bytes -= sum(map(len, self._writing.values()))
                 self._writing = {}

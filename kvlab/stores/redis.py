@@ -18,8 +18,9 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 
@@ -45,6 +46,7 @@ COMMANDS: Final = ("GET", "SET", "DEL", "EXISTS", "PEXPIRE", "INFO")
 WINDOW_BYTES: Final = 16 << 20  # more replies at once fall out of the server's cache: measured, docs/02
 WINDOW_KEYS: Final = 1024
 SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
+MAX_DEADLINE_S: Final = 3600
 _LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
 
 _fake_servers: dict[str, Any] = {}
@@ -113,8 +115,8 @@ class RedisStore(Store):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_ttl(ttl_s)
-        if not deadline_s > 0:
-            raise ConfigError(f"expected a positive deadline in seconds, got {deadline_s}")
+        if not 0 < deadline_s <= MAX_DEADLINE_S:
+            raise ConfigError(f"expected a positive deadline of at most {MAX_DEADLINE_S} seconds, got {deadline_s}")
         if not max_connections >= 1:
             raise ConfigError(f"expected at least one connection, got {max_connections}")
         self.url = url
@@ -206,7 +208,7 @@ class RedisStore(Store):
 
         A worker that may only read is not healthy by this measure; its line says "reads work".
         """
-        where = _without_password(self.url)
+        where = without_password(self.url)
         if self._closed:
             return Health(False, f"{where}: closed")
         key = KEY_PREFIX + b"health:" + os.urandom(8).hex().encode()
@@ -378,29 +380,36 @@ def _link(url: str, max_connections: int) -> Link | FakeLink:
     try:
         return Link(url, max_connections)
     except (ValueError, TypeError, redis.RedisError) as error:
-        raise ConfigError(f"not a usable store URL: {_without_password(url)!r} ({error})") from error
+        raise ConfigError(f"not a usable store URL: {without_password(url)!r} ({error})") from error
 
 
 def _checked_scheme(url: str) -> str:
-    shown = _without_password(url)
+    if not isinstance(url, str):
+        raise ConfigError(f"expected a store URL as text, got {type(url).__name__}")
+    shown = without_password(url)
     try:
         parts = urlsplit(url)
         _ = parts.port  # parsed only when asked for
     except ValueError as error:
-        raise ConfigError(f"not a usable store URL: {shown!r} ({error})") from error
+        # The parser's own words may show a part of the password that it took for the port.
+        why = "special characters in user and password must be percent-encoded" if "@" in url else str(error)
+        raise ConfigError(f"not a usable store URL: {shown!r} ({why})") from None
     if parts.scheme not in SCHEMES:
         raise ConfigError(
             f"expected a store URL that begins with {', '.join(s + '://' for s in SCHEMES)}, got {shown!r}"
         )
+    for setting, files in parse_qs(parts.query).items():
+        if setting in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(files[0]).exists():
+            raise ConfigError(f"not a usable store URL: {shown!r} (there is no file {files[0]!r} for {setting})")
     database = parts.path.strip("/")
     if parts.scheme in ("redis", "rediss") and database and not database.isdigit():
         raise ConfigError(f"not a usable store URL: {shown!r} (expected a database number after the host)")
     return parts.scheme
 
 
-def _without_password(url: str) -> str:
-    """The URL as it may be shown and logged."""
-    return re.sub(r"(?<=://)([^:@/]*):[^@/]*@|([?&]password=)[^&]*", _starred, url)
+def without_password(url: str) -> str:
+    """The URL as it may be shown and logged: whatever stands between user name and last @ may be secret."""
+    return re.sub(r"(?<=://)([^:@/]*):.*@|([?&]password=)[^&]*", _starred, url)
 
 
 def _starred(match: re.Match[str]) -> str:

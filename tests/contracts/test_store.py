@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from kvlab.errors import ConfigError, InputError
-from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
 from kvlab.stores.wire import FakeLink
 from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, FakeClock, StoreKind
 from tests.servers import RedisServer
@@ -269,6 +269,17 @@ def test_stats_are_a_copy(store: Store) -> None:
     assert store.stats().requested == 1 and store.stats().misses == Counter(absent=1)
 
 
+@pytest.mark.parametrize("make", [MemoryStore, RedisStore, lambda: WriteBehind(MemoryStore())])
+def test_keys_that_are_no_bytes_are_a_clear_error(make: Callable[[], Store]) -> None:
+    store = make()
+    before = store.stats()
+    with pytest.raises(InputError, match="keys as bytes, got str"):
+        store.put_many(["text"], [b"one"])
+    with pytest.raises(InputError, match="keys as bytes, got int"):
+        store.get_many([b"a", 5])
+    assert store.stats() == before
+
+
 def test_batches_of_unequal_length_are_refused_and_change_nothing(store: Store) -> None:
     store.put_many([b"a"], [b"one"])
     before = store.stats()
@@ -487,7 +498,7 @@ def test_an_endless_ttl_is_no_ttl_or_refused() -> None:
     assert store.get_many([b"a"]) == [b"one"]
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_deadline_that_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="positive deadline"):
         RedisStore(deadline_s=seconds)
@@ -506,6 +517,9 @@ def test_a_deadline_that_is_not_positive_is_refused(seconds: float) -> None:
         "redis://localhost/notanumber",
         "redis://localhost?no_such_setting=1",
         "redis://localhost?socket_timeout=soon",
+        "rediss://localhost?ssl_ca_certs=/no/such/ca.crt",
+        None,
+        b"redis://localhost",
     ],
 )
 def test_an_address_that_cannot_work_is_refused_at_once(url: str) -> None:
@@ -520,6 +534,10 @@ def test_an_address_that_cannot_work_is_refused_at_once(url: str) -> None:
         "redis://me:secret@127.0.0.1:port",
         "redis://me:secret@127.0.0.1:1",
         "redis://127.0.0.1:1?password=secret",
+        "redis://me:a@secret@127.0.0.1:1",
+        "redis://me:a/secret#b@127.0.0.1:1",
+        "redis://:a/secret@127.0.0.1:1",
+        "rediss://me:p@secret/b@127.0.0.1:1?ssl_ca_certs=/no/such/ca.crt",
     ],
 )
 def test_no_message_shows_the_password(url: str) -> None:

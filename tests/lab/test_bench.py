@@ -15,6 +15,7 @@ from kvlab.core.identity import KEY_BYTES, field
 from kvlab.core.record import HEADER_BYTES
 from kvlab.errors import KVLabError
 from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_wire, tables
+from kvlab.stores.redis import COMMANDS
 from tests.servers import RedisServer
 
 
@@ -56,10 +57,10 @@ WIRE_ROW |= {f"{who}_{way}_gbps" for who in ("store", "raw") for way in ("put", 
 
 @pytest.mark.redis
 def test_bench_wire_reports_every_size_and_transport(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_wire, "SIZES", (64 << 10, 192 << 10))
+    monkeypatch.setattr(bench_wire, "SIZES", (64 << 10, 1 << 20))
     result = bench_wire.run(scale=0.01)
     kinds = [(row["transport"], row["value_kib"], row["new_keys"]) for row in result["rows"]]
-    assert kinds == list(itertools.product(("tcp", "unix"), (64, 192), (False, True)))
+    assert kinds == list(itertools.product(("tcp", "unix"), (64, 1024), (False, True)))
     for row in result["rows"]:
         assert set(row) >= WIRE_ROW and min(row[name] for name in WIRE_ROW - {"transport", "new_keys"}) > 0
     assert result["round_trips"] == {"probe": 1, "load_64_mib": 4, "load_64_records_of_192_kib": 1}
@@ -71,7 +72,7 @@ def test_bench_wire_reports_every_size_and_transport(monkeypatch: pytest.MonkeyP
 def test_bench_wire_measures_a_given_server_and_leaves_nothing_there(
     monkeypatch: pytest.MonkeyPatch, tls_server: RedisServer
 ) -> None:
-    monkeypatch.setattr(bench_wire, "SIZES", (64 << 10,))
+    monkeypatch.setattr(bench_wire, "SIZES", (1 << 20,))
     for url, transport in ((tls_server.tls_url, "tls"), (tls_server.unix_url, "unix")):
         rows = bench_wire.run(url, scale=0.01)["rows"]
         assert [row["transport"] for row in rows] == [transport] * 2
@@ -83,10 +84,37 @@ def test_bench_wire_says_when_a_server_takes_nothing(redis_server: RedisServer) 
     client = redis_server.client()
     client.config_set("maxmemory", 1)
     try:
-        with pytest.raises(KVLabError, match="did not take a value"):
+        with pytest.raises(KVLabError, match=r"cannot measure|did not take a value"):
             bench_wire.run(redis_server.url, scale=0.01)
     finally:
         client.config_set("maxmemory", 0)
+
+
+@pytest.mark.redis
+def test_bench_wire_says_when_a_server_evicts_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_wire, "SIZES", (1 << 20,))
+    with (
+        RedisServer("--maxmemory", "24mb", "--maxmemory-policy", "allkeys-random") as server,
+        pytest.raises(KVLabError, match=r"is gone|did not"),
+    ):
+        bench_wire.run(server.url, scale=0.5)
+
+
+@pytest.mark.redis
+def test_bench_wire_needs_no_right_that_the_store_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_wire, "SIZES", (1 << 20,))
+    with RedisServer() as server:
+        rights = [f"+{name.lower()}" for name in COMMANDS]
+        server.client().execute_command("ACL", "SETUSER", "kvlab", "reset", "on", ">pw", "~kv:*", *rights)
+        result = bench_wire.run(server.url.replace("://", "://kvlab:pw@"), scale=0.01)
+        assert result["batch"]["redis_py_mget_ratio_to_single"] is None and result["wire"]["get_gbps"] > 0
+        assert server.client().dbsize() == 0
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "fakeredis://", "http://127.0.0.1"])
+def test_bench_wire_says_what_it_cannot_measure(url: str) -> None:
+    with pytest.raises(KVLabError, match=r"cannot measure|to measure, got"):
+        bench_wire.run(url)
 
 
 def test_bench_fuzz_lets_nothing_through() -> None:

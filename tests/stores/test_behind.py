@@ -140,6 +140,23 @@ def test_a_store_that_drops_is_counted_once() -> None:
         assert (behind.stats().offered, behind.stats().drops) == (2, Counter(oom=2))
 
 
+def test_a_store_that_raises_stops_no_later_write() -> None:
+    class Raises(MemoryStore):
+        def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
+            if b"bad" in keys:
+                raise RuntimeError("a bug")
+            return super().put_many(keys, values)
+
+    with WriteBehind(Raises()) as behind:
+        behind.put_many([b"bad"], [b"1"])
+        assert behind.flush(WAIT_S)
+        behind.put_many([b"good"], [b"2"])
+        assert behind.flush(WAIT_S)
+        assert behind.get_many([b"bad", b"good"]) == [None, b"2"]
+        stats = behind.stats()
+        assert (stats.offered, stats.stored, stats.drops) == (2, 1, Counter(error=1))
+
+
 def test_many_writers_lose_nothing() -> None:
     inner = MemoryStore()
     behind = WriteBehind(inner)
