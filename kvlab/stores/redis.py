@@ -219,7 +219,7 @@ class RedisStore(Store):
         self._link.deadline.start(self._deadline_s)
         replies = self._link.exchange(trials)
         faults = [reply for reply in replies if isinstance(reply, Exception)]
-        self.breaker.record(not any(reason_of(fault) in _LINK_FAULTS for fault in faults))
+        self.breaker.record(_verdict(faults))
         if not faults:
             return Health(True, f"{where}: answers")
         reads = "" if isinstance(replies[0], Exception) or isinstance(replies[1], Exception) else "reads work, but "
@@ -270,11 +270,15 @@ class RedisStore(Store):
         if not self.write_breaker.allow():
             return ["breaker"] * len(pairs)
         expiry = () if self._ttl_ms is None else (b"PX", b"%d" % self._ttl_ms)
-        self._link.deadline.extend(nbytes)
-        replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs])
-        answers = [None if reply in (True, b"OK") else _reason(reply) for reply in replies]
-        refused = any(answer in _WRITE_FAULTS for answer in answers)
-        self.write_breaker.record(True if None in answers else False if refused else None)
+        verdict: bool | None = None
+        try:
+            self._link.deadline.extend(nbytes)
+            replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs])
+            answers = [None if reply in (True, b"OK") else _reason(reply) for reply in replies]
+            refused = any(answer in _WRITE_FAULTS for answer in answers)
+            verdict = True if None in answers else False if refused else None
+        finally:
+            self.write_breaker.record(verdict)
         return answers
 
     def _advice(self, commands: list[Command]) -> list[Reply]:
@@ -293,13 +297,11 @@ class RedisStore(Store):
         try:
             replies = self._link.exchange(commands, out)
             faults = [reply for reply in replies if isinstance(reply, Exception)]
-            reasons = {_reason(fault) for fault in faults}
-            no_login = any(isinstance(fault, redis.AuthenticationError) for fault in faults)
-            verdict = None if "pool" in reasons else not (no_login or reasons & _LINK_FAULTS)
+            verdict = _verdict(faults)
         finally:
             self.breaker.record(verdict)
-        if reasons:
-            self._count_fault(reasons)
+        if faults:
+            self._count_fault({_reason(fault) for fault in faults})
         return replies
 
     def _count_fault(self, reasons: set[str]) -> None:
@@ -342,6 +344,14 @@ class RedisStore(Store):
 
 class _Refused(Exception):
     """A command that was not sent; the text is the reason."""
+
+
+def _verdict(faults: Sequence[Exception]) -> bool | None:
+    """Whether the link worked; None when that was not found out."""
+    reasons = {_reason(fault) for fault in faults}
+    if "pool" in reasons:
+        return None
+    return not (reasons & _LINK_FAULTS or any(isinstance(fault, redis.AuthenticationError) for fault in faults))
 
 
 def _reason(reply: Reply) -> str:

@@ -155,8 +155,11 @@ class _Connection(AbstractConnection):
             self.disconnect()  # type: ignore[no-untyped-call]
         if not self.is_connected:
             self.connect()
-            if self.can_read():
-                raise redis.InvalidResponse("the server speaks before it is asked")
+            if self.can_read():  # a full server says so before it is asked
+                line = self._read_line()
+                raise (
+                    self._error(line) if line[:1] == b"-" else redis.InvalidResponse(f"nobody asked for {line[:40]!r}")
+                )
 
     def send_packed_command(self, command: Sequence[bytes | memoryview], check_health: bool = True) -> None:
         """Send all pieces before the deadline."""
@@ -188,8 +191,7 @@ class _Connection(AbstractConnection):
         line = self._read_line()
         kind, rest = line[:1], line[1:]
         if kind == b"-":
-            error: Exception = self._parser.parse_error(rest.decode("utf-8", "replace"))
-            return error
+            return self._error(line)
         if kind != _ANSWERS_WITH.get(command[0], b":"):
             raise redis.InvalidResponse(f"expected another kind of reply, got {line[:40]!r}")
         if kind == b"+":
@@ -197,6 +199,10 @@ class _Connection(AbstractConnection):
         if kind == b":":
             return _number(rest)
         return None if rest == b"-1" else self._read_value(_number(rest), out)
+
+    def _error(self, line: bytes) -> Exception:
+        error: Exception = self._parser.parse_error(line[1:].decode("utf-8", "replace"))
+        return error
 
     def all_taken(self) -> bool:
         """Whether every byte that arrived belonged to a reply that was read."""
@@ -268,7 +274,8 @@ class _TLS(_Connection, redis.SSLConnection):
         """The socket alone cannot tell: TLS 1.3 sends session tickets, which are no data of ours."""
         self._sock.settimeout(0)
         try:
-            if not self._sock.recv(1):
+            self._start, self._end = 0, self._sock.recv_into(self._line)
+            if not self._end:
                 raise redis.ConnectionError("closed by the server")
         except ssl.SSLWantReadError:
             return False
@@ -379,24 +386,31 @@ class Link:
                 return connection
             turn = _Turn()
             self._waiting.append(turn)
+        waited = False
         try:
             turn.came.wait(self.deadline.left() / 2)
+            waited = True
         finally:  # a signal's handler may raise while this waits
             with self._lock:
                 if turn.connection is None:
                     self._waiting.remove(turn)
+                elif not waited:
+                    self._hand_on(turn.connection)
         if turn.connection is None:
             raise NoConnection(f"all {self._max} connections stayed in use")
         return turn.connection
 
     def _give_back(self, connection: Any) -> None:
         with self._lock:
-            if self._waiting:
-                turn = self._waiting.popleft()
-                turn.connection = connection
-                turn.came.set()
-            else:
-                self._idle.append(connection)
+            self._hand_on(connection)
+
+    def _hand_on(self, connection: Any) -> None:
+        if self._waiting:
+            turn = self._waiting.popleft()
+            turn.connection = connection
+            turn.came.set()
+        else:
+            self._idle.append(connection)
 
 
 class _Turn:
