@@ -7,6 +7,7 @@ more than 10 %, the run calls itself noisy.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,14 +39,14 @@ class Timings:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> Timings:
-    """Time each contender `repeats` times, turn by turn, after one uncounted round; the order rotates."""
+    """Time each contender `repeats` times, turn by turn, after one uncounted round, in a new order each turn."""
     first = next(iter(contenders))
     again = f"{first} again"
     work = {**contenders, again: contenders[first]}
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    order = list(work.items())
+    order, rng = list(work.items()), random.Random(0)
     for turn in range(repeats + 1):
-        order.append(order.pop(0))
+        rng.shuffle(order)  # who comes after whom matters: what one leaves in the processor's cache, the next finds
         for name, run in order:
             begin = time.perf_counter()
             run()

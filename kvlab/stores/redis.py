@@ -11,12 +11,12 @@ fakeredis, a Redis inside this process, is the same store over another link: `fa
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +37,7 @@ from kvlab.stores.base import (
     pieces,
 )
 from kvlab.stores.breaker import Breaker
-from kvlab.stores.wire import MAX_VALUE_BYTES, Command, FakeLink, Link, NoConnection, Reply, TooBig
+from kvlab.stores.wire import MAX_VALUE_BYTES, Command, Deadline, FakeLink, Link, NoConnection, Reply, TooBig
 
 SCHEMES: Final = ("redis", "rediss", "unix", "fakeredis")
 KEY_PREFIX: Final = b"kv:"
@@ -127,8 +127,9 @@ class RedisStore(Store):
         self.write_breaker = Breaker(clock=clock)
         self._clock = clock
         self._stats = StoreStats()
-        self._lock = threading.Lock()  # guards the counters and the limit
-        self._limit, self._limit_until = MAX_VALUE_BYTES, -1.0
+        self._lock = threading.Lock()  # guards the counters
+        self._limit = MAX_VALUE_BYTES  # of a value, as long as `_limit_until`; fakeredis has no other
+        self._limit_until = math.inf if isinstance(self._link, FakeLink) else -math.inf
         self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
         self._closed = False
         _stores.add(self)
@@ -143,7 +144,7 @@ class RedisStore(Store):
         check_buffers(keys, out)
         got: list[bytes | memoryview | None] = []
         reasons: list[str] = []
-        self._link.deadline.start(self._deadline_s)
+        deadline = Deadline(self._deadline_s)
         fault = ""
         while len(got) < len(keys):
             at = len(got)
@@ -151,20 +152,19 @@ class RedisStore(Store):
             if fault:  # nor would the server answer now
                 replies: Sequence[Reply] = [_Refused(fault)] * window
             else:
-                replies = self._get(keys[at : at + window], out[at : at + window] if out else None)
+                replies = self._get(keys[at : at + window], out[at : at + window] if out else None, deadline)
             for reply in replies:
                 there = type(reply) is memoryview or type(reply) is bytes
                 reasons.append("" if there else ABSENT if reply is None else _reason(reply))
                 got.append(reply if there else None)  # type: ignore[arg-type]
             fault = next((r for r in reasons[at:] if r and r not in _OF_ONE_KEY), "")
-        misses = Counter(filter(None, reasons)) if any(reasons) else None
+        hits = reasons.count("")
         with self._lock:
             self._stats.requested += len(keys)
-            self._stats.hits += len(keys)
+            self._stats.hits += hits
             self._stats.bytes_out += sum([len(value) for value in got if value is not None])
-            if misses:
-                self._stats.hits -= misses.total()
-                self._stats.misses += misses
+            if hits < len(keys):
+                self._stats.misses.update(filter(None, reasons))
         if why is not None:
             why += reasons
         return got
@@ -172,21 +172,21 @@ class RedisStore(Store):
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`. A value too large for the server is dropped before a byte of it is sent."""
         check_pairs(keys, values, "value")
-        stored, stored_bytes, drops = 0, 0, Counter[str]()
-        self._link.deadline.start(self._deadline_s)
-        limit = self._value_limit() if keys else 0
-        for window in _windows(keys, values):
-            sizes = [sum(map(_nbytes, pieces(value))) for _, value in window]
-            for size, answer in zip(sizes, self._put(window, sizes, limit), strict=True):
-                if answer is None:
-                    stored, stored_bytes = stored + 1, stored_bytes + size
-                else:
-                    drops[answer] += 1
+        deadline = Deadline(self._deadline_s)
+        sizes = [_nbytes(value) for value in values]
+        limit = self._limit if self._clock() < self._limit_until or not keys else self._value_limit(deadline)
+        reasons = ["too_big" if isinstance(limit, int) else limit] * len(keys)  # of those that no window takes
+        for window in _windows(sizes, limit if isinstance(limit, int) else -1):
+            answers = self._set([(keys[i], values[i]) for i in window], sum([sizes[i] for i in window]), deadline)
+            for i, answer in zip(window, answers, strict=True):
+                reasons[i] = answer
+        stored = reasons.count("")
         with self._lock:
             self._stats.offered += len(keys)
             self._stats.stored += stored
-            self._stats.bytes_in += stored_bytes
-            self._stats.drops += drops
+            self._stats.bytes_in += sum([size for size, reason in zip(sizes, reasons, strict=True) if not reason])
+            if stored < len(keys):
+                self._stats.drops.update(filter(None, reasons))
         return stored
 
     def probe(self, keys: Sequence[bytes]) -> int:
@@ -216,8 +216,7 @@ class RedisStore(Store):
         trials += [(b"PEXPIRE", key, b"1000"), (b"DEL", key)]
         if isinstance(self._link, Link):
             trials.append((b"INFO", b"memory"))
-        self._link.deadline.start(self._deadline_s)
-        replies = self._link.exchange(trials)
+        replies = self._link.exchange(trials, Deadline(self._deadline_s))
         faults = [reply for reply in replies if isinstance(reply, Exception)]
         self.breaker.record(_verdict(faults))
         if not faults:
@@ -242,12 +241,12 @@ class RedisStore(Store):
         self.write_breaker.renew()
         self._link.renew()
 
-    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> Sequence[Reply]:
+    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None, deadline: Deadline) -> Sequence[Reply]:
         """One round trip: each key's value, None where there is none, or why it is not known."""
         commands: list[Command] = [(b"GET", KEY_PREFIX + key) for key in keys]
         if self._ttl_ms is not None:
             commands += map(self._touch, keys)
-        replies = self._exchange(commands, out)
+        replies = self._exchange(commands, deadline, out)
         if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(keys) :]):
             # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
             return [_Refused("auth")] * len(keys)
@@ -256,37 +255,28 @@ class RedisStore(Store):
             self._value_bytes = max([len(v) for v in values if isinstance(v, bytes)], default=self._value_bytes)
         return values
 
-    def _put(self, window: list[tuple[bytes, Value]], sizes: list[int], limit: int | str) -> list[str | None]:
-        """Store a window; per value None, or why it was dropped."""
-        if isinstance(limit, str):
-            return [limit] * len(window)
-        fitting = [pair for pair, size in zip(window, sizes, strict=True) if size <= limit]
-        answers = iter(self._set(fitting, sum(size for size in sizes if size <= limit)))
-        return ["too_big" if size > limit else next(answers) for size in sizes]
-
-    def _set(self, pairs: list[tuple[bytes, Value]], nbytes: int) -> list[str | None]:
-        if not pairs:
-            return []
+    def _set(self, pairs: list[tuple[bytes, Value]], nbytes: int, deadline: Deadline) -> list[str]:
+        """Store a window; per value "", or why it was dropped."""
         if not self.write_breaker.allow():
             return ["breaker"] * len(pairs)
         expiry = () if self._ttl_ms is None else (b"PX", b"%d" % self._ttl_ms)
         verdict: bool | None = None
         try:
-            self._link.deadline.extend(nbytes)
-            replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs])
-            answers = [None if reply in (True, b"OK") else _reason(reply) for reply in replies]
-            refused = any(answer in _WRITE_FAULTS for answer in answers)
-            verdict = True if None in answers else False if refused else None
+            deadline.extend(nbytes)
+            replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs], deadline)
+            answers = ["" if reply in (True, b"OK") else _reason(reply) for reply in replies]
+            verdict = True if "" in answers else False if _WRITE_FAULTS.intersection(answers) else None
         finally:
             self.write_breaker.record(verdict)
         return answers
 
     def _advice(self, commands: list[Command]) -> list[Reply]:
         """Replies to a call that counts as no request."""
-        self._link.deadline.start(self._deadline_s)
-        return self._exchange(commands)
+        return self._exchange(commands, Deadline(self._deadline_s))
 
-    def _exchange(self, commands: list[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+    def _exchange(
+        self, commands: list[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
+    ) -> list[Reply]:
         """One round trip, if the breaker lets it through. Says afterwards how the link did."""
         if self._closed or not commands:
             return [_Refused("closed")] * len(commands)
@@ -295,9 +285,9 @@ class RedisStore(Store):
             return [_Refused("breaker")] * len(commands)
         verdict: bool | None = None
         try:
-            replies = self._link.exchange(commands, out)
+            replies = self._link.exchange(commands, deadline, out)
             faults = [reply for reply in replies if isinstance(reply, Exception)]
-            verdict = _verdict(faults)
+            verdict = _verdict(faults) if faults else True
         finally:
             self.breaker.record(verdict)
         if faults:
@@ -326,20 +316,16 @@ class RedisStore(Store):
             count += 1
         return count
 
-    def _value_limit(self) -> int | str:
-        """The most bytes a value may have here, or why that cannot be known."""
-        with self._lock:
-            if isinstance(self._link, FakeLink) or self._clock() < self._limit_until:
-                return self._limit
-        (reply,) = self._exchange([(b"INFO", b"memory")])
+    def _value_limit(self, deadline: Deadline) -> int | str:
+        """Ask for the most bytes that a value may have here; else why that cannot be known."""
+        (reply,) = self._exchange([(b"INFO", b"memory")], deadline)
         found = re.search(rb"^maxmemory:(\d+)", reply, re.MULTILINE) if isinstance(reply, bytes) else None
         if found is None:
             return _reason(reply)
-        with self._lock:
-            share = int(found[1]) // SHARE_OF_MEMORY
-            self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
-            self._limit_until = self._clock() + _LIMIT_AGE_S
-            return self._limit
+        share = int(found[1]) // SHARE_OF_MEMORY
+        self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
+        self._limit_until = self._clock() + _LIMIT_AGE_S
+        return self._limit
 
 
 class _Refused(Exception):
@@ -361,21 +347,22 @@ def _reason(reply: Reply) -> str:
     return reason_of(reply) if isinstance(reply, Exception) else "protocol"
 
 
-def _nbytes(piece: bytes | memoryview) -> int:
-    return memoryview(piece).nbytes
+def _nbytes(value: Value) -> int:
+    return sum([part.nbytes if type(part) is memoryview else len(part) for part in pieces(value)])
 
 
-def _windows(keys: Sequence[bytes], values: Sequence[Value]) -> Iterator[list[tuple[bytes, Value]]]:
-    """Split a batch so that at most `WINDOW_BYTES` and `WINDOW_KEYS` are in flight; a value alone may be larger."""
-    window: list[tuple[bytes, Value]] = []
-    size = 0
-    for key, value in zip(keys, values, strict=True):
-        length = sum(map(_nbytes, pieces(value)))
-        if window and (len(window) == WINDOW_KEYS or size + length > WINDOW_BYTES):
+def _windows(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Numbers of the values that fit `limit`, at most `WINDOW_BYTES` and `WINDOW_KEYS` together; one may be larger."""
+    window: list[int] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if size > limit:
+            continue
+        if window and (len(window) == WINDOW_KEYS or total + size > WINDOW_BYTES):
             yield window
-            window, size = [], 0
-        window.append((key, value))
-        size += length
+            window, total = [], 0
+        window.append(i)
+        total += size
     if window:
         yield window
 

@@ -54,14 +54,17 @@ class NoConnection(Exception):
     """All connections stayed in use for half the deadline: nothing is known about the server."""
 
 
-class Deadline(threading.local):
-    """When the current call of this thread must be over, connecting and waiting included."""
+class Deadline:
+    """When a call must be over, connecting and waiting included.
 
-    _until = 0.0
+    Args:
+        seconds: for the call; what it moves may add to them, see `extend`.
+    """
 
-    def start(self, seconds: float, nbytes: int = 0) -> None:
-        """Begin a call that may take so long, plus the time for so many bytes."""
-        self._until = time.monotonic() + seconds + nbytes / BYTES_PER_S
+    __slots__ = ("_until",)
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
 
     def extend(self, nbytes: int) -> None:
         """Allow the time for so many bytes more."""
@@ -120,21 +123,26 @@ class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py choo
 
     def on_connect(self, connection: _Connection) -> None:
         super().on_connect(connection)
-        self._deadline = connection.deadline
+        self._connection = connection
 
     def read_from_socket(self, *args: Any, **options: Any) -> Any:
         if self._sock is not None:
-            self._sock.settimeout(self._deadline.left())
+            self._sock.settimeout(self._connection.deadline.left())
         return super().read_from_socket(*args, **options)
 
 
 class _Connection(AbstractConnection):
-    """What is added to each of redis-py's connection classes."""
+    """What is added to each of redis-py's connection classes.
+
+    Attributes:
+        deadline: of the call that uses the connection now.
+    """
+
+    deadline: Deadline
 
     _sock: Any  # a socket while connected, else None
 
-    def __init__(self, deadline: Deadline, **settings: Any) -> None:
-        self.deadline = deadline
+    def __init__(self, **settings: Any) -> None:
         self._line = bytearray(_LINE_BYTES)  # received and not yet taken: _line[_start:_end]
         self._start = self._end = 0
         packer: Any = _Packer()
@@ -149,17 +157,31 @@ class _Connection(AbstractConnection):
     def make_ready(self) -> None:
         """Connect, or connect again where the server has hung up or has sent what nobody asked for."""
         try:
-            if self.is_connected and self.can_read():
+            if self.is_connected and self._left_over():
                 raise redis.ConnectionError("unexpected bytes")
-        except (redis.ConnectionError, redis.TimeoutError, OSError):
+        except (redis.ConnectionError, OSError):
             self.disconnect()  # type: ignore[no-untyped-call]
         if not self.is_connected:
             self.connect()
-            if self.can_read():  # a full server says so before it is asked
+            if self._left_over():  # a full server says so before it is asked
                 line = self._read_line()
                 raise (
                     self._error(line) if line[:1] == b"-" else redis.InvalidResponse(f"nobody asked for {line[:40]!r}")
                 )
+
+    def _left_over(self) -> bool:
+        """Whether bytes have come that no command asked for.
+
+        Receiving tells more than polling: TLS 1.3 sends session tickets, which are no data of ours.
+        """
+        self._sock.settimeout(0)
+        try:
+            self._start, self._end = 0, self._sock.recv_into(self._line)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        if not self._end:
+            raise redis.ConnectionError("closed by the server")
+        return True
 
     def send_packed_command(self, command: Sequence[bytes | memoryview], check_health: bool = True) -> None:
         """Send all pieces before the deadline."""
@@ -269,17 +291,7 @@ class _Connection(AbstractConnection):
 class _TCP(_Connection, redis.Connection): ...
 
 
-class _TLS(_Connection, redis.SSLConnection):
-    def can_read(self, timeout: float = 0) -> bool:
-        """The socket alone cannot tell: TLS 1.3 sends session tickets, which are no data of ours."""
-        self._sock.settimeout(0)
-        try:
-            self._start, self._end = 0, self._sock.recv_into(self._line)
-            if not self._end:
-                raise redis.ConnectionError("closed by the server")
-        except ssl.SSLWantReadError:
-            return False
-        return True
+class _TLS(_Connection, redis.SSLConnection): ...
 
 
 class _Unix(_Connection, redis.UnixDomainSocketConnection): ...
@@ -311,13 +323,11 @@ class Link:
     """
 
     def __init__(self, url: str, max_connections: int) -> None:
-        self.deadline = Deadline()
         self._max = max_connections
         self._class = _CLASSES[urlsplit(url).scheme]
         settings = parse_url(url)  # type: ignore[no-untyped-call]
         settings.pop("connection_class", None)
         self._settings: dict[str, Any] = {
-            "deadline": self.deadline,
             "protocol": 2,  # with 3, redis-py does not look for left-over bytes
             "decode_responses": False,
             "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
@@ -335,7 +345,9 @@ class Link:
         self._waiting: deque[_Turn] = deque()
         self._closed = False
 
-    def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+    def exchange(
+        self, commands: Sequence[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
+    ) -> list[Reply]:
         """Send all commands, then take one reply each: one round trip.
 
         Args:
@@ -347,7 +359,8 @@ class Link:
         replies: list[Reply] = []
         connection, clean = None, False
         try:
-            connection = self._take()
+            connection = self._take(deadline)
+            connection.deadline = deadline
             connection.make_ready()
             connection.send_packed_command(pack(commands))
             buffers = len(out) if out else 0
@@ -370,7 +383,7 @@ class Link:
             for connection in self._idle:
                 connection.disconnect()
 
-    def _take(self) -> Any:
+    def _take(self, deadline: Deadline) -> Any:
         """An idle connection, a new one, or the one that whoever waits longest is handed.
 
         Raises:
@@ -388,7 +401,7 @@ class Link:
             self._waiting.append(turn)
         waited = False
         try:
-            turn.came.wait(self.deadline.left() / 2)
+            turn.came.wait(deadline.left() / 2)
             waited = True
         finally:  # a signal's handler may raise while this waits
             with self._lock:
@@ -425,13 +438,14 @@ class FakeLink:
     """The same over fakeredis: a Redis inside this process, without a wire, without deadlines."""
 
     def __init__(self, client: Any) -> None:
-        self.deadline = Deadline()
         self._client = client
 
     def renew(self) -> None:
         """Nothing to do: the child of a fork has a copy of the server."""
 
-    def exchange(self, commands: Sequence[Command], out: Sequence[memoryview] | None = None) -> list[Reply]:
+    def exchange(
+        self, commands: Sequence[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
+    ) -> list[Reply]:
         """See `Link.exchange`."""
         try:
             pipe = self._client.pipeline(transaction=False)

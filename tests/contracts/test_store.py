@@ -589,10 +589,10 @@ def test_bytes_in_flight_are_bounded_by_the_window(monkeypatch: pytest.MonkeyPat
     sizes: list[int] = []
     send = RedisStore._set
 
-    def spying(self: RedisStore, pairs: list[tuple[bytes, bytes]], nbytes: int) -> list[str | None]:
+    def spying(self: RedisStore, pairs: list[tuple[bytes, bytes]], nbytes: int, deadline: object) -> list[str]:
         assert nbytes == sum(len(value) for _, value in pairs)
         sizes.append(nbytes)
-        return send(self, pairs, nbytes)
+        return send(self, pairs, nbytes, deadline)
 
     monkeypatch.setattr(RedisStore, "_set", spying)
     keys, _ = named(9)
