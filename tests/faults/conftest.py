@@ -72,4 +72,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _rounded(row: Row) -> dict[str, Any]:
-    return asdict(row) | {"added_ms": None if row.added_ms is None else round(row.added_ms, 1)}
+    plain: dict[str, Any] = _plain(asdict(row))
+    return plain | {"added_ms": None if row.added_ms is None else round(row.added_ms, 1)}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, dict):
+        return {", ".join(map(str, k)) if isinstance(k, tuple) else str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
