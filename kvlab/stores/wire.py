@@ -139,7 +139,6 @@ class _Connection(AbstractConnection):
     """
 
     deadline: Deadline
-
     _sock: Any  # a socket while connected, else None
 
     def __init__(self, **settings: Any) -> None:
@@ -328,11 +327,11 @@ class Link:
         settings = parse_url(url)  # type: ignore[no-untyped-call]
         settings.pop("connection_class", None)
         self._settings: dict[str, Any] = {
-            "protocol": 2,  # with 3, redis-py does not look for left-over bytes
+            **settings,
+            "protocol": 2,  # what `read_reply` speaks
             "decode_responses": False,
             "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
             "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
-            **settings,
         }
         self._class(**self._settings)  # connects nowhere; a wrong setting shows here
         self.renew()

@@ -116,6 +116,14 @@ def test_a_wrong_password_is_tried_once_a_call_and_then_left_alone() -> None:
             assert store.stats().misses == Counter(auth=3, breaker=20)
 
 
+@pytest.mark.redis
+@pytest.mark.parametrize("setting", ["protocol=3", "decode_responses=True", "socket_timeout=0.001"])
+def test_settings_in_the_url_do_not_change_how_it_speaks(redis_server: RedisServer, setting: str) -> None:
+    with RedisStore(f"{redis_server.url}?{setting}", deadline_s=LONG_S) as store:
+        assert store.put_many([b"a"], [VALUE]) == 1
+        assert store.get_many([b"a", b"b"]) == [VALUE, None]
+
+
 # --- round trips and sizes -----------------------------------------------------------------------
 @pytest.mark.redis
 def test_a_probe_is_one_round_trip_and_a_load_one_for_each_window(redis_server: RedisServer) -> None:
