@@ -86,7 +86,7 @@ def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
     r"""Commands in the Redis protocol, as few pieces as possible; large ones are the caller's own memory.
 
     >>> pack([(b"GET", b"kv:a")])
-    [b'*2\\r\\n$3\\r\\nGET\\r\\n$4\\r\\nkv:a\\r\\n']
+    [b'*2\r\n$3\r\nGET\r\n$4\r\nkv:a\r\n']
     """
     packed: list[bytes | memoryview] = []
     small: list[bytes | memoryview] = []
