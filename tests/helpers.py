@@ -149,6 +149,20 @@ def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
     return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
 
 
+class FakeClock:
+    """A clock that only the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def cool_down(self) -> None:
+        """Let a breaker's cool-down pass."""
+        self.now += 1.0
+
+
 class SpyStore(Store):
     """Passes every call on to another store and remembers which keys were offered, in order."""
 

@@ -27,7 +27,7 @@ from kvlab.core.seals import AesGcm, Pieces, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.stores import Health, RedisStore, Store
-from kvlab.stores.base import check_ttl
+from kvlab.stores.base import check_ttl, renew_in_children
 
 WINDOW_BYTES = 16 << 20  # of records that a load holds at once
 MAX_SUSPECTS = 1 << 16
@@ -107,6 +107,7 @@ class DistributedKVCache(KVCache):
         self._lock = threading.Lock()
         self._suspects: dict[bytes, None] = {}  # keys to write even if the store has them; oldest first
         self._scratch = threading.local()
+        renew_in_children(self)
 
     @property
     def block_tokens(self) -> int:
@@ -242,6 +243,10 @@ class DistributedKVCache(KVCache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def renew_after_fork(self) -> None:
+        """See `kvlab.stores.base.Forkable`."""
+        self._lock = threading.Lock()
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if not (block_tokens is None or (isinstance(block_tokens, int) and 0 < block_tokens < 2**32)):

@@ -17,12 +17,14 @@ One suite, `tests/contracts/test_store.py`, holds every implementation to this t
 
 from __future__ import annotations
 
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from kvlab.errors import ConfigError, InputError
 
@@ -122,6 +124,30 @@ class Store(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class Forkable(Protocol):
+    """What has locks or threads that the child of a fork must not inherit."""
+
+    def renew_after_fork(self) -> None:
+        """Called in the child, before anything else runs there: its threads are gone, their locks may be held."""
+
+
+_forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def renew_in_children(thing: Forkable) -> None:
+    """Have `thing.renew_after_fork` called in every process that is forked from this one."""
+    _forkables.add(thing)
+
+
+def _renew_all() -> None:
+    for thing in list(_forkables):
+        thing.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)
 
 
 def pieces(value: Value) -> tuple[bytes | memoryview, ...]:

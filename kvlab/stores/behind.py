@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import threading
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from kvlab.stores.base import (
     check_pairs,
     joined,
     place,
+    renew_in_children,
 )
 
 BATCH_BYTES = 4 << 20
@@ -45,13 +45,12 @@ class WriteBehind(Store):
         self._own = StoreStats()
         self._closed = False
         self._thread: threading.Thread
-        self._start_again()
+        self.renew_after_fork()
+        renew_in_children(self)
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`. Copies the values and returns."""
         check_pairs(keys, values, "value")
-        if os.getpid() != self._pid:  # the child of a fork has neither the thread nor a right to the queue
-            self._start_again()
         queued = 0
         with self._changed:
             for key, value in zip(keys, values, strict=True):
@@ -162,8 +161,8 @@ class WriteBehind(Store):
             self._thread.join()
         self.store.close()
 
-    def _start_again(self) -> None:
-        self._pid = os.getpid()
+    def renew_after_fork(self) -> None:
+        """See `Forkable`. The queue stays the parent's: it writes what is in it."""
         self._changed = threading.Condition()
         self._waiting: dict[bytes, bytes] = {}  # in order of arrival
         self._writing: dict[bytes, bytes] = {}

@@ -22,6 +22,7 @@ from kvlab.stores.base import (
     check_ttl,
     joined,
     place,
+    renew_in_children,
 )
 
 
@@ -46,6 +47,7 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
         self._stats = StoreStats()
         self._closed = False
+        renew_in_children(self)
 
     def get_many(
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
@@ -110,6 +112,10 @@ class MemoryStore(Store):
         with self._lock:
             self._entries.clear()
             self._closed = True
+
+    def renew_after_fork(self) -> None:
+        """See `Forkable`. The child has a copy of the values."""
+        self._lock = threading.Lock()
 
     def _get(self, key: bytes, out: memoryview | None, reasons: list[str]) -> bytes | memoryview | None:
         self._stats.requested += 1

@@ -16,7 +16,6 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +34,7 @@ from kvlab.stores.base import (
     check_pairs,
     check_ttl,
     pieces,
+    renew_in_children,
 )
 from kvlab.stores.breaker import Breaker
 from kvlab.stores.wire import MAX_VALUE_BYTES, Command, Deadline, FakeLink, Link, NoConnection, Reply, TooBig
@@ -50,7 +50,6 @@ MAX_DEADLINE_S: Final = 3600
 _LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
 
 _fake_servers: dict[str, Any] = {}
-_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
 
 # First match wins: in redis-py an authentication error is a ConnectionError too.
 _REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
@@ -132,7 +131,7 @@ class RedisStore(Store):
         self._limit_until = math.inf if isinstance(self._link, FakeLink) else -math.inf
         self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
         self._closed = False
-        _stores.add(self)
+        renew_in_children(self)
 
     def get_many(
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
@@ -235,7 +234,7 @@ class RedisStore(Store):
         self._link.close()
 
     def renew_after_fork(self) -> None:
-        """Called in the child of a fork: locks may be held by threads that it does not have."""
+        """See `Forkable`."""
         self._lock = threading.Lock()
         self.breaker.renew()
         self.write_breaker.renew()
@@ -411,12 +410,3 @@ def without_password(url: str) -> str:
 
 def _starred(match: re.Match[str]) -> str:
     return f"{match[1]}:***@" if match[2] is None else f"{match[2]}***"
-
-
-def _renew_all() -> None:
-    for store in list(_stores):
-        store.renew_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)

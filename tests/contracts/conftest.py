@@ -34,16 +34,6 @@ class StoreKind:
         return self.make(**settings)
 
 
-class FakeClock:
-    """A clock that only the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def _redis(**settings: Any) -> RedisStore:
     return RedisStore(deadline_s=TIMEOUT_S, **settings)
 

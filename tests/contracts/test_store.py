@@ -15,7 +15,8 @@ import redis
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
 from kvlab.stores.wire import FakeLink
-from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, FakeClock, StoreKind
+from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
+from tests.helpers import FakeClock
 from tests.servers import RedisServer
 
 AWKWARD_KEYS = [

@@ -53,7 +53,7 @@ from tests.faults.test_basic_faults import (
     wait_for,
     within,
 )
-from tests.helpers import blank, encoded, exact_kv, flipped, small_spec, tampered
+from tests.helpers import FakeClock, blank, encoded, exact_kv, flipped, small_spec, tampered
 from tests.proxy import FaultProxy
 from tests.servers import RedisServer, free_port
 
@@ -67,19 +67,9 @@ FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="this system has no fork")
 
 
-class Clock:
-    """What a breaker goes by."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -89,7 +79,7 @@ def client(redis_server: RedisServer) -> redis.Redis:
 
 
 @pytest.fixture
-def cache(redis_server: RedisServer, clock: Clock) -> Iterator[DistributedKVCache]:
+def cache(redis_server: RedisServer, clock: FakeClock) -> Iterator[DistributedKVCache]:
     """A cache that has saved all blocks."""
     with cache_over(RedisStore(redis_server.url, deadline_s=LONG_S, clock=clock)) as made:
         assert made.save(TOKENS, KV) == BLOCKS
@@ -408,7 +398,7 @@ def test_row_16_expired_in_between(redis_server: RedisServer, book: Book) -> Non
 
 
 # --- rows 17 to 19: no room -------------------------------------------------------------------------------
-def test_row_17_out_of_memory(clock: Clock, book: Book) -> None:
+def test_row_17_out_of_memory(clock: FakeClock, book: Book) -> None:
     with (
         RedisServer("--maxmemory", "64mb", "--maxmemory-policy", "noeviction") as server,
         cache_over(RedisStore(server.url, deadline_s=LONG_S, clock=clock)) as cache,
@@ -517,7 +507,7 @@ def test_row_19_a_value_larger_than_the_server(book: Book) -> None:
 
 
 # --- rows 20 and 21: servers that refuse --------------------------------------------------------------------
-def test_row_20_a_read_only_replica(clock: Clock, book: Book) -> None:
+def test_row_20_a_read_only_replica(clock: FakeClock, book: Book) -> None:
     with contextlib.ExitStack() as stack:
         master = stack.enter_context(RedisServer("--repl-diskless-sync-delay", "0"))
         replica = stack.enter_context(RedisServer("--replicaof", "127.0.0.1", str(master.port)))
@@ -596,7 +586,7 @@ def test_row_21_a_server_that_is_loading(book: Book) -> None:
         check_sums(cache)
 
 
-def test_row_21_a_server_that_is_busy(clock: Clock, book: Book) -> None:
+def test_row_21_a_server_that_is_busy(clock: FakeClock, book: Book) -> None:
     with (
         RedisServer("--busy-reply-threshold", "20") as server,
         cache_over(RedisStore(server.url, deadline_s=LONG_S, clock=clock)) as cache,
@@ -630,7 +620,7 @@ def test_row_21_a_server_that_is_busy(clock: Clock, book: Book) -> None:
         check_sums(cache)
 
 
-def test_row_21_a_replica_without_its_master(clock: Clock, book: Book) -> None:
+def test_row_21_a_replica_without_its_master(clock: FakeClock, book: Book) -> None:
     with (
         RedisServer("--replica-serve-stale-data", "no") as server,
         cache_over(RedisStore(server.url, deadline_s=LONG_S, clock=clock)) as cache,
@@ -654,7 +644,7 @@ def test_row_21_a_replica_without_its_master(clock: Clock, book: Book) -> None:
         check_sums(cache)
 
 
-def test_row_21_a_server_that_cannot_write_its_disk(clock: Clock, book: Book) -> None:
+def test_row_21_a_server_that_cannot_write_its_disk(clock: FakeClock, book: Book) -> None:
     with (
         RedisServer("--stop-writes-on-bgsave-error", "yes", "--enable-protected-configs", "yes") as server,
         cache_over(RedisStore(server.url, deadline_s=LONG_S, clock=clock)) as cache,
@@ -934,7 +924,7 @@ def test_row_39_a_writer_killed_in_mid_set(redis_server: RedisServer, book: Book
 
 
 # --- rows 34, 35, 38 ------------------------------------------------------------------------------------------
-def test_row_34_clocks_that_jump_or_stand_still(redis_server: RedisServer, clock: Clock, book: Book) -> None:
+def test_row_34_clocks_that_jump_or_stand_still(redis_server: RedisServer, clock: FakeClock, book: Book) -> None:
     with (
         FaultProxy(redis_server.port) as proxy,
         cache_over(RedisStore(proxy.url, ttl_s=1000, deadline_s=LONG_S, clock=clock)) as cache,
@@ -978,7 +968,7 @@ def test_row_34_clocks_that_jump_or_stand_still(redis_server: RedisServer, clock
 
 
 @pytest.mark.parametrize("how", ["FLUSHALL", "restart"])
-def test_row_35_a_server_that_forgot_everything(how: str, clock: Clock, book: Book) -> None:
+def test_row_35_a_server_that_forgot_everything(how: str, clock: FakeClock, book: Book) -> None:
     with (
         RedisServer() as server,
         cache_over(RedisStore(server.url, deadline_s=LONG_S, clock=clock)) as cache,

@@ -47,7 +47,7 @@ from tests.faults.test_basic_faults import (
     load_all,
     wait_for,
 )
-from tests.helpers import blank, joined
+from tests.helpers import FakeClock, blank, joined
 from tests.proxy import FaultProxy
 from tests.servers import RedisServer, ScriptedServer
 
@@ -61,19 +61,6 @@ RECORDS = [joined(record.encode(KV[:, :, :, i * B : (i + 1) * B], KEYS[i], Forma
 HEAD = len(b"$%d\r\n" % len(RECORDS[0]))
 REPLY = HEAD + len(RECORDS[0]) + 2  # bytes of the answer to one GET
 MEMORY_INFO = b"\r\nmaxmemory:0\r\n"
-
-
-class Clock:
-    """Time that a test lets pass."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def cool_down(self) -> None:
-        self.now += 1.0
 
 
 class Fault:
@@ -149,8 +136,8 @@ def calls_of(client: redis.Redis, command: str) -> dict[str, int]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -225,7 +212,7 @@ def command(*words: bytes) -> bytes:
 @pytest.mark.redis
 @pytest.mark.parametrize("how", ["refused", "reset at once", "killed before the call"])
 def test_nobody_there_opens_the_breaker_and_is_found_again(
-    book: Book, own_server: RedisServer, clock: Clock, how: str
+    book: Book, own_server: RedisServer, clock: FakeClock, how: str
 ) -> None:
     with (
         book(1, f"connection {how}", injected=how, expected="3 x conn, then breaker; back after one cool-down") as row,
@@ -488,7 +475,7 @@ def slow_upload(proxy: FaultProxy) -> None:
     ],
 )
 def test_bytes_that_trickle_do_not_stretch_the_deadline(
-    book: Book, proxy: FaultProxy, clock: Clock, name: str, slow: Callable[[FaultProxy], None], call: str
+    book: Book, proxy: FaultProxy, clock: FakeClock, name: str, slow: Callable[[FaultProxy], None], call: str
 ) -> None:
     size = 4 * MIB if call == "put" else MIB
     with (
@@ -521,7 +508,7 @@ def test_bytes_that_trickle_do_not_stretch_the_deadline(
 
 
 @pytest.mark.parametrize("drip", [False, True], ids=["silent", "drip"])
-def test_a_slow_handshake_is_under_the_deadline_too(book: Book, clock: Clock, drip: bool) -> None:
+def test_a_slow_handshake_is_under_the_deadline_too(book: Book, clock: FakeClock, drip: bool) -> None:
     name = "a byte every 0.1 s" if drip else "no answer"
     tiny = Tiny(b"right")
     with (
@@ -545,7 +532,7 @@ def test_a_slow_handshake_is_under_the_deadline_too(book: Book, clock: Clock, dr
 
 @pytest.mark.redis
 def test_jitter_gives_hits_before_the_deadline_and_misses_after(
-    book: Book, redis_server: RedisServer, clock: Clock
+    book: Book, redis_server: RedisServer, clock: FakeClock
 ) -> None:
     """Each call asks another key: a late answer to an earlier question would show."""
     keys = [b"key %d" % i for i in range(40)]
@@ -779,7 +766,7 @@ def four_calls(store: Store) -> list[object]:
 NOTHING = [[False], 0, 0, [False]]
 
 
-def test_a_wrong_password_is_tried_once_a_call(book: Book, clock: Clock) -> None:
+def test_a_wrong_password_is_tried_once_a_call(book: Book, clock: FakeClock) -> None:
     tiny = Tiny(b"right")
     with (
         book(
@@ -808,7 +795,7 @@ def test_a_wrong_password_is_tried_once_a_call(book: Book, clock: Clock) -> None
 
 @pytest.mark.redis
 @pytest.mark.parametrize("login", [":wrong@", "worker:wrong@", "nobody:pw@", ""], ids=["", "user", "nobody", "none"])
-def test_a_wrong_login_as_the_server_sees_it(book: Book, clock: Clock, login: str) -> None:
+def test_a_wrong_login_as_the_server_sees_it(book: Book, clock: FakeClock, login: str) -> None:
     with (
         book(
             26,
@@ -843,7 +830,7 @@ def test_a_wrong_login_as_the_server_sees_it(book: Book, clock: Clock, login: st
 @pytest.mark.redis
 @pytest.mark.parametrize("right", ["get", "set", "info", "exists", "pexpire", "del"])
 def test_a_missing_right_is_asked_for_once_a_call(
-    book: Book, own_server: RedisServer, clock: Clock, right: str
+    book: Book, own_server: RedisServer, clock: FakeClock, right: str
 ) -> None:
     """What needs the right fails, and says so; what does not need it works."""
     client = own_server.client()
@@ -889,7 +876,7 @@ def test_a_missing_right_is_asked_for_once_a_call(
 
 @pytest.mark.redis
 @pytest.mark.parametrize("how", ["user deleted", "password changed and connections killed"])
-def test_a_password_changed_at_run_time(book: Book, own_server: RedisServer, clock: Clock, how: str) -> None:
+def test_a_password_changed_at_run_time(book: Book, own_server: RedisServer, clock: FakeClock, how: str) -> None:
     client = own_server.client()
     acl = functools.partial(client.execute_command, "ACL")
     acl("SETUSER", "worker", "reset", "on", ">old", "~kv:*", "+@all")
@@ -916,7 +903,7 @@ def test_a_password_changed_at_run_time(book: Book, own_server: RedisServer, clo
         check_works_again(cache)
 
 
-def test_asking_for_health_does_not_close_the_breaker_on_a_wrong_password(book: Book, clock: Clock) -> None:
+def test_asking_for_health_does_not_close_the_breaker_on_a_wrong_password(book: Book, clock: FakeClock) -> None:
     """A monitor that asks every second must not make every worker try its password again."""
     with (
         book(26, "wrong password, watched", injected="health() while the breaker is open", expected="open") as row,
@@ -938,7 +925,7 @@ def test_asking_for_health_does_not_close_the_breaker_on_a_wrong_password(book: 
 # --- 27: no connection to be had -----------------------------------------------------------------
 @pytest.mark.redis
 @pytest.mark.parametrize("login", [False, True], ids=["", "with AUTH"])
-def test_a_server_with_too_many_clients(book: Book, clock: Clock, login: bool) -> None:
+def test_a_server_with_too_many_clients(book: Book, clock: FakeClock, login: bool) -> None:
     options = ("--requirepass", "pw") if login else ()
     with (
         book(
@@ -984,7 +971,7 @@ def test_a_server_that_says_at_once_that_it_is_full(book: Book) -> None:
     with (
         book(27, "maxclients, said at once", injected="the error before any command", expected="conn") as row,
         socket.create_server(("127.0.0.1", 0)) as listener,
-        RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}", deadline_s=PATIENT_S, clock=Clock()) as store,
+        RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}", deadline_s=PATIENT_S, clock=FakeClock()) as store,
     ):
         thread = threading.Thread(target=refuse, args=(listener,))
         thread.start()
@@ -1007,7 +994,7 @@ def test_a_server_that_says_at_once_that_it_is_full(book: Book) -> None:
         assert row.seen == {"conn": 3}
 
 
-def test_a_pool_that_is_all_in_use_says_nothing_about_the_server(book: Book, clock: Clock) -> None:
+def test_a_pool_that_is_all_in_use_says_nothing_about_the_server(book: Book, clock: FakeClock) -> None:
     tiny, go = Tiny(), threading.Event()
 
     def slowly(command: list[bytes]) -> bytes:
@@ -1143,7 +1130,7 @@ MALFORMED: dict[str, tuple[bytes, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_an_answer_that_is_none(book: Book, clock: Clock, name: str) -> None:
+def test_an_answer_that_is_none(book: Book, clock: FakeClock, name: str) -> None:
     command, answer, reason = MALFORMED[name]
     tiny, deadline_s = Tiny(b"pw"), D if reason == "timeout" else PATIENT_S
     with (
@@ -1206,7 +1193,7 @@ def test_a_length_that_is_a_lie_costs_no_memory(book: Book) -> None:
 
 
 @pytest.mark.parametrize("extra", [b"$3\r\nbad\r\n", b"$-1\r\n", b":1\r\n", b"+OK\r\n", b"-ERR late\r\n"])
-def test_one_answer_too_many(book: Book, clock: Clock, extra: bytes) -> None:
+def test_one_answer_too_many(book: Book, clock: FakeClock, extra: bytes) -> None:
     """After the answer to each GET: the values that follow are not where they belong."""
     tiny = Tiny()
     tiny.bad[b"GET"] = lambda command: tiny.good(command) + extra
@@ -1284,7 +1271,7 @@ def test_a_doubled_answer_is_never_the_answer_to_the_next_call(book: Book, proxy
         row.seen = {"hits": store.stats().hits, "new connections": proxy.accepted}
 
 
-def test_an_extra_answer_that_comes_after_the_next_question(book: Book, clock: Clock) -> None:
+def test_an_extra_answer_that_comes_after_the_next_question(book: Book, clock: FakeClock) -> None:
     """Nothing on the wire tells the two apart: only the key inside the record does."""
     tiny, first = Tiny(), b"kv:" + KEYS[0]
 
@@ -1382,7 +1369,7 @@ def test_an_alarm_in_the_middle_of_a_get(book: Book, proxy: FaultProxy, kind: ty
     ],
 )
 def test_an_interrupt_while_a_breaker_tries_does_not_leave_it_half_open(
-    book: Book, own_server: RedisServer, clock: Clock, which: str, call: str
+    book: Book, own_server: RedisServer, clock: FakeClock, which: str, call: str
 ) -> None:
     """The call that tries after the cool-down is interrupted: another may try then."""
     client = own_server.client()
@@ -1555,7 +1542,7 @@ def test_a_fork_while_other_threads_are_in_the_middle_of_calls(book: Book, own_s
 @forks
 @pytest.mark.redis
 def test_a_fork_with_an_open_breaker_starts_closed_in_the_child(
-    book: Book, own_server: RedisServer, clock: Clock
+    book: Book, own_server: RedisServer, clock: FakeClock
 ) -> None:
     with (
         book(
@@ -1661,7 +1648,7 @@ def test_what_is_in_flight_for_a_store_that_is_not_reached_is_one_window(
 
 
 @pytest.mark.redis
-def test_a_limit_smaller_than_a_window_is_misses(book: Book, clock: Clock) -> None:
+def test_a_limit_smaller_than_a_window_is_misses(book: Book, clock: FakeClock) -> None:
     """Whoever sets the limit below what a window holds loses windows, and nothing else."""
     keys = [b"key %d" % i for i in range(8)]
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -174,6 +175,35 @@ def test_many_writers_lose_nothing() -> None:
     keys = [b"%d:%d" % (who, i) for who in range(8) for i in range(200)]
     assert inner.get_many(keys) == [key.split(b":")[1] for key in keys]
     assert behind.stats().stored == 1600
+    behind.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_child_of_a_fork_reads_though_a_thread_of_the_parent_held_every_lock() -> None:
+    inner = MemoryStore()
+    behind = WriteBehind(inner)
+    inner.put_many([b"a"], [b"1"])
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with behind._changed, inner._lock:
+            held.set()
+            assert forked.wait(WAIT_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(WAIT_S)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(5)  # instead of hanging
+            good = behind.get_many([b"a"]) == [b"1"] and behind.probe([b"a"]) == 1 and behind.stats().hits == 1
+            os._exit(0 if good else 1)
+        except BaseException:
+            os._exit(2)
+    forked.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     behind.close()
 
 

@@ -7,23 +7,16 @@ import threading
 import pytest
 
 from kvlab.stores.breaker import Breaker
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.helpers import FakeClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def breaker(clock: Clock) -> Breaker:
+def breaker(clock: FakeClock) -> Breaker:
     return Breaker(failures=3, cooldown_s=1.0, clock=clock)
 
 
@@ -57,7 +50,7 @@ def test_what_tells_nothing_changes_nothing(breaker: Breaker) -> None:
     assert breaker.state == "open"
 
 
-def test_it_stays_open_until_it_has_cooled_down(breaker: Breaker, clock: Clock) -> None:
+def test_it_stays_open_until_it_has_cooled_down(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 0.999
     assert not breaker.allow()
@@ -65,7 +58,7 @@ def test_it_stays_open_until_it_has_cooled_down(breaker: Breaker, clock: Clock) 
     assert breaker.allow() and breaker.state == "half-open"
 
 
-def test_one_caller_tries_and_the_others_wait_for_how_that_went(breaker: Breaker, clock: Clock) -> None:
+def test_one_caller_tries_and_the_others_wait_for_how_that_went(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 2
     assert [breaker.allow() for _ in range(5)] == [True, False, False, False, False]
@@ -73,7 +66,7 @@ def test_one_caller_tries_and_the_others_wait_for_how_that_went(breaker: Breaker
     assert breaker.state == "closed" and breaker.allow()
 
 
-def test_a_failed_trial_opens_it_for_another_cool_down(breaker: Breaker, clock: Clock) -> None:
+def test_a_failed_trial_opens_it_for_another_cool_down(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     for _ in range(4):
         clock.now += 0.9
@@ -83,7 +76,7 @@ def test_a_failed_trial_opens_it_for_another_cool_down(breaker: Breaker, clock: 
         breaker.record(ok=False)
 
 
-def test_a_trial_that_told_nothing_leaves_the_next_one_free(breaker: Breaker, clock: Clock) -> None:
+def test_a_trial_that_told_nothing_leaves_the_next_one_free(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 1
     assert breaker.allow()
@@ -91,7 +84,7 @@ def test_a_trial_that_told_nothing_leaves_the_next_one_free(breaker: Breaker, cl
     assert breaker.allow()
 
 
-def test_faults_of_calls_that_were_under_way_do_not_prolong_it(breaker: Breaker, clock: Clock) -> None:
+def test_faults_of_calls_that_were_under_way_do_not_prolong_it(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 0.9
     breaker.record(ok=False)
@@ -99,7 +92,7 @@ def test_faults_of_calls_that_were_under_way_do_not_prolong_it(breaker: Breaker,
     assert breaker.allow()
 
 
-def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: Clock) -> None:
+def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: FakeClock) -> None:
     clock.now = -1e9
     breaker = Breaker(failures=1, cooldown_s=5, clock=clock)
     fail(breaker, 1)
@@ -108,7 +101,7 @@ def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: Clock) -> 
     assert breaker.allow()
 
 
-def test_of_many_threads_exactly_one_tries(breaker: Breaker, clock: Clock) -> None:
+def test_of_many_threads_exactly_one_tries(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 1
     allowed: list[bool] = []
