@@ -31,7 +31,9 @@ import torch
 from kvlab.core.identity import KVSpec, spec_of
 from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load
+from tests.cluster import RedisCluster
 from tests.helpers import build_model
+from tests.sentinel import RedisSentinel
 from tests.servers import RedisServer, make_certs, valkey_program
 
 hypothesis.settings.register_profile(
@@ -210,3 +212,39 @@ def tls_server(shared_tls: RedisServer) -> RedisServer:
     """A running, empty server that `tls_url` reaches."""
     shared_tls.client().flushall()
     return shared_tls
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[RedisCluster]:
+    """One cluster for all tests that do not harm it; use `redis_cluster`."""
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def redis_cluster(shared_cluster: RedisCluster) -> RedisCluster:
+    """Three running, empty masters, each with a replica. A test that harms one starts its own cluster."""
+    _empty(shared_cluster.nodes)
+    return shared_cluster
+
+
+@pytest.fixture(scope="session")
+def shared_sentinel() -> Iterator[RedisSentinel]:
+    """One watched master for all tests that do not harm it; use `redis_sentinel`."""
+    with RedisSentinel() as group:
+        yield group
+
+
+@pytest.fixture
+def redis_sentinel(shared_sentinel: RedisSentinel) -> RedisSentinel:
+    """A running, empty master with two replicas and three sentinels."""
+    _empty(shared_sentinel.nodes)
+    return shared_sentinel
+
+
+def _empty(nodes: list[RedisServer]) -> None:
+    """Empty every master; replicas follow."""
+    for node in nodes:
+        client = node.client()
+        if client.info("replication")["role"] == "master":
+            client.flushall()

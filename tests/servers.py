@@ -74,13 +74,19 @@ class RedisServer:
         program: another server that takes the same options: `valkey_program()`.
         tls: certificates (`make_certs`); then it also listens with TLS, on a port of its own.
         debug: allow the DEBUG command.
+        config: what a configuration file says that it is given, and may write to.
     """
 
     def __init__(
-        self, *arguments: str, program: str = "redis-server", tls: Any | None = None, debug: bool = False
+        self,
+        *arguments: str,
+        program: str = "redis-server",
+        tls: Any | None = None,
+        debug: bool = False,
+        config: str = "",
     ) -> None:
         self._arguments = (*arguments, *(("--enable-debug-command", "yes") if debug else ()))
-        self._program, self._tls = program, tls
+        self._program, self._tls, self._config = program, tls, config
         self._process: subprocess.Popen[bytes] | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="kvlab-redis-"))  # short: socket paths are limited to 107 bytes
         self.socket = self.folder / "redis.sock"
@@ -108,7 +114,11 @@ class RedisServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = [self._program]
+        if self._config:
+            (self.folder / "redis.conf").write_text(self._config)
+            command.append(str(self.folder / "redis.conf"))
+        command += ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         command += ["--dir", str(self.folder), "--unixsocket", str(self.socket), *self._arguments]
         command += self._tls.options(self.tls_port) if self._tls else []
         before = _end_with_parent if LIBC else None

@@ -27,7 +27,8 @@ from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.server import with_redis
 from kvlab.lab.timing import Timings, take_turns
 from kvlab.stores import RedisStore
-from kvlab.stores.redis import KEY_PREFIX, without_password
+from kvlab.stores.address import without_password
+from kvlab.stores.redis import KEY_PREFIX
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
 BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves so much; four times that where keys stay

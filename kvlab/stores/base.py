@@ -42,7 +42,8 @@ class StoreStats:
 
     Misses and drops count values. Faults count round trips that failed, those of `probe`,
     `touch_many` and `delete_many` included, which are no requests: when a store is down, an
-    engine that probes first never gets as far as a miss.
+    engine that probes first never gets as far as a miss. Redirects count keys that a server
+    of a cluster said another has; a few while slots move.
     """
 
     requested: int = 0
@@ -54,6 +55,7 @@ class StoreStats:
     faults: Counter[str] = field(default_factory=Counter)
     bytes_in: int = 0
     bytes_out: int = 0
+    redirects: int = 0
 
     def check(self) -> None:
         """Assert both sum rules."""

@@ -50,6 +50,18 @@ class Breaker:
         with self._lock:
             return "closed" if self._opened_at is None else "half-open" if self._trying else "open"
 
+    @property
+    def ready(self) -> bool:
+        """Whether `allow` would say yes."""
+        with self._lock:
+            return self._opened_at is None or not (self._trying or self._clock() - self._opened_at < self.cooldown_s)
+
+    @property
+    def faults(self) -> int:
+        """Faults in a row."""
+        with self._lock:
+            return self._in_a_row
+
     def allow(self) -> bool:
         """Whether to make this call. After True, `record` must follow."""
         with self._lock:

@@ -3,7 +3,7 @@
 What this module decides is what a cache in front of a model needs, and a database client would
 not do: each call has one deadline, nothing is retried (the fallback is to recompute, which must
 not wait), and a server that does not answer is left alone for a while. How the bytes move is in
-`wire`, when to leave a server alone in `breaker`.
+`wire`, what is known of each server in `node`, which server has a key in `topology`.
 
 fakeredis, a Redis inside this process, is the same store over another link: `fakeredis://`.
 """
@@ -11,19 +11,18 @@ fakeredis, a Redis inside this process, is the same store over another link: `fa
 from __future__ import annotations
 
 import copy
-import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from concurrent.futures import wait
+from functools import partial
+from typing import Final
 
 import redis
 
 from kvlab.errors import ConfigError
+from kvlab.stores.address import topology_of, without_password
 from kvlab.stores.base import (
     ABSENT,
     Health,
@@ -36,70 +35,60 @@ from kvlab.stores.base import (
     pieces,
     renew_in_children,
 )
-from kvlab.stores.breaker import Breaker
-from kvlab.stores.wire import MAX_VALUE_BYTES, Command, Deadline, FakeLink, Link, NoConnection, Reply, TooBig
+from kvlab.stores.node import OF_ONE_KEY, Node, Refused, reason_of, verdict_of
+from kvlab.stores.topology import SLOTS, Part, Shard
+from kvlab.stores.wire import Command, Deadline, Link, Reply
 
-SCHEMES: Final = ("redis", "rediss", "unix", "fakeredis")
 KEY_PREFIX: Final = b"kv:"
 COMMANDS: Final = ("GET", "SET", "DEL", "EXISTS", "PEXPIRE", "INFO")
-"""All that the store ever asks of a server: the rights that its ACL user needs."""
+"""All that the store ever asks of a server that is alone: the rights that its ACL user needs."""
+CLUSTER_COMMANDS: Final = ("CLUSTER|SLOTS", "ASKING", "READONLY")
+"""What it asks of a cluster besides; READONLY only to read from replicas."""
 WINDOW_BYTES: Final = 16 << 20  # more replies at once fall out of the server's cache: measured, docs/02
 WINDOW_KEYS: Final = 1024
-SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
+MAX_REDIRECTS: Final = 3
 MAX_DEADLINE_S: Final = 3600
-_LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
 
-_fake_servers: dict[str, Any] = {}
-
-# First match wins: in redis-py an authentication error is a ConnectionError too.
-_REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
-    (TooBig, "too_big"),
-    (NoConnection, "pool"),
-    (redis.AuthenticationError, "auth"),
-    (redis.exceptions.NoPermissionError, "auth"),
-    (redis.TimeoutError, "timeout"),
-    (TimeoutError, "timeout"),
-    (redis.BusyLoadingError, "loading"),
-    (redis.exceptions.MasterDownError, "loading"),
-    (redis.ReadOnlyError, "readonly"),
-    (redis.exceptions.OutOfMemoryError, "oom"),
-    (redis.exceptions.InvalidResponse, "protocol"),
-    (redis.ConnectionError, "conn"),
-    (OSError, "conn"),
-)
-_BY_WORD: Final = {"BUSY": "busy", "MISCONF": "misconf"}  # error replies that redis-py has no class for
-_LINK_FAULTS: Final = {"timeout", "conn", "protocol", "loading", "busy", "error"}
+_HEALTH_KEYS: Final = 1024  # so many that every master has one
 _WRITE_FAULTS: Final = {"oom", "readonly", "misconf", "auth"}
-_OF_ONE_KEY: Final = {ABSENT, "too_big", "response"}
 
-
-def reason_of(error: BaseException) -> str:
-    """The counter that a fault belongs to."""
-    known = next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
-    if known is None and isinstance(error, redis.ResponseError):
-        known = _BY_WORD.get(str(error).partition(" ")[0], "response")
-    return known or "error"
+Work = Callable[[Node, Sequence[int], Deadline, bool], list[Reply]]
+"""What one node does for its share of a batch: one reply for each index. The last argument is `asking`."""
 
 
 class RedisStore(Store):
     """Values in a Redis that `url` names.
 
     Args:
-        url: redis://host:port/db, rediss:// (TLS), unix:///path/to.sock, all with an optional
-            user:password@; or fakeredis:// for one in this process, which fakeredis://NAME
-            shares between all stores of the process that use the same name. A private CA is
-            named by rediss://…?ssl_ca_certs=FILE.
+        url: where it is.
+
+            - redis://host:port/db: one server; rediss:// for TLS.
+            - unix:///path/to.sock: the same on this machine.
+            - redis-cluster://host:port,host:port: some nodes of a Redis Cluster; rediss-cluster://.
+            - redis-sentinel://host:port,host:port/NAME: sentinels, and what they call the master;
+              rediss-sentinel://.
+            - fakeredis://: one in this process; fakeredis://NAME is shared by all stores of the
+              process that use that name.
+
+            All but the last take user:password@ before the host: for every server, but not for
+            sentinels, whose login is ?sentinel_username=…&sentinel_password=…. A private CA is
+            named by ?ssl_ca_certs=FILE.
         ttl_s: how long a value lives after it was last written or read; None keeps it until
             the server evicts it, and is the choice for a user who may only read.
-        deadline_s: for a whole call: connecting, waiting, sending, receiving. Large calls get
-            one second more for each 50 MB, because no slower wire is worth asking.
-        max_connections: the bound of the pool; further threads wait, in order, for at most half
-            their deadline.
+        deadline_s: for a whole call: finding the servers, connecting, waiting, sending, receiving.
+            Large calls get one second more for each 50 MB, because no slower wire is worth asking.
+        max_connections: the bound of each server's pool; further threads wait, in order, for at most
+            half their deadline.
+        read_replicas: read from replicas, of a cluster or of Sentinel's master, while they work. What
+            a replica lacks is a miss; a wrong value it cannot have, because a key names what is in
+            the value. With a TTL a read takes a second round trip: only masters renew.
         clock: what the breakers go by; tests bring their own.
 
     Nothing is connected until the first call: an unreachable server shows in `health()` and
-    in the counters, not as an error. After three faults in a row the server is left alone for
-    a second (`Breaker`); after three refused writes, writes are.
+    in the counters, not as an error. After three faults in a row a server is left alone for
+    a second (`Breaker`); after three refused writes, writes are. Each server has breakers of
+    its own, and the servers of a batch are asked at the same time: one that hangs costs a
+    deadline, and no keys but its own.
 
     Raises:
         ConfigError: an unknown scheme, or a TTL, deadline or bound that is not positive.
@@ -111,6 +100,7 @@ class RedisStore(Store):
         ttl_s: float | None = None,
         deadline_s: float = 0.25,
         max_connections: int = 16,
+        read_replicas: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_ttl(ttl_s)
@@ -121,42 +111,44 @@ class RedisStore(Store):
         self.url = url
         self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
         self._deadline_s = deadline_s
-        self._link = _link(url, max_connections)
-        self.breaker = Breaker(clock=clock)
-        self.write_breaker = Breaker(clock=clock)
-        self._clock = clock
+        self._read_replicas = read_replicas
+        self._topology = topology_of(url, max_connections, read_replicas, clock)
         self._stats = StoreStats()
         self._lock = threading.Lock()  # guards the counters
-        self._limit = MAX_VALUE_BYTES  # of a value, as long as `_limit_until`; fakeredis has no other
-        self._limit_until = math.inf if isinstance(self._link, FakeLink) else -math.inf
         self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
         self._closed = False
         renew_in_children(self)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The servers that are known now, masters first; before the first call, none of a cluster's."""
+        shards = self._topology.shards()
+        return [shard.master for shard in shards] + [replica for shard in shards for replica in shard.replicas]
 
     def get_many(
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`. Hits renew their TTL, in the same round trip.
 
-        One round trip for each 16 MiB: of buffers, or of values as large as those seen lately.
+        One round trip to each server for each 16 MiB: of buffers, or of values as large as those seen lately.
         """
         check_buffers(keys, out)
+        names = [KEY_PREFIX + key for key in keys]
+        deadline = Deadline(self._deadline_s)
+
+        def read(node: Node, indices: Sequence[int], deadline: Deadline, asking: bool) -> list[Reply]:
+            buffers = None if out is None else [out[i] for i in indices]
+            return self._read(node, [names[i] for i in indices], buffers, deadline, asking)
+
+        replies = self._spread(names, read, deadline, reading=True)
+        if self._read_replicas and self._ttl_ms is not None:
+            self._renew(names, replies, deadline)
         got: list[bytes | memoryview | None] = []
         reasons: list[str] = []
-        deadline = Deadline(self._deadline_s)
-        fault = ""
-        while len(got) < len(keys):
-            at = len(got)
-            window = self._read_window(at, len(keys), out)
-            if fault:  # nor would the server answer now
-                replies: Sequence[Reply] = [_Refused(fault)] * window
-            else:
-                replies = self._get(keys[at : at + window], out[at : at + window] if out else None, deadline)
-            for reply in replies:
-                there = type(reply) is memoryview or type(reply) is bytes
-                reasons.append("" if there else ABSENT if reply is None else _reason(reply))
-                got.append(reply if there else None)  # type: ignore[arg-type]
-            fault = next((r for r in reasons[at:] if r and r not in _OF_ONE_KEY), "")
+        for reply in replies:
+            there = type(reply) is memoryview or type(reply) is bytes
+            reasons.append("" if there else ABSENT if reply is None else reason_of(reply))
+            got.append(reply if there else None)  # type: ignore[arg-type]
         hits = reasons.count("")
         with self._lock:
             self._stats.requested += len(keys)
@@ -169,16 +161,17 @@ class RedisStore(Store):
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`. A value too large for the server is dropped before a byte of it is sent."""
+        """See `Store.put_many`. A value too large for its server is dropped before a byte of it is sent."""
         check_pairs(keys, values, "value")
-        deadline = Deadline(self._deadline_s)
+        names = [KEY_PREFIX + key for key in keys]
         sizes = [_nbytes(value) for value in values]
-        limit = self._limit if self._clock() < self._limit_until or not keys else self._value_limit(deadline)
-        reasons = ["too_big" if isinstance(limit, int) else limit] * len(keys)  # of those that no window takes
-        for window in _windows(sizes, limit if isinstance(limit, int) else -1):
-            answers = self._set([(keys[i], values[i]) for i in window], sum([sizes[i] for i in window]), deadline)
-            for i, answer in zip(window, answers, strict=True):
-                reasons[i] = answer
+
+        def write(node: Node, indices: Sequence[int], deadline: Deadline, asking: bool) -> list[Reply]:
+            its = [(names[i], values[i]) for i in indices]
+            return self._write(node, its, [sizes[i] for i in indices], deadline, asking)
+
+        replies = self._spread(names, write, Deadline(self._deadline_s))
+        reasons = ["" if _is_ok(reply) else reason_of(reply) for reply in replies]
         stored = reasons.count("")
         with self._lock:
             self._stats.offered += len(keys)
@@ -189,39 +182,37 @@ class RedisStore(Store):
         return stored
 
     def probe(self, keys: Sequence[bytes]) -> int:
-        """See `Store.probe`. 0 when the server does not answer."""
-        answers = self._advice([(b"EXISTS", KEY_PREFIX + key) for key in keys])
+        """See `Store.probe`. Keys of a server that does not answer are not there."""
+        answers = self._each(keys, lambda name: (b"EXISTS", name), reading=True)
         return next((i for i, there in enumerate(answers) if there != 1), len(keys))
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """See `Store.touch_many`. All False when the server does not answer."""
-        return [answer == 1 for answer in self._advice(list(map(self._touch, keys)))]
+        """See `Store.touch_many`. False for keys of a server that does not answer."""
+        return [answer == 1 for answer in self._each(keys, self._touch)]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
-        """See `Store.delete_many`. 0 when the server does not answer."""
-        answers = self._advice([(b"DEL", KEY_PREFIX + key) for key in keys])
-        return sum(answer == 1 for answer in answers)
+        """See `Store.delete_many`. Those of a server that does not answer are not counted."""
+        return sum(answer == 1 for answer in self._each(keys, lambda name: (b"DEL", name)))
 
     def health(self) -> Health:
-        """See `Store.health`. Tries every command that the store uses, on a key of its own that expires at once.
+        """See `Store.health`. Tries every command that the store uses, on keys of its own that expire at once.
 
         A worker that may only read is not healthy by this measure; its line says "reads work".
         """
         where = without_password(self.url)
         if self._closed:
             return Health(False, f"{where}: closed")
-        key = KEY_PREFIX + b"health:" + os.urandom(8).hex().encode()
-        trials: list[Command] = [(b"GET", key), (b"EXISTS", key), (b"SET", key, b"", b"PX", b"1000")]
-        trials += [(b"PEXPIRE", key, b"1000"), (b"DEL", key)]
-        if isinstance(self._link, Link):
-            trials.append((b"INFO", b"memory"))
-        replies = self._link.exchange(trials, Deadline(self._deadline_s))
-        faults = [reply for reply in replies if isinstance(reply, Exception)]
-        self.breaker.record(_verdict(faults))
-        if not faults:
-            return Health(True, f"{where}: answers")
-        reads = "" if isinstance(replies[0], Exception) or isinstance(replies[1], Exception) else "reads work, but "
-        return Health(False, f"{where}: {reads}{reason_of(faults[0])}: {' '.join(str(faults[0]).split())}")
+        deadline = Deadline(self._deadline_s)
+        try:
+            shards = self._topology.ask(deadline)
+        except Exception as error:
+            return Health(False, f"{where}: {_in_words(error)}")
+        if self._topology.unserved():
+            return Health(False, f"{where}: nobody serves {self._topology.unserved()} of {SLOTS} slots")
+        sick = [line for line in self._examined(shards, deadline) if line]
+        if sick:
+            return Health(False, f"{where}: {sick[0]}")
+        return Health(True, f"{where}: {f'{len(shards)} masters answer' if len(shards) > 1 else 'answers'}")
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -231,79 +222,213 @@ class RedisStore(Store):
     def close(self) -> None:
         """See `Store.close`."""
         self._closed = True
-        self._link.close()
+        self._topology.close()
 
     def renew_after_fork(self) -> None:
         """See `Forkable`."""
         self._lock = threading.Lock()
-        self.breaker.renew()
-        self.write_breaker.renew()
-        self._link.renew()
+        self._topology.renew()
 
-    def _get(self, keys: Sequence[bytes], out: Sequence[memoryview] | None, deadline: Deadline) -> Sequence[Reply]:
-        """One round trip: each key's value, None where there is none, or why it is not known."""
-        commands: list[Command] = [(b"GET", KEY_PREFIX + key) for key in keys]
-        if self._ttl_ms is not None:
-            commands += map(self._touch, keys)
-        replies = self._exchange(commands, deadline, out)
-        if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(keys) :]):
+    # --- all servers of a batch -----------------------------------------------------------------
+    def _spread(self, names: Sequence[bytes], work: Work, deadline: Deadline, reading: bool = False) -> list[Reply]:
+        """Have each name's server do its part, all servers at once; where they say that keys have moved, follow."""
+        if self._closed:
+            return [Refused("closed")] * len(names)
+        parts, why = self._topology.split(names, deadline, reading) if names else ([], "")
+        if why:
+            self._note({why})
+        replies: list[Reply] = [Refused(why)] * len(names)
+        for follow in range(MAX_REDIRECTS, -1, -1):
+            moved: list[Part] = []
+            for part, answers in zip(parts, self._at_once(parts, work, deadline), strict=True):
+                for i, answer in zip(part.indices, answers, strict=True):
+                    replies[i] = answer
+                moved += self._topology.redirect(part, answers)
+            if not moved:
+                break
+            with self._lock:
+                if follow:
+                    self._stats.redirects += sum([len(part.indices) for part in moved])
+                else:
+                    self._stats.faults["moved"] += 1
+            parts = moved
+        return replies
+
+    def _at_once(self, parts: Sequence[Part], work: Work, deadline: Deadline) -> list[list[Reply]]:
+        """Do all parts: the first in this thread, each other in one of its server's."""
+        ends = [deadline.copy() for _ in parts]
+
+        def do(at: int) -> list[Reply]:
+            part, end = parts[at], ends[at]
+            if end.passed:  # waiting for others took all of it: that is not this server's fault
+                return [Refused("timeout")] * len(part.indices)
+            return work(part.node, part.indices, end, part.asking)
+
+        others = [parts[at].node.start(partial(do, at)) for at in range(1, len(parts))]
+        done = False
+        try:
+            answers = [do(0)] if parts else []
+            answers += [other.result() for other in others]
+            done = True
+        finally:
+            if not done:  # a signal's handler raised: after this nobody may write into the caller's buffers
+                for end in ends:
+                    end.expire()
+                wait(others)
+            deadline.wait_for(ends)
+        return answers
+
+    def _each(self, keys: Sequence[bytes], command: Callable[[bytes], Command], reading: bool = False) -> list[Reply]:
+        """The replies to one small command a key. Counts as no request."""
+        names = [KEY_PREFIX + key for key in keys]
+
+        def ask(node: Node, indices: Sequence[int], deadline: Deadline, asking: bool) -> list[Reply]:
+            return self._exchange(node, [command(names[i]) for i in indices], deadline, asking=asking)
+
+        return self._spread(names, ask, Deadline(self._deadline_s), reading)
+
+    def _renew(self, names: Sequence[bytes], replies: list[Reply], deadline: Deadline) -> None:
+        """Have masters renew what replicas have given."""
+        hits = [i for i, reply in enumerate(replies) if type(reply) is memoryview or type(reply) is bytes]
+
+        def touch(node: Node, indices: Sequence[int], deadline: Deadline, asking: bool) -> list[Reply]:
+            return self._exchange(node, [self._touch(names[hits[i]]) for i in indices], deadline, asking=asking)
+
+        for i, answer in zip(hits, self._spread([names[i] for i in hits], touch, deadline), strict=True):
+            if isinstance(answer, redis.exceptions.NoPermissionError):  # as in `_get`
+                replies[i] = Refused("auth")
+
+    # --- one server -----------------------------------------------------------------------------
+    def _read(
+        self,
+        node: Node,
+        names: Sequence[bytes],
+        out: Sequence[memoryview] | None,
+        deadline: Deadline,
+        asking: bool,
+    ) -> list[Reply]:
+        """A server's values, window by window."""
+        replies: list[Reply] = []
+        while len(replies) < len(names):
+            at = len(replies)
+            window = self._read_window(at, len(names), out)
+            replies += self._get(
+                node, names[at : at + window], out[at : at + window] if out else None, deadline, asking
+            )
+            fault = _fault_of(replies[at:])
+            if fault:  # nor would the server answer now
+                replies += [Refused(fault)] * (len(names) - len(replies))
+        return replies
+
+    def _get(
+        self,
+        node: Node,
+        names: Sequence[bytes],
+        out: Sequence[memoryview] | None,
+        deadline: Deadline,
+        asking: bool,
+    ) -> Sequence[Reply]:
+        """One round trip: each name's value, None where there is none, or why it is not known."""
+        commands: list[Command] = [(b"GET", name) for name in names]
+        if self._ttl_ms is not None and not self._read_replicas:
+            commands += map(self._touch, names)
+        replies = self._exchange(node, commands, deadline, out, asking)
+        if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(names) :]):
             # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
-            return [_Refused("auth")] * len(keys)
-        values = replies[: len(keys)]
+            return [Refused("auth")] * len(names)
+        values = replies[: len(names)]
         if out is None:
             self._value_bytes = max([len(v) for v in values if isinstance(v, bytes)], default=self._value_bytes)
         return values
 
-    def _set(self, pairs: list[tuple[bytes, Value]], nbytes: int, deadline: Deadline) -> list[str]:
-        """Store a window; per value "", or why it was dropped."""
-        if not self.write_breaker.allow():
-            return ["breaker"] * len(pairs)
+    def _write(
+        self,
+        node: Node,
+        pairs: Sequence[tuple[bytes, Value]],
+        sizes: Sequence[int],
+        deadline: Deadline,
+        asking: bool,
+    ) -> list[Reply]:
+        """Store a server's values, window by window."""
+        limit = node.value_limit(deadline)
+        if not isinstance(limit, int):
+            self._note({reason_of(limit)})
+            return [limit] * len(pairs)
+        replies: list[Reply] = [Refused("too_big")] * len(pairs)  # of those that no window takes
+        for window in _windows(sizes, limit):
+            deadline.extend(sum([sizes[i] for i in window]))
+            answers = self._set(node, [pairs[i] for i in window], deadline, asking)
+            for i, answer in zip(window, answers, strict=True):
+                replies[i] = answer
+        return replies
+
+    def _set(self, node: Node, pairs: Sequence[tuple[bytes, Value]], deadline: Deadline, asking: bool) -> list[Reply]:
+        """One round trip, if the server takes writes."""
+        if not node.write_breaker.allow():
+            return [Refused("breaker")] * len(pairs)
         expiry = () if self._ttl_ms is None else (b"PX", b"%d" % self._ttl_ms)
         verdict: bool | None = None
         try:
-            deadline.extend(nbytes)
-            replies = self._exchange([(b"SET", KEY_PREFIX + key, value, *expiry) for key, value in pairs], deadline)
-            answers = ["" if reply in (True, b"OK") else _reason(reply) for reply in replies]
-            verdict = True if "" in answers else False if _WRITE_FAULTS.intersection(answers) else None
+            commands: list[Command] = [(b"SET", name, value, *expiry) for name, value in pairs]
+            replies = self._exchange(node, commands, deadline, asking=asking)
+            refused = any(not _is_ok(reply) and reason_of(reply) in _WRITE_FAULTS for reply in replies)
+            verdict = True if any(map(_is_ok, replies)) else False if refused else None
         finally:
-            self.write_breaker.record(verdict)
-        return answers
-
-    def _advice(self, commands: list[Command]) -> list[Reply]:
-        """Replies to a call that counts as no request."""
-        return self._exchange(commands, Deadline(self._deadline_s))
-
-    def _exchange(
-        self, commands: list[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
-    ) -> list[Reply]:
-        """One round trip, if the breaker lets it through. Says afterwards how the link did."""
-        if self._closed or not commands:
-            return [_Refused("closed")] * len(commands)
-        if not self.breaker.allow():
-            self._count_fault({"breaker"})
-            return [_Refused("breaker")] * len(commands)
-        verdict: bool | None = None
-        try:
-            replies = self._link.exchange(commands, deadline, out)
-            faults = [reply for reply in replies if isinstance(reply, Exception)]
-            verdict = _verdict(faults) if faults else True
-        finally:
-            self.breaker.record(verdict)
-        if faults:
-            self._count_fault({_reason(fault) for fault in faults})
+            node.write_breaker.record(verdict)
         return replies
 
-    def _count_fault(self, reasons: set[str]) -> None:
-        reasons = reasons - _OF_ONE_KEY
+    def _exchange(
+        self,
+        node: Node,
+        commands: list[Command],
+        deadline: Deadline,
+        out: Sequence[memoryview] | None = None,
+        asking: bool = False,
+    ) -> list[Reply]:
+        """One round trip. Its faults are counted, and may mean that keys have moved."""
+        replies = node.exchange(commands, deadline, out, asking)
+        faults = [reply for reply in replies if isinstance(reply, Exception)]
+        if faults:
+            self._note({reason_of(fault) for fault in faults})
+        return replies
+
+    def _note(self, reasons: set[str]) -> None:
+        self._topology.hint(reasons)
+        reasons = reasons - OF_ONE_KEY
         if reasons:
             with self._lock:
                 self._stats.faults[min(reasons)] += 1
 
-    def _touch(self, key: bytes) -> Command:
+    def _examined(self, shards: Sequence[Shard], deadline: Deadline) -> list[str]:
+        """What is wrong with each master, "" where nothing is."""
+        names = [KEY_PREFIX + b"health:" + os.urandom(8).hex().encode() for _ in range(_HEALTH_KEYS)]
+        parts, _ = self._topology.split(names if self._topology.many else names[:1], deadline)
+        name_of = {part.node: names[part.indices[0]] for part in parts}
+        masters = [shard.master for shard in shards if shard.master in name_of]
+        started = [node.start(partial(self._examine, node, name_of[node], deadline.copy())) for node in masters]
+        lines = []
+        for node, answers in zip(masters, [job.result() for job in started], strict=True):
+            which = f"{node.name}: " if self._topology.many else ""
+            reads = "" if any(isinstance(answer, Exception) for answer in answers[:2]) else "reads work, but "
+            fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
+            lines.append(f"{which}{reads}{_in_words(fault)}" if fault else "")
+        return lines
+
+    def _examine(self, node: Node, name: bytes, deadline: Deadline) -> list[Reply]:
+        """Every command of the store, whatever the breaker says; that learns from it."""
+        trials: list[Command] = [(b"GET", name), (b"EXISTS", name), (b"SET", name, b"", b"PX", b"1000")]
+        trials += [(b"PEXPIRE", name, b"1000"), (b"DEL", name)]
+        if isinstance(node.link, Link):
+            trials.append((b"INFO", b"memory"))
+        answers = node.link.exchange(trials, deadline)
+        node.breaker.record(verdict_of([answer for answer in answers if isinstance(answer, Exception)]))
+        return answers
+
+    def _touch(self, name: bytes) -> Command:
         """Renews a TTL where there is one; the answer is 1 if the key is there."""
         if self._ttl_ms is None:
-            return (b"EXISTS", KEY_PREFIX + key)
-        return (b"PEXPIRE", KEY_PREFIX + key, b"%d" % self._ttl_ms)
+            return (b"EXISTS", name)
+        return (b"PEXPIRE", name, b"%d" % self._ttl_ms)
 
     def _read_window(self, start: int, stop: int, out: Sequence[memoryview] | None) -> int:
         """How many keys to ask for at once."""
@@ -315,35 +440,19 @@ class RedisStore(Store):
             count += 1
         return count
 
-    def _value_limit(self, deadline: Deadline) -> int | str:
-        """Ask for the most bytes that a value may have here; else why that cannot be known."""
-        (reply,) = self._exchange([(b"INFO", b"memory")], deadline)
-        found = re.search(rb"^maxmemory:(\d+)", reply, re.MULTILINE) if isinstance(reply, bytes) else None
-        if found is None:
-            return _reason(reply)
-        share = int(found[1]) // SHARE_OF_MEMORY
-        self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
-        self._limit_until = self._clock() + _LIMIT_AGE_S
-        return self._limit
+
+def _is_ok(reply: Reply) -> bool:
+    return reply is True or (type(reply) is bytes and reply == b"OK")
 
 
-class _Refused(Exception):
-    """A command that was not sent; the text is the reason."""
+def _fault_of(replies: Sequence[Reply]) -> str:
+    """What keeps a server from answering further commands, "" if nothing does."""
+    reasons = [reason_of(reply) for reply in replies if isinstance(reply, Exception)]
+    return next((reason for reason in reasons if reason not in OF_ONE_KEY), "")
 
 
-def _verdict(faults: Sequence[Exception]) -> bool | None:
-    """Whether the link worked; None when that was not found out."""
-    reasons = {_reason(fault) for fault in faults}
-    if "pool" in reasons:
-        return None
-    return not (reasons & _LINK_FAULTS or any(isinstance(fault, redis.AuthenticationError) for fault in faults))
-
-
-def _reason(reply: Reply) -> str:
-    """Why a reply is not the one hoped for."""
-    if isinstance(reply, _Refused):
-        return str(reply)
-    return reason_of(reply) if isinstance(reply, Exception) else "protocol"
+def _in_words(error: Exception) -> str:
+    return f"{reason_of(error)}: {' '.join(str(error).split())}"
 
 
 def _nbytes(value: Value) -> int:
@@ -364,49 +473,3 @@ def _windows(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
         total += size
     if window:
         yield window
-
-
-def _link(url: str, max_connections: int) -> Link | FakeLink:
-    if _checked_scheme(url) == "fakeredis":
-        import fakeredis  # here: with a real server nobody needs it
-
-        name = urlsplit(url).netloc
-        server = _fake_servers.setdefault(name, fakeredis.FakeServer()) if name else fakeredis.FakeServer()
-        return FakeLink(fakeredis.FakeRedis(server=server))
-    try:
-        return Link(url, max_connections)
-    except (ValueError, TypeError, redis.RedisError) as error:
-        raise ConfigError(f"not a usable store URL: {without_password(url)!r} ({error})") from error
-
-
-def _checked_scheme(url: str) -> str:
-    if not isinstance(url, str):
-        raise ConfigError(f"expected a store URL as text, got {type(url).__name__}")
-    shown = without_password(url)
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # parsed only when asked for
-    except ValueError as error:
-        # The parser's own words may show a part of the password that it took for the port.
-        why = "special characters in user and password must be percent-encoded" if "@" in url else str(error)
-        raise ConfigError(f"not a usable store URL: {shown!r} ({why})") from None
-    if parts.scheme not in SCHEMES:
-        raise ConfigError(
-            f"expected a store URL that begins with {', '.join(s + '://' for s in SCHEMES)}, got {shown!r}"
-        )
-    for setting, files in parse_qs(parts.query).items():
-        if setting in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(files[0]).exists():
-            raise ConfigError(f"not a usable store URL: {shown!r} (there is no file {files[0]!r} for {setting})")
-    database = parts.path.strip("/")
-    if parts.scheme in ("redis", "rediss") and database and not database.isdigit():
-        raise ConfigError(f"not a usable store URL: {shown!r} (expected a database number after the host)")
-    return parts.scheme
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown and logged: whatever stands between user name and last @ may be secret."""
-    return re.sub(r"(?<=://)([^:@/]*):.*@|([?&]password=)[^&]*", _starred, url)
-
-
-def _starred(match: re.Match[str]) -> str:
-    return f"{match[1]}:***@" if match[2] is None else f"{match[2]}***"

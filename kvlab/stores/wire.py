@@ -20,7 +20,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -43,7 +43,12 @@ _SKIP_BYTES: Final = 16 << 20  # received and thrown away, so that the values be
 _PIECES_A_CALL: Final = 256  # the system's limit is 1024
 _LINE_BYTES: Final = 4096  # no line of an honest reply is longer
 _CRLF: Final = b"\r\n"
-_ANSWERS_WITH: Final[dict[object, bytes]] = {b"GET": b"$", b"INFO": b"$", b"SET": b"+"}  # all others with a number
+_ANSWERS_WITH: Final[dict[object, bytes]] = {  # all others with a number
+    **dict.fromkeys((b"GET", b"INFO"), b"$"),
+    **dict.fromkeys((b"SET", b"ASKING", b"READONLY"), b"+"),
+}
+_ASKING: Final[Command] = (b"ASKING",)
+_READONLY: Final[Command] = (b"READONLY",)
 
 
 class TooBig(Exception):
@@ -69,6 +74,35 @@ class Deadline:
     def extend(self, nbytes: int) -> None:
         """Allow the time for so many bytes more."""
         self._until += nbytes / BYTES_PER_S
+
+    def copy(self) -> Deadline:
+        """Another one that ends at the same moment, for what one of several servers is asked."""
+        return self.until(self._until)
+
+    def half(self) -> Deadline:
+        """Another one, half as far away."""
+        now = time.monotonic()
+        return self.until(now + (self._until - now) / 2)
+
+    def wait_for(self, others: Iterable[Deadline]) -> None:
+        """End no earlier than any of these."""
+        self._until = max([self._until, *(other._until for other in others)])
+
+    def expire(self) -> None:
+        """End now: nobody waits for the call any more."""
+        self._until = -1.0
+
+    @classmethod
+    def until(cls, moment: float) -> Deadline:
+        """The one that ends at this moment of the monotonic clock."""
+        made = cls(0)
+        made._until = moment
+        return made
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is left."""
+        return time.monotonic() >= self._until
 
     def left(self) -> float:
         """Seconds left, more than 0.
@@ -136,12 +170,16 @@ class _Connection(AbstractConnection):
 
     Attributes:
         deadline: of the call that uses the connection now.
+
+    Args:
+        read_only: tell a replica of a cluster that old values will do; it would send its readers away.
     """
 
     deadline: Deadline
     _sock: Any  # a socket while connected, else None
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, read_only: bool = False, **settings: Any) -> None:
+        self._read_only = read_only
         self._line = bytearray(_LINE_BYTES)  # received and not yet taken: _line[_start:_end]
         self._start = self._end = 0
         packer: Any = _Packer()
@@ -151,7 +189,13 @@ class _Connection(AbstractConnection):
         if not self.is_connected:
             self._start = self._end = 0
             self.socket_connect_timeout = self.socket_timeout = self.deadline.left()
-        super().connect()  # type: ignore[no-untyped-call]
+            super().connect()  # type: ignore[no-untyped-call]
+            if self._read_only:
+                self.send_packed_command(pack([_READONLY]))
+                reply = self.read_reply(_READONLY, None)
+                if isinstance(reply, Exception):
+                    self.disconnect()  # type: ignore[no-untyped-call]
+                    raise reply
 
     def make_ready(self) -> None:
         """Connect, or connect again where the server has hung up or has sent what nobody asked for."""
@@ -222,7 +266,10 @@ class _Connection(AbstractConnection):
         return None if rest == b"-1" else self._read_value(_number(rest), out)
 
     def _error(self, line: bytes) -> Exception:
-        error: Exception = self._parser.parse_error(line[1:].decode("utf-8", "replace"))
+        try:
+            error: Exception = self._parser.parse_error(line[1:].decode("utf-8", "replace"))
+        except ValueError:  # a MOVED that names no server
+            raise redis.InvalidResponse(f"expected an error reply, got {line[:40]!r}") from None
         return error
 
     def all_taken(self) -> bool:
@@ -317,11 +364,18 @@ class Link:
     redis-py's pools let a busy thread overtake a waiting one for ever, and cost a fifth of the
     time of a small read. Here who waits longest goes next.
 
+    Args:
+        url: redis://, rediss:// or unix://, as redis-py has them.
+        read_only: also for reads from a replica of a cluster.
+
+    Attributes:
+        host: of the server.
+
     Raises:
         ValueError, TypeError: a URL with settings that redis-py does not know.
     """
 
-    def __init__(self, url: str, max_connections: int) -> None:
+    def __init__(self, url: str, max_connections: int, read_only: bool = False) -> None:
         self._max = max_connections
         self._class = _CLASSES[urlsplit(url).scheme]
         settings = parse_url(url)  # type: ignore[no-untyped-call]
@@ -331,8 +385,10 @@ class Link:
             "protocol": 2,  # what `read_reply` speaks
             "decode_responses": False,
             "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
+            "read_only": read_only,
             "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
         }
+        self.host = str(settings.get("host") or "localhost")
         self._class(**self._settings)  # connects nowhere; a wrong setting shows here
         self.renew()
 
@@ -345,12 +401,17 @@ class Link:
         self._closed = False
 
     def exchange(
-        self, commands: Sequence[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
+        self,
+        commands: Sequence[Command],
+        deadline: Deadline,
+        out: Sequence[memoryview] | None = None,
+        asking: bool = False,
     ) -> list[Reply]:
         """Send all commands, then take one reply each: one round trip.
 
         Args:
             out: buffers for the values of the first commands.
+            asking: say ASKING before each: its slot is on the way to this server.
 
         Never raises: when the connection breaks, the commands that were not answered have the
         fault as their reply.
@@ -361,9 +422,11 @@ class Link:
             connection = self._take(deadline)
             connection.deadline = deadline
             connection.make_ready()
-            connection.send_packed_command(pack(commands))
+            connection.send_packed_command(pack(_asked(commands) if asking else commands))
             buffers = len(out) if out else 0
             for i, command in enumerate(commands):
+                if asking:
+                    connection.read_reply(_ASKING, None)
                 replies.append(connection.read_reply(command, out[i] if out and i < buffers else None))
             clean = connection.all_taken()
         except Exception as error:  # a broken server makes libraries raise anything
@@ -374,6 +437,21 @@ class Link:
                     connection.disconnect()
                 self._give_back(connection)
         return replies
+
+    def ask(self, command: Command, deadline: Deadline) -> Any:
+        """A reply of any shape, over a connection of its own. For maps of servers, not for values.
+
+        Raises:
+            Exception: whatever a broken server makes redis-py raise, and its error replies.
+        """
+        connection = self._class(**self._settings)
+        connection.deadline = deadline
+        try:
+            connection.connect()
+            connection.send_packed_command(pack([command]))
+            return connection.read_response()
+        finally:
+            connection.disconnect()
 
     def close(self) -> None:
         """Close all connections: those in use when they come back."""
@@ -425,6 +503,12 @@ class Link:
             self._idle.append(connection)
 
 
+def _asked(commands: Sequence[Command]) -> Iterator[Command]:
+    for command in commands:
+        yield _ASKING
+        yield command
+
+
 class _Turn:
     """A place in the queue for a connection."""
 
@@ -443,9 +527,13 @@ class FakeLink:
         """Nothing to do: the child of a fork has a copy of the server."""
 
     def exchange(
-        self, commands: Sequence[Command], deadline: Deadline, out: Sequence[memoryview] | None = None
+        self,
+        commands: Sequence[Command],
+        deadline: Deadline,
+        out: Sequence[memoryview] | None = None,
+        asking: bool = False,
     ) -> list[Reply]:
-        """See `Link.exchange`."""
+        """See `Link.exchange`. `asking` is for clusters, which this is none of."""
         try:
             pipe = self._client.pipeline(transaction=False)
             for command in commands:

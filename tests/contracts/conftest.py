@@ -54,7 +54,9 @@ REDIS_TCP = StoreKind("redis-tcp", _redis, "url", (pytest.mark.redis,))
 REDIS_UNIX = StoreKind("redis-unix", _redis, "unix_url", (pytest.mark.redis,))
 REDIS_TLS = StoreKind("redis-tls", _redis, "tls_url", (pytest.mark.redis,), "tls_server")
 VALKEY = StoreKind("valkey", _redis, "url", (pytest.mark.valkey,), "valkey_server")
-STORES = (MEMORY, BEHIND, FAKEREDIS, REDIS_TCP, REDIS_UNIX, REDIS_TLS, VALKEY)
+CLUSTER = StoreKind("redis-cluster", _redis, "url", (pytest.mark.cluster,), "redis_cluster")
+SENTINEL = StoreKind("redis-sentinel", _redis, "url", (pytest.mark.cluster,), "redis_sentinel")
+STORES = (MEMORY, BEHIND, FAKEREDIS, REDIS_TCP, REDIS_UNIX, REDIS_TLS, VALKEY, CLUSTER, SENTINEL)
 
 
 @dataclass(frozen=True)

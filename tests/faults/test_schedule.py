@@ -153,7 +153,7 @@ class Schedule:
 
     def sound(self, number: int) -> bool:
         """Whether a call must succeed. If not it may: an open breaker lets one call try."""
-        return self.up and self.redis[number].breaker.state == "closed"
+        return self.up and self.redis[number].nodes[0].breaker.state == "closed"
 
     def text_reason(self, value: str | int | None) -> str:
         return "absent" if value is None else "" if isinstance(value, int) else TEXT_REASONS[value]

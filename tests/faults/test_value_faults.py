@@ -422,7 +422,7 @@ def test_row_17_out_of_memory(clock: FakeClock, book: Book) -> None:
                 assert load_all(cache) == BLOCKS
         assert "SET" not in names_of(commands) and "GET" in names_of(commands)
         assert cache.store.stats().drops == Counter(oom=3 * BLOCKS, breaker=BLOCKS)
-        assert cache.store.breaker.state == "closed" and cache.store.write_breaker.state == "open"
+        assert cache.store.nodes[0].breaker.state == "closed" and cache.store.nodes[0].write_breaker.state == "open"
         clock.now += 1.1
         assert cache.save(OTHER_TOKENS, OTHER_KV) == 0  # it may try, and is refused again
         assert cache.store.stats().drops == Counter(oom=4 * BLOCKS, breaker=BLOCKS)
@@ -528,7 +528,7 @@ def test_row_20_a_read_only_replica(clock: FakeClock, book: Book) -> None:
             assert aging.save(TOKENS, KV) == 0
             assert load_all(aging) == BLOCKS
         assert aging.store.stats().drops == Counter(readonly=3 * BLOCKS, breaker=BLOCKS)
-        assert aging.store.stats().faults["readonly"] > 0 and aging.store.breaker.state == "closed"
+        assert aging.store.stats().faults["readonly"] > 0 and aging.store.nodes[0].breaker.state == "closed"
         row.seen = {"drops": dict(aging.store.stats().drops), "faults": dict(aging.store.stats().faults)}
         master.client().set(NAMES[LOST], flipped(RECORD, 500))
         wait_for(lambda: client.get(NAMES[LOST]) != RECORD)
@@ -935,7 +935,7 @@ def test_row_34_clocks_that_jump_or_stand_still(redis_server: RedisServer, clock
         for _ in range(10):  # time alone opens nothing
             clock.now += 1e7
             assert load_all(cache) == BLOCKS
-        assert not cache.store.stats().misses and cache.store.breaker.state == "closed"
+        assert not cache.store.stats().misses and cache.store.nodes[0].breaker.state == "closed"
         proxy.refuse = True
         proxy.drop()
         with under_fault(row):
@@ -951,7 +951,7 @@ def test_row_34_clocks_that_jump_or_stand_still(redis_server: RedisServer, clock
         assert load_all(cache) == 0 and proxy.accepted == asked  # back, and not asked while no time passes
         clock.now += 1e9
         assert load_all(cache) == BLOCKS  # the first call after the jump is the trial, and closes it
-        assert cache.store.breaker.state == "closed"
+        assert cache.store.nodes[0].breaker.state == "closed"
         row.seen = dict(cache.store.stats().misses)
         with monitored(redis_server) as commands:
             clock.now += 1e9

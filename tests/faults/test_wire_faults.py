@@ -116,7 +116,7 @@ def calm(store: Store) -> None:
 
 def breakers(store: Store) -> tuple[str, str]:
     assert isinstance(store, RedisStore)
-    return store.breaker.state, store.write_breaker.state
+    return store.nodes[0].breaker.state, store.nodes[0].write_breaker.state
 
 
 def all_arrived(proxy: FaultProxy, before: int, nbytes: int) -> None:
@@ -266,7 +266,7 @@ def test_a_closed_port_on_the_real_clock(book: Book) -> None:
         assert row.seen["conn"] >= 3 and set(row.seen) == {"conn", "breaker"}
         proxy.refuse = False
         calm(store)
-        time.sleep(store.breaker.cooldown_s)
+        time.sleep(store.nodes[0].breaker.cooldown_s)
         fill(store, [b"k"])
         assert ask(store, [b"k"]) == [True]
 
@@ -438,7 +438,7 @@ def test_a_hung_server_costs_three_deadlines_and_then_nothing(
         row.seen = dict(faults)
         wait_for(own_server.client().ping)
         calm(cache.store)
-        time.sleep(cache.store.breaker.cooldown_s)
+        time.sleep(cache.store.nodes[0].breaker.cooldown_s)
         assert load_all(cache) == (BLOCKS if connected else 0)  # the first try
         assert cache.store.stats().misses - before.misses - Counter(absent=10**6, timeout=10**6, breaker=10**6) == {}
         assert breakers(cache.store)[0] == "closed"

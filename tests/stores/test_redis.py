@@ -188,12 +188,12 @@ def test_one_call_tries_after_the_cool_down_and_the_rest_go_on() -> None:
         server.kill()
         for _ in range(10):
             store.get_many([b"a"])
-        assert store.stats().misses == Counter(conn=3, breaker=7) and store.breaker.state == "open"
+        assert store.stats().misses == Counter(conn=3, breaker=7) and store.nodes[0].breaker.state == "open"
         server.start()
         assert store.put_many([b"a"], [b"one"]) == 0
         now[0] += 1.0
         assert store.put_many([b"a"], [b"one"]) == 1
-        assert store.get_many([b"a"]) == [b"one"] and store.breaker.state == "closed"
+        assert store.get_many([b"a"]) == [b"one"] and store.nodes[0].breaker.state == "closed"
 
 
 @pytest.mark.redis
@@ -204,7 +204,7 @@ def test_refused_writes_stop_writes_alone() -> None:
         server.client().config_set("maxmemory", 1)
         assert [store.put_many([b"b"], [b"two"]) for _ in range(5)] == [0] * 5
         assert store.stats().drops == Counter(oom=3, breaker=2)
-        assert store.get_many([b"a"]) == [b"one"] and store.breaker.state == "closed"
+        assert store.get_many([b"a"]) == [b"one"] and store.nodes[0].breaker.state == "closed"
         server.client().config_set("maxmemory", 0)
         assert store.put_many([b"b"], [b"two"]) == 0
         now[0] += 1.0
@@ -222,7 +222,7 @@ def test_a_full_pool_says_nothing_about_the_server(redis_server: RedisServer) ->
             thread.start()
         for thread in threads:
             thread.join()
-        assert store.stats().misses["pool"] >= 1 and store.breaker.state == "closed"
+        assert store.stats().misses["pool"] >= 1 and store.nodes[0].breaker.state == "closed"
         store.stats().check()
 
 

@@ -1,0 +1,410 @@
+"""Which server has a key: one for all keys, a Redis Cluster, or whoever Sentinel says is the master.
+
+A topology is learned from the servers themselves and is never certain: slots move, masters die,
+replicas take over. So it is asked for again when an answer hints that it has changed (MOVED,
+READONLY, a server that does not answer), at most twice a second, and once a minute without a hint.
+Until the servers have agreed on something new, keys of a lost server are misses.
+
+The rules are those of Redis: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+and https://redis.io/docs/latest/develop/reference/sentinel-clients/
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+from redis.exceptions import AskError, MovedError
+
+from kvlab.stores.breaker import Breaker
+from kvlab.stores.node import Node, Refused, reason_of
+from kvlab.stores.wire import Deadline, Link, Reply
+
+SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
+KEEP_S: Final = 60.0  # how long a map is believed without a hint
+PAUSE_S: Final = 0.5  # the least time between two questions, however many hints there are
+HINTS: Final = frozenset({"moved", "down", "readonly", "conn", "timeout", "protocol", "loading", "breaker"})
+"""Reasons that may mean that another server has the keys now."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A master, and the replicas that follow it."""
+
+    master: Node
+    replicas: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a batch that one server is asked for.
+
+    Attributes:
+        indices: of the keys in the batch.
+        asking: the slot is on its way to this server (ASK).
+    """
+
+    node: Node
+    indices: Sequence[int]
+    asking: bool = False
+
+
+class Topology(ABC):
+    """Which node has a key. Safe to use from several threads."""
+
+    many = True
+    """Whether a batch can have several parts, or be redirected."""
+
+    @abstractmethod
+    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+        """Divide a batch among the nodes.
+
+        Args:
+            keys: as the servers see them.
+            reading: a replica will do.
+
+        Returns:
+            the parts, and why keys are in none of them: "" if all are.
+        """
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """All shards that are known."""
+
+    @abstractmethod
+    def ask(self, deadline: Deadline) -> list[Shard]:
+        """All shards, asked for now.
+
+        Raises:
+            Exception: nobody tells.
+        """
+
+    @abstractmethod
+    def unserved(self) -> int:
+        """How many slots nobody serves."""
+
+    def hint(self, reasons: Iterable[str]) -> None:
+        """What became of an exchange: it may mean that the map is old."""
+        return None
+
+    def redirect(self, part: Part, replies: Sequence[Reply]) -> list[Part]:
+        """Where its server says that keys have gone. Remembers what is said for good (MOVED, not ASK)."""
+        return []
+
+    @abstractmethod
+    def renew(self) -> None:
+        """See `Node.renew`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all nodes."""
+
+
+class Alone(Topology):
+    """One server has all keys."""
+
+    many = False
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+        """See `Topology`."""
+        return [Part(self._node, range(len(keys)))], ""
+
+    def shards(self) -> list[Shard]:
+        """See `Topology`."""
+        return [Shard(self._node)]
+
+    def ask(self, deadline: Deadline) -> list[Shard]:
+        """See `Topology`. Needs nobody's answer."""
+        return self.shards()
+
+    def unserved(self) -> int:
+        """See `Topology`."""
+        return 0
+
+    def renew(self) -> None:
+        """See `Topology`."""
+        self._node.renew()
+
+    def close(self) -> None:
+        """See `Topology`."""
+        self._node.close()
+
+
+class _Learned(Topology):
+    """What Cluster and Sentinel have in common: servers that tell which servers there are.
+
+    Args:
+        seeds: the servers that are asked first.
+        make_node: a node for a host and a port.
+        read_replicas: read from replicas while one works.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[Link],
+        make_node: Callable[[str, int], Node],
+        read_replicas: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._seeds = seeds
+        self._make_node = make_node
+        self._read_replicas = read_replicas
+        self._clock = clock
+        self._breaker = Breaker(clock=clock)  # for when nobody tells
+        self._nodes: dict[tuple[str, int], Node] = {}
+        self._known = False
+        self._hinted = False
+        self._asked_at = float("-inf")
+        self._turn = random.randrange(1 << 16)  # which replica is next
+        self.renew()
+
+    @abstractmethod
+    def _ask(self, deadline: Deadline) -> None:
+        """Learn the map.
+
+        Raises:
+            Exception: nobody tells.
+        """
+
+    def _learn(self, deadline: Deadline) -> str:
+        """Ask, if it is time to; returns why nothing is known, "" if something is."""
+        if self._known and self._clock() - self._asked_at < (PAUSE_S if self._hinted else KEEP_S):
+            return ""
+        if not self._my_turn(deadline):
+            return "" if self._known else "pool"
+        try:
+            if self._known and self._clock() - self._asked_at < PAUSE_S:
+                return ""  # somebody else has just asked
+            if not self._breaker.allow():
+                return "" if self._known else "breaker"
+            self._ask_and_record(deadline)
+        except Exception as error:
+            return "" if self._known else reason_of(error)
+        finally:
+            self._asking.release()
+        return ""
+
+    def _my_turn(self, deadline: Deadline) -> bool:
+        """One asks at a time. Who knows a map goes on with that; who does not must wait."""
+        return self._asking.acquire(blocking=False) if self._known else self._asking.acquire(timeout=deadline.left())
+
+    def ask(self, deadline: Deadline) -> list[Shard]:
+        """See `Topology`."""
+        with self._asking:
+            self._ask_and_record(deadline)
+        return self.shards()
+
+    def _ask_and_record(self, deadline: Deadline) -> None:
+        verdict: bool | None = None
+        try:
+            self._hinted = False  # before asking: what comes in meanwhile counts again
+            self._ask(deadline)
+            self._known = verdict = True
+        except Exception:  # a broken server makes libraries raise anything
+            verdict, self._hinted = False, True
+            raise
+        finally:
+            self._asked_at = self._clock()
+            self._breaker.record(verdict)
+
+    def hint(self, reasons: Iterable[str]) -> None:
+        """See `Topology`."""
+        if not HINTS.isdisjoint(reasons):
+            self._hinted = True
+
+    def _node(self, host: str, port: int) -> Node:
+        """The node at an address; the same one as before, with what its breakers know."""
+        with self._lock:
+            if (host, port) not in self._nodes:
+                self._nodes[host, port] = self._make_node(host, port)
+            return self._nodes[host, port]
+
+    def _keep_only(self, shards: Iterable[Shard]) -> None:
+        """Close servers that have gone."""
+        used = {node for shard in shards for node in (shard.master, *shard.replicas)}
+        with self._lock:
+            gone = [at for at, node in self._nodes.items() if node not in used]
+            for at in gone:
+                self._nodes.pop(at).close()
+
+    def _pick(self, shard: Shard, reading: bool) -> Node:
+        """The master; for reading a replica, if that is wanted and one is not known to be broken."""
+        if reading and self._read_replicas:
+            for i in range(len(shard.replicas)):
+                replica = shard.replicas[(self._turn + i) % len(shard.replicas)]
+                if replica.breaker.ready:
+                    return replica
+        return shard.master
+
+    def renew(self) -> None:
+        """See `Topology`."""
+        self._lock = threading.Lock()  # guards `_nodes`
+        self._asking = threading.Lock()
+        self._breaker.renew()
+        for node in self._nodes.values():
+            node.renew()
+
+    def close(self) -> None:
+        """See `Topology`."""
+        with self._lock:
+            for node in self._nodes.values():
+                node.close()
+
+
+class Sentinel(_Learned):
+    """One master, followed by replicas; when it dies, sentinels make one of them the master.
+
+    Args:
+        name: what the sentinels call it.
+    """
+
+    def __init__(self, name: str, *args: Any) -> None:
+        super().__init__(*args)
+        self._name = name.encode()
+        self._shard: Shard | None = None
+
+    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+        """See `Topology`."""
+        why = self._learn(deadline)
+        if self._shard is None:
+            return [], why
+        self._turn += 1
+        return [Part(self._pick(self._shard, reading), range(len(keys)))], ""
+
+    def unserved(self) -> int:
+        """See `Topology`."""
+        return 0 if self._shard else SLOTS
+
+    def shards(self) -> list[Shard]:
+        """See `Topology`."""
+        return [self._shard] if self._shard else []
+
+    def _ask(self, deadline: Deadline) -> None:
+        last: Exception = Refused("conn")
+        for sentinel in random.sample(self._seeds, len(self._seeds)):  # one may be cut off from the others
+            try:
+                self._shard = self._told_by(sentinel, deadline.half())
+            except Exception as error:
+                last = error
+                continue
+            self._keep_only([self._shard])
+            return
+        raise last
+
+    def _told_by(self, sentinel: Link, deadline: Deadline) -> Shard:
+        where = sentinel.ask((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._name), deadline)
+        if where is None:
+            raise redis.ResponseError(f"Sentinel knows no master called {self._name.decode()!r}")
+        if not _is_list(where, 2):
+            raise redis.InvalidResponse("expected a host and a port from Sentinel")
+        master = self._node(*_address(where[0], where[1]))
+        replicas: list[Node] = []
+        if self._read_replicas:
+            for told in sentinel.ask((b"SENTINEL", b"REPLICAS", self._name), deadline):
+                facts = dict(zip(told[::2], told[1::2], strict=True))
+                if not {b"s_down", b"o_down", b"disconnected"} & set(facts[b"flags"].split(b",")):
+                    replicas.append(self._node(*_address(facts[b"ip"], facts[b"port"])))
+        return Shard(master, tuple(replicas))
+
+
+class Cluster(_Learned):
+    """Sixteen thousand slots, shared among masters; a key's CRC16 says in which it is."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._slots: list[Shard | None] = [None] * SLOTS
+        self._by_master: dict[Node, Shard] = {}
+
+    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+        """See `Topology`."""
+        why = self._learn(deadline)
+        self._turn += 1
+        slots, indices = self._slots, dict[Shard | None, list[int]]()
+        for i, key in enumerate(keys):
+            indices.setdefault(slots[key_slot(key)], []).append(i)
+        parts = dict[Node, list[int]]()
+        unserved = indices.pop(None, None)
+        for shard, its in indices.items():
+            if shard is not None:
+                parts.setdefault(self._pick(shard, reading), []).extend(its)
+        return [Part(node, its) for node, its in parts.items()], (why or "down") if unserved else ""
+
+    def redirect(self, part: Part, replies: Sequence[Reply]) -> list[Part]:
+        """See `Topology`."""
+        parts = dict[tuple[Node, bool], list[int]]()
+        for i, reply in zip(part.indices, replies, strict=True):
+            if isinstance(reply, AskError) and 0 <= reply.slot_id < SLOTS and 0 < reply.port < 65536:
+                node = self._node(reply.host or part.node.name.rpartition(":")[0], reply.port)
+                if isinstance(reply, MovedError):
+                    self._slots[reply.slot_id] = self._by_master.setdefault(node, Shard(node))
+                parts.setdefault((node, not isinstance(reply, MovedError)), []).append(i)
+        return [Part(node, its, asking) for (node, asking), its in parts.items()]
+
+    def unserved(self) -> int:
+        """See `Topology`."""
+        return self._slots.count(None)
+
+    def shards(self) -> list[Shard]:
+        """See `Topology`."""
+        return list(self._by_master.values())
+
+    def _ask(self, deadline: Deadline) -> None:
+        with self._lock:
+            nodes = list(self._nodes.items())
+        random.shuffle(nodes)  # one of them may be cut off from the others
+        nodes.sort(key=lambda at: at[1].breaker.faults)
+        asked: list[tuple[str, Link]] = [(host, node.link) for (host, _), node in nodes]  # type: ignore[misc]
+        asked += [(seed.host, seed) for seed in random.sample(self._seeds, len(self._seeds))]
+        last: Exception = Refused("conn")
+        for host, link in asked:
+            try:
+                told = link.ask((b"CLUSTER", b"SLOTS"), deadline.half())
+                self._slots, self._by_master = self._map(told, host)
+            except Exception as error:
+                last = error
+                continue
+            self._keep_only(self.shards())
+            return
+        raise last
+
+    def _map(self, told: Any, host: str) -> tuple[list[Shard | None], dict[Node, Shard]]:
+        """What CLUSTER SLOTS says. A host that is not named is the one that was asked."""
+        slots: list[Shard | None] = [None] * SLOTS
+        by_master: dict[Node, Shard] = {}
+        if not isinstance(told, list):
+            raise redis.InvalidResponse("expected a list of slots")
+        for line in told:
+            if not _is_list(line, 3) or not all(_is_list(server, 2) for server in line[2:]):
+                raise redis.InvalidResponse("expected slots and their servers")
+            first, last = line[:2]
+            if not (type(first) is type(last) is int and 0 <= first <= last < SLOTS):
+                raise redis.InvalidResponse(f"expected a range of slots, got {str(line[:2])[:40]}")
+            master, *replicas = [self._node(*_address(at[0] or host.encode(), at[1])) for at in line[2:]]
+            shard = by_master.setdefault(master, Shard(master, tuple(replicas)))
+            slots[first : last + 1] = [shard] * (last + 1 - first)
+        return slots, by_master
+
+
+def _is_list(reply: Any, least: int) -> bool:
+    return isinstance(reply, list) and len(reply) >= least
+
+
+def _address(host: Any, port: Any) -> tuple[str, int]:
+    """A server's address as a server gave it.
+
+    Raises:
+        redis.InvalidResponse: it is none.
+    """
+    number = int(port) if isinstance(port, int) or (isinstance(port, bytes) and port.isdigit()) else 0
+    if not isinstance(host, bytes) or not host or host == b"?" or not 0 < number < 65536:
+        raise redis.InvalidResponse(f"expected a server's address, got {str((host, port))[:80]}")
+    return host.decode("ascii", "replace"), number
