@@ -12,8 +12,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.servers import RedisServer, free_port
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NODES = [f"cluster-{i}" for i in range(1, 7)]
+FOLLOWED = ["primary", "replica-1", "replica-2"]
+SENTINELS = [f"sentinel-{i}" for i in range(1, 4)]
 LOCKED_EXTRAS = ("course", "test", "hf", "secure")
 
 
@@ -43,6 +48,16 @@ def conda_pip():
 
 def services():
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+
+def server_options(name):
+    """The options of a Redis in the compose file."""
+    program, *common = services()[name]["entrypoint"]
+    assert program == "redis-server"
+    arguments = [*common, *services()[name]["command"]]
+    assert all(option.startswith("--") for option in arguments[::2])
+    assert len(set(arguments[::2])) == len(arguments[::2]), "an option is given twice"
+    return {option.removeprefix("--"): value for option, value in zip(arguments[::2], arguments[1::2], strict=True)}
 
 
 # --- the lock file ------------------------------------------------------------------------------
@@ -105,31 +120,84 @@ def test_redis_is_pinned_and_reached_by_jupyter_alone():
 
 
 def test_redis_is_a_bounded_cache():
-    command = services()["redis"]["command"]
-    options = {option.removeprefix("--"): value for option, value in zip(command[::2], command[1::2], strict=True)}
-    assert all(option.startswith("--") for option in command[::2])
+    options = server_options("redis")
     assert (options["save"], options["appendonly"]) == ("", "no")
     assert (options["maxmemory"], options["maxmemory-policy"]) == ("512mb", "allkeys-lfu")
     assert options["client-output-buffer-limit"].startswith("normal 256mb ")
     assert services()["redis"]["mem_limit"] == "768m"
+    assert not {"cluster-enabled", "replicaof"} & options.keys()
 
 
 def test_jupyter_is_published_on_this_machine_alone_and_keeps_its_token():
     jupyter = services()["jupyter"]
     assert jupyter["ports"] == ["127.0.0.1:8888:8888"]
     assert jupyter["environment"]["JUPYTER_TOKEN"] == "${JUPYTER_TOKEN:-}"
-    assert jupyter["environment"]["KVLAB_REDIS_URL"] == "redis://redis:6379/0"
+    assert jupyter["environment"]["KVLAB_REDIS_URL"] == "${KVLAB_COMPOSE_REDIS_URL:-redis://redis:6379/0}"
     assert "token=" not in (ROOT / "Dockerfile").read_text() + (ROOT / "docker-compose.yml").read_text()
 
 
-@pytest.mark.parametrize("name", ["redis", "jupyter"])
+@pytest.mark.parametrize("name", services())
 def test_containers_may_do_nothing_that_they_need_not(name):
     service = services()[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["read_only"] is True
     assert service["healthcheck"]["test"]
-    assert not {"privileged", "cap_add", "pid", "ipc", "devices"} & service.keys()
+    assert not {"privileged", "cap_add", "pid", "ipc", "devices", "network_mode"} & service.keys()
+    if name != "jupyter":
+        assert (service["image"], service["user"], service["networks"]) == ("redis:8.10.2", "999:999", ["cache"])
+        assert service["mem_limit"] and "/tmp" in service["tmpfs"]
+        assert not {"ports", "volumes"} & service.keys()
+
+
+def test_redis_and_jupyter_start_without_a_profile_and_the_two_sets_each_with_theirs():
+    sets = {name: service.get("profiles", []) for name, service in services().items()}
+    assert {name for name, profiles in sets.items() if not profiles} == {"redis", "jupyter"}
+    assert {name for name, profiles in sets.items() if profiles == ["cluster"]} == {*NODES, "cluster-keeper"}
+    assert {name for name, profiles in sets.items() if profiles == ["sentinel"]} == {*FOLLOWED, *SENTINELS}
+    assert len(sets) == 2 + 7 + 6
+
+
+def test_the_six_nodes_of_the_cluster_are_alike():
+    first, *others = (services()[name] for name in NODES)
+    assert all(other == first for other in others)
+    options = server_options("cluster-1")
+    assert (options["cluster-enabled"], options["cluster-node-timeout"]) == ("yes", "5000")
+    assert options["cluster-require-full-coverage"] == "no"
+    assert options["maxmemory"] == "256mb"
+    assert " ".join(NODES) in services()["cluster-keeper"]["command"][0]
+    assert services()["cluster-keeper"]["depends_on"] == NODES
+
+
+def test_two_of_three_sentinels_decide_and_all_watch_the_first_redis():
+    for name in SENTINELS:
+        assert "sentinel monitor kvlab primary 6379 2\n" in services()[name]["entrypoint"][2]
+        assert services()[name]["command"] == [name]
+    for name in FOLLOWED:
+        options = server_options(name)
+        assert (options["replica-announce-ip"], options["maxmemory"]) == (name, "256mb")
+        assert options.get("replicaof") == (None if name == "primary" else "primary 6379")
+
+
+@pytest.mark.parametrize("name", ["cluster-keeper", "sentinel-1"])
+def test_the_scripts_in_the_compose_file_are_shell(name):
+    service = services()[name]
+    script = (service["entrypoint"] + service["command"])[2].replace("$$", "$")
+    run = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.redis
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
+@pytest.mark.parametrize("name", ["redis", "cluster-1", "primary"])
+def test_a_server_takes_the_options(name):
+    options = {option: value for option, value in server_options(name).items() if option != "dir"}
+    words = [word for option, value in options.items() for word in (f"--{option}", value)]
+    bus = ["--cluster-port", str(free_port())] if name == "cluster-1" else []
+    with RedisServer(*words, *bus) as server:
+        client = server.client()
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "allkeys-lfu"}
+        assert client.info("cluster")["cluster_enabled"] == (name == "cluster-1")
 
 
 def test_what_the_learner_writes_survives_the_container():
