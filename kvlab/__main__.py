@@ -64,7 +64,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     fuzz.add_argument("--seed", type=int, default=0)
     wire = what.add_parser("wire", help="GB/s to a Redis and back (writes about 300 MB there, and deletes it)")
     wire.add_argument("--redis", metavar="URL", help="this server, instead of one started here")
-    for one in (hashing, codec, fuzz, wire):
+    shards = what.add_parser("shards", help="256 records over a Redis Cluster of three nodes, beside one server")
+    for one in (hashing, codec, fuzz, wire, shards):
         one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         one.set_defaults(run=_bench)
 
@@ -77,7 +78,7 @@ def _positive(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_wire, tables
+    from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_shards, bench_wire, tables
 
     if args.bench == "hash":
         result = bench_hash.run()
@@ -85,6 +86,8 @@ def _bench(args: argparse.Namespace) -> int:
         result = bench_codec.run(args.windows, redis=args.redis)
     elif args.bench == "wire":
         result = bench_wire.run(args.redis)
+    elif args.bench == "shards":
+        result = bench_shards.run()
     else:
         result = bench_fuzz.run(args.n, args.seed)
     print(json.dumps(result, indent=2) if args.json else tables.text(result))

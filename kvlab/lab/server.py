@@ -26,6 +26,16 @@ class LocalRedis(str):
     unix_url: str
     _process: subprocess.Popen[bytes]
 
+    @property
+    def port(self) -> int:
+        """Where it listens on 127.0.0.1."""
+        return int(self.rpartition(":")[2])
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The server hangs: its port still accepts, and nothing comes back. It goes on afterwards."""
@@ -50,7 +60,7 @@ def with_redis(*options: str) -> Iterator[LocalRedis]:
     if program is None:
         raise KVLabError("redis-server is not installed; on Debian or Ubuntu: sudo apt-get install redis-server")
     with tempfile.TemporaryDirectory(prefix="kvlab-redis-") as folder:
-        port, path = _free_port(), f"{folder}/redis.sock"
+        port, path = free_port(), f"{folder}/redis.sock"
         command = [program, "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", path]
         command += ["--save", "", "--appendonly", "no", "--dir", folder, *options]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -64,7 +74,8 @@ def with_redis(*options: str) -> Iterator[LocalRedis]:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port on which nothing listens now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

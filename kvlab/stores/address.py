@@ -42,13 +42,15 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         raise _unusable(url, f"expected {scheme}://host:port,host:port")
     base, kind, login, hosts, path, query = match.groups(default="")
     name, database = ("", path) if kind == "cluster" else path.partition("/")[::2]
-    if not hosts:
+    if set(login) & set("/?#"):
+        raise _unusable(url, "special characters in user and password must be percent-encoded")
+    if not all(hosts.split(",")):
         raise _unusable(url, f"expected {scheme}://host:port,host:port")
     if kind == "sentinel" and not name:
         raise _unusable(url, f"expected what the sentinels call the master: {scheme}://host:port,host:port/NAME")
-    if kind == "cluster" and database not in ("", "0"):
-        raise _unusable(url, "a cluster has database 0 only")
     settings = dict(parse_qsl(query, keep_blank_values=True))
+    if kind == "cluster" and {database, settings.get("db", "")} - {"", "0"}:
+        raise _unusable(url, "a cluster has database 0 only")
     watcher = [quote(settings.pop(f"sentinel_{key}", ""), safe="") for key in ("username", "password")]
 
     def node(host: str, port: int) -> Node:
@@ -57,9 +59,13 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         server = _link(_joined(base, login, at, database, settings), max_connections, read_only)
         return Node(f"{host}:{port}", server, max_connections, clock)
 
-    asker = login if kind == "cluster" else ":".join(watcher) if any(watcher) else ""
-    seeds = [_joined(base, asker, _with_port(host, _PORT[kind]), "", settings) for host in hosts.split(",")]
+    asker, asking = login, settings
+    if kind == "sentinel":  # sentinels have users and passwords of their own, and no databases
+        asker = ":".join(watcher) if any(watcher) else ""
+        asking = {key: value for key, value in settings.items() if key not in ("username", "password", "db")}
+    seeds = [_joined(base, asker, _with_port(host, _PORT[kind]), "", asking) for host in hosts.split(",")]
     links = [_link(seed, max_connections=1) for seed in seeds]
+    node("localhost", 1)  # connects nowhere; what is wrong with login or database shows here
     if kind == "cluster":
         return Cluster(links, node, read_replicas, clock)
     return Sentinel(name, links, node, read_replicas, clock)
@@ -67,11 +73,8 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
 
 def without_password(url: str) -> str:
     """The URL as it may be shown and logged: whatever stands between user name and last @ may be secret."""
-    return re.sub(r"(?<=://)([^:@/]*):.*@|([?&](?:sentinel_)?password=)[^&]*", _starred, url)
-
-
-def _starred(match: re.Match[str]) -> str:
-    return f"{match[1]}:***@" if match[2] is None else f"{match[2]}***"
+    url = re.sub(r"([?&](?:sentinel_|ssl_)?password=)[^&]*", r"\1***", url)
+    return re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", url)
 
 
 def _joined(base: str, login: str, at: str, database: str, settings: dict[str, str]) -> str:

@@ -50,7 +50,9 @@ _REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
 )
 _BY_WORD: Final = {"BUSY": "busy", "MISCONF": "misconf"}  # error replies that redis-py has no class for
 _LINK_FAULTS: Final = {"timeout", "conn", "protocol", "loading", "busy", "error"}
-OF_ONE_KEY: Final = frozenset({ABSENT, "too_big", "response", "moved"})
+NO_FAULT: Final = frozenset({ABSENT, "too_big", "response", "moved"})
+"""Reasons that are no failure of a round trip."""
+OF_ONE_KEY: Final = NO_FAULT | {"down"}
 """Reasons that say nothing about the other keys of the same server."""
 
 
@@ -147,12 +149,24 @@ class Node:
         with self._lock:
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
+        done: Future[list[Reply]] = Future()
+        todo = [work]
+
+        def once() -> None:
+            try:
+                job = todo.pop()
+            except IndexError:
+                return
+            try:
+                done.set_result(job())
+            except BaseException as error:
+                done.set_exception(error)
+
         try:
-            return self._workers.submit(work)
-        except RuntimeError:  # the interpreter is ending: one after the other then
-            done: Future[list[Reply]] = Future()
-            done.set_result(work())
-            return done
+            self._workers.submit(once)
+        except RuntimeError:  # no thread to be had, or the interpreter is ending; what was queued may still be taken
+            once()
+        return done
 
     def close(self) -> None:
         """Let go of the connections."""

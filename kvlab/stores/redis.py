@@ -35,7 +35,7 @@ from kvlab.stores.base import (
     pieces,
     renew_in_children,
 )
-from kvlab.stores.node import OF_ONE_KEY, Node, Refused, reason_of, verdict_of
+from kvlab.stores.node import NO_FAULT, OF_ONE_KEY, Node, Refused, reason_of, verdict_of
 from kvlab.stores.topology import SLOTS, Part, Shard
 from kvlab.stores.wire import Command, Deadline, Link, Reply
 
@@ -49,7 +49,7 @@ WINDOW_KEYS: Final = 1024
 MAX_REDIRECTS: Final = 3
 MAX_DEADLINE_S: Final = 3600
 
-_HEALTH_KEYS: Final = 1024  # so many that every master has one
+_HEALTH_DRAWS: Final = (1, 1 << 10, 1 << 14, 1 << 17)  # random names, until each master has one of them
 _WRITE_FAULTS: Final = {"oom", "readonly", "misconf", "auth"}
 
 Work = Callable[[Node, Sequence[int], Deadline, bool], list[Reply]]
@@ -217,7 +217,9 @@ class RedisStore(Store):
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
         with self._lock:
-            return copy.deepcopy(self._stats)
+            stats = copy.deepcopy(self._stats)
+        stats.faults += self._topology.faults
+        return stats
 
     def close(self) -> None:
         """See `Store.close`."""
@@ -394,17 +396,21 @@ class RedisStore(Store):
 
     def _note(self, reasons: set[str]) -> None:
         self._topology.hint(reasons)
-        reasons = reasons - OF_ONE_KEY
+        reasons = reasons - NO_FAULT
         if reasons:
             with self._lock:
                 self._stats.faults[min(reasons)] += 1
 
     def _examined(self, shards: Sequence[Shard], deadline: Deadline) -> list[str]:
         """What is wrong with each master, "" where nothing is."""
-        names = [KEY_PREFIX + b"health:" + os.urandom(8).hex().encode() for _ in range(_HEALTH_KEYS)]
-        parts, _ = self._topology.split(names if self._topology.many else names[:1], deadline)
-        name_of = {part.node: names[part.indices[0]] for part in parts}
-        masters = [shard.master for shard in shards if shard.master in name_of]
+        masters = [shard.master for shard in shards]
+        name_of: dict[Node, bytes] = {}
+        for draws in _HEALTH_DRAWS:  # a master may have a single slot
+            names = [KEY_PREFIX + b"health:" + os.urandom(8).hex().encode() for _ in range(draws)]
+            name_of |= {part.node: names[part.indices[0]] for part in self._topology.split(names, deadline)[0]}
+            if name_of.keys() >= set(masters):
+                break
+        masters = [master for master in masters if master in name_of]
         started = [node.start(partial(self._examine, node, name_of[node], deadline.copy())) for node in masters]
         lines = []
         for node, answers in zip(masters, [job.result() for job in started], strict=True):

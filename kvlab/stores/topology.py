@@ -12,25 +12,32 @@ and https://redis.io/docs/latest/develop/reference/sentinel-clients/
 from __future__ import annotations
 
 import random
+import re
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import AskError, MovedError
+from redis.exceptions import AskError, ClusterDownError, MovedError
 
 from kvlab.stores.breaker import Breaker
 from kvlab.stores.node import Node, Refused, reason_of
-from kvlab.stores.wire import Deadline, Link, Reply
+from kvlab.stores.wire import Deadline, Link, NoConnection, Reply
 
 SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
 KEEP_S: Final = 60.0  # how long a map is believed without a hint
 PAUSE_S: Final = 0.5  # the least time between two questions, however many hints there are
+MAX_SERVERS: Final = (
+    1000  # of an honest cluster: https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+)
 HINTS: Final = frozenset({"moved", "down", "readonly", "conn", "timeout", "protocol", "loading", "breaker"})
 """Reasons that may mean that another server has the keys now."""
+_HOST: Final = re.compile(rb"[A-Za-z0-9._:%-]+")  # a name, or an address of either kind
+_NO_NAME_YET: Final = b"?"  # where servers are to be known by names
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +63,17 @@ class Part:
 
 
 class Topology(ABC):
-    """Which node has a key. Safe to use from several threads."""
+    """Which node has a key. Safe to use from several threads.
+
+    Attributes:
+        many: whether there can be several servers.
+        faults: questions for the map that failed while an older one was there, by reason.
+    """
 
     many = True
-    """Whether a batch can have several parts, or be redirected."""
+
+    def __init__(self) -> None:
+        self.faults: Counter[str] = Counter()
 
     @abstractmethod
     def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
@@ -112,6 +126,7 @@ class Alone(Topology):
     many = False
 
     def __init__(self, node: Node) -> None:
+        super().__init__()
         self._node = node
 
     def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
@@ -155,6 +170,7 @@ class _Learned(Topology):
         read_replicas: bool,
         clock: Callable[[], float],
     ) -> None:
+        super().__init__()
         self._seeds = seeds
         self._make_node = make_node
         self._read_replicas = read_replicas
@@ -188,19 +204,25 @@ class _Learned(Topology):
                 return "" if self._known else "breaker"
             self._ask_and_record(deadline)
         except Exception as error:
-            return "" if self._known else reason_of(error)
+            if not self._known:
+                return reason_of(error)
+            self.faults[reason_of(error)] += 1
         finally:
             self._asking.release()
         return ""
 
     def _my_turn(self, deadline: Deadline) -> bool:
         """One asks at a time. Who knows a map goes on with that; who does not must wait."""
-        return self._asking.acquire(blocking=False) if self._known else self._asking.acquire(timeout=deadline.left())
+        return self._asking.acquire(blocking=False) or (not self._known and self._asking.acquire(timeout=deadline.rest))
 
     def ask(self, deadline: Deadline) -> list[Shard]:
         """See `Topology`."""
-        with self._asking:
+        if not self._asking.acquire(timeout=deadline.rest):
+            raise NoConnection("others kept asking")
+        try:
             self._ask_and_record(deadline)
+        finally:
+            self._asking.release()
         return self.shards()
 
     def _ask_and_record(self, deadline: Deadline) -> None:
@@ -277,7 +299,7 @@ class Sentinel(_Learned):
         why = self._learn(deadline)
         if self._shard is None:
             return [], why
-        self._turn += 1
+        self._turn += reading
         return [Part(self._pick(self._shard, reading), range(len(keys)))], ""
 
     def unserved(self) -> int:
@@ -306,14 +328,20 @@ class Sentinel(_Learned):
             raise redis.ResponseError(f"Sentinel knows no master called {self._name.decode()!r}")
         if not _is_list(where, 2):
             raise redis.InvalidResponse("expected a host and a port from Sentinel")
-        master = self._node(*_address(where[0], where[1]))
+        master = self._node(*_address(*where[:2]))
+        return Shard(master, self._replicas_told_by(sentinel, deadline) if self._read_replicas else ())
+
+    def _replicas_told_by(self, sentinel: Link, deadline: Deadline) -> tuple[Node, ...]:
+        """Those that work, by what the sentinel sees; none if it does not tell: then the master is read."""
         replicas: list[Node] = []
-        if self._read_replicas:
-            for told in sentinel.ask((b"SENTINEL", b"REPLICAS", self._name), deadline):
+        try:
+            for told in sentinel.ask((b"SENTINEL", b"REPLICAS", self._name), deadline)[:MAX_SERVERS]:
                 facts = dict(zip(told[::2], told[1::2], strict=True))
                 if not {b"s_down", b"o_down", b"disconnected"} & set(facts[b"flags"].split(b",")):
                     replicas.append(self._node(*_address(facts[b"ip"], facts[b"port"])))
-        return Shard(master, tuple(replicas))
+        except Exception as error:  # a broken server makes libraries raise anything
+            self.faults[reason_of(error)] += 1
+        return tuple(replicas)
 
 
 class Cluster(_Learned):
@@ -327,7 +355,7 @@ class Cluster(_Learned):
     def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
         """See `Topology`."""
         why = self._learn(deadline)
-        self._turn += 1
+        self._turn += reading
         slots, indices = self._slots, dict[Shard | None, list[int]]()
         for i, key in enumerate(keys):
             indices.setdefault(slots[key_slot(key)], []).append(i)
@@ -342,8 +370,12 @@ class Cluster(_Learned):
         """See `Topology`."""
         parts = dict[tuple[Node, bool], list[int]]()
         for i, reply in zip(part.indices, replies, strict=True):
-            if isinstance(reply, AskError) and 0 <= reply.slot_id < SLOTS and 0 < reply.port < 65536:
-                node = self._node(reply.host or part.node.name.rpartition(":")[0], reply.port)
+            if isinstance(reply, AskError) and 0 <= reply.slot_id < SLOTS:
+                try:
+                    host = reply.host or part.node.name.rpartition(":")[0]
+                    node = self._node(*_address(host.encode(), reply.port))
+                except redis.InvalidResponse:
+                    continue
                 if isinstance(reply, MovedError):
                     self._slots[reply.slot_id] = self._by_master.setdefault(node, Shard(node))
                 parts.setdefault((node, not isinstance(reply, MovedError)), []).append(i)
@@ -358,40 +390,70 @@ class Cluster(_Learned):
         return list(self._by_master.values())
 
     def _ask(self, deadline: Deadline) -> None:
-        with self._lock:
-            nodes = list(self._nodes.items())
-        random.shuffle(nodes)  # one of them may be cut off from the others
-        nodes.sort(key=lambda at: at[1].breaker.faults)
-        asked: list[tuple[str, Link]] = [(host, node.link) for (host, _), node in nodes]  # type: ignore[misc]
-        asked += [(seed.host, seed) for seed in random.sample(self._seeds, len(self._seeds))]
         last: Exception = Refused("conn")
-        for host, link in asked:
-            try:
-                told = link.ask((b"CLUSTER", b"SLOTS"), deadline.half())
-                self._slots, self._by_master = self._map(told, host)
-            except Exception as error:
-                last = error
-                continue
-            self._keep_only(self.shards())
-            return
-        raise last
+        try:
+            for host, link in self._who_may_know():
+                try:
+                    return self._believe(_ranges(link.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
+                except Exception as error:
+                    last = error
+            raise last
+        finally:
+            self._forget_unused()
 
-    def _map(self, told: Any, host: str) -> tuple[list[Shard | None], dict[Node, Shard]]:
-        """What CLUSTER SLOTS says. A host that is not named is the one that was asked."""
+    def _who_may_know(self) -> list[tuple[str, Any]]:
+        """Servers without faults first. In random order: one may be cut off from the others."""
+        with self._lock:
+            known = [(host, node) for (host, _), node in self._nodes.items()]
+        random.shuffle(known)
+        known.sort(key=lambda at: at[1].breaker.faults)
+        seeds = [(seed.host, seed) for seed in random.sample(self._seeds, len(self._seeds))]
+        healthy = [(host, node.link) for host, node in known if not node.breaker.faults]
+        return healthy + seeds + [(host, node.link) for host, node in known if node.breaker.faults]
+
+    def _believe(self, ranges: list[tuple[int, int, list[tuple[str, int]]]]) -> None:
         slots: list[Shard | None] = [None] * SLOTS
         by_master: dict[Node, Shard] = {}
-        if not isinstance(told, list):
-            raise redis.InvalidResponse("expected a list of slots")
-        for line in told:
-            if not _is_list(line, 3) or not all(_is_list(server, 2) for server in line[2:]):
-                raise redis.InvalidResponse("expected slots and their servers")
-            first, last = line[:2]
-            if not (type(first) is type(last) is int and 0 <= first <= last < SLOTS):
-                raise redis.InvalidResponse(f"expected a range of slots, got {str(line[:2])[:40]}")
-            master, *replicas = [self._node(*_address(at[0] or host.encode(), at[1])) for at in line[2:]]
+        for first, last, addresses in ranges:
+            master, *replicas = [self._node(*at) for at in addresses]
             shard = by_master.setdefault(master, Shard(master, tuple(replicas)))
             slots[first : last + 1] = [shard] * (last + 1 - first)
-        return slots, by_master
+        self._slots, self._by_master = slots, by_master
+
+    def _forget_unused(self) -> None:
+        """Let go of servers that have left, and of those that only redirects ever named."""
+        used = dict.fromkeys(filter(None, self._slots))  # in the order of their slots
+        self._by_master = {shard.master: shard for shard in used}
+        self._keep_only(used)
+
+
+def _ranges(told: Any, host: str) -> list[tuple[int, int, list[tuple[str, int]]]]:
+    """What CLUSTER SLOTS says: slots from and to, and the addresses of those who serve them, the master first.
+
+    Args:
+        host: of the server that says so; hosts that it does not name are this one.
+
+    Raises:
+        ClusterDownError: nobody serves any slot, as a server says that is in no cluster.
+        redis.InvalidResponse: it says something else.
+    """
+    ranges = []
+    if not isinstance(told, list) or len(told) > SLOTS:
+        raise redis.InvalidResponse("expected a list of slots")
+    for line in told:
+        if not _is_list(line, 3) or not all(_is_list(server, 2) for server in line[2:]):
+            raise redis.InvalidResponse("expected slots and their servers")
+        first, last, *servers = line
+        if not (type(first) is type(last) is int and 0 <= first <= last < SLOTS):
+            raise redis.InvalidResponse(f"expected a range of slots, got {str(line[:2])[:40]}")
+        if servers[0][0] != _NO_NAME_YET:
+            known = [at for at in servers if at[0] != _NO_NAME_YET]
+            ranges.append((first, last, [_address(at[0] or host.encode(), at[1]) for at in known]))
+    if not ranges:
+        raise ClusterDownError("nobody serves any slot")
+    if len({at for _, _, addresses in ranges for at in addresses}) > MAX_SERVERS:
+        raise redis.InvalidResponse(f"expected at most {MAX_SERVERS} servers")
+    return ranges
 
 
 def _is_list(reply: Any, least: int) -> bool:
@@ -405,6 +467,6 @@ def _address(host: Any, port: Any) -> tuple[str, int]:
         redis.InvalidResponse: it is none.
     """
     number = int(port) if isinstance(port, int) or (isinstance(port, bytes) and port.isdigit()) else 0
-    if not isinstance(host, bytes) or not host or host == b"?" or not 0 < number < 65536:
+    if not isinstance(host, bytes) or not _HOST.fullmatch(host) or not 0 < number < 65536:
         raise redis.InvalidResponse(f"expected a server's address, got {str((host, port))[:80]}")
-    return host.decode("ascii", "replace"), number
+    return host.decode("ascii"), number

@@ -16,6 +16,7 @@ nobody took would be taken for the next one.
 
 from __future__ import annotations
 
+import math
 import ssl
 import threading
 import time
@@ -90,7 +91,7 @@ class Deadline:
 
     def expire(self) -> None:
         """End now: nobody waits for the call any more."""
-        self._until = -1.0
+        self._until = -math.inf
 
     @classmethod
     def until(cls, moment: float) -> Deadline:
@@ -98,6 +99,11 @@ class Deadline:
         made = cls(0)
         made._until = moment
         return made
+
+    @property
+    def rest(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self._until - time.monotonic())
 
     @property
     def passed(self) -> bool:

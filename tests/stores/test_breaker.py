@@ -101,6 +101,41 @@ def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: FakeClock)
     assert breaker.allow()
 
 
+def test_ready_says_what_allow_would_and_takes_no_turn(breaker: Breaker, clock: FakeClock) -> None:
+    fail(breaker, 2)
+    assert breaker.ready
+    fail(breaker, 1)
+    assert not breaker.ready
+    clock.now += 0.999
+    assert not breaker.ready
+    clock.now += 0.001
+    assert breaker.ready and breaker.ready and breaker.state == "open"
+    assert breaker.allow() and not breaker.ready
+    breaker.record(ok=False)
+    assert not breaker.ready
+    clock.cool_down()
+    assert breaker.ready and breaker.allow()
+    breaker.record(ok=None)
+    assert breaker.ready
+    breaker.record(ok=True)
+    assert breaker.ready and breaker.state == "closed"
+
+
+def test_faults_are_those_in_a_row(breaker: Breaker, clock: FakeClock) -> None:
+    assert breaker.faults == 0
+    fail(breaker, 2)
+    breaker.record(ok=None)
+    assert breaker.faults == 2
+    breaker.record(ok=True)
+    assert breaker.faults == 0
+    fail(breaker, 3)
+    clock.cool_down()
+    fail(breaker, 1)
+    assert breaker.faults == 4
+    breaker.renew()
+    assert breaker.faults == 0 and breaker.ready
+
+
 def test_of_many_threads_exactly_one_tries(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 3)
     clock.now += 1

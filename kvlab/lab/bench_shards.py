@@ -1,0 +1,220 @@
+"""What dividing a batch among the nodes of a Redis Cluster costs and gives, and what one hung node costs.
+
+python -m kvlab bench shards --json
+
+Everything runs on this machine: three nodes share its cores with the client. So this shows what
+the client's work is worth, and not how much faster three machines with three networks are.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+from kvlab.errors import KVLabError
+from kvlab.lab.cluster import LocalCluster, with_cluster
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.server import with_redis
+from kvlab.lab.timing import Timings, take_turns
+from kvlab.stores import RedisStore
+from kvlab.stores.node import Node
+from kvlab.stores.redis import KEY_PREFIX
+
+SIZES = (16 << 10, 64 << 10, 192 << 10, 1 << 20)
+RECORDS = 256
+LOOKUP_KEYS = 1024
+MASTERS = 3
+DEADLINE_S = 10.0  # a busy machine must not turn a measurement into misses
+HUNG_DEADLINE_S = 0.25
+HUNG_CALLS = 8
+NODE_TIMEOUT_MS = 15_000  # no failover while a node hangs
+ABOUT = (
+    f"get_vs_one, put_vs_one: {RECORDS} records over {MASTERS} nodes beside the same over one server, above 1 is "
+    "faster; get_vs_in_turn: all nodes at once beside one node after the other; get_vs_redis_py: beside "
+    "RedisCluster.mget_nonatomic; round_trips: exchanges with each node for one call; aa_ratio: the same work "
+    "against itself"
+)
+
+
+def run(scale: float = 1.0) -> dict[str, Any]:
+    """Measure a cluster of three masters beside one server, both started here.
+
+    Args:
+        scale: of the number of repeats.
+
+    Returns:
+        `rows`: by value size, milliseconds of a load and a save of 256 records, and ratios turn
+        by turn. `lookup`: a probe of 1,024 keys. `round_trips`: by node. `hung`: calls in a row
+        while one node is stopped.
+
+    Raises:
+        KVLabError: no redis-server, or a value that was stored did not come back.
+    """
+    timings: list[Timings] = []
+    with with_redis() as alone, with_cluster(MASTERS, replicas=0, node_timeout_ms=NODE_TIMEOUT_MS) as cluster:
+        rows = [_row(str(alone), cluster, size, scale, timings) for size in SIZES]
+        lookup = _lookup(str(alone), cluster, scale, timings)
+        trips = _round_trips(cluster)
+        hung = _hung(cluster)
+    return {
+        "rows": rows,
+        "about": ABOUT,
+        "lookup": lookup,
+        "round_trips": trips,
+        "hung": hung,
+        "aa_ratio": statistics.median(t.aa_ratio for t in timings),
+        "noisy": any(t.noisy for t in timings),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def _row(alone: str, cluster: LocalCluster, size: int, scale: float, timings: list[Timings]) -> dict[str, Any]:
+    keys, out = _keys(RECORDS), _buffers(size)
+    values = [memoryview(os.urandom(size))] * RECORDS
+    with _stored(cluster.url, keys, values) as many, _stored(alone, keys, values) as one:
+        parts = _by_node(cluster, keys)
+        names = [KEY_PREFIX + key for key in keys]
+        client = redis.RedisCluster.from_url(f"redis://127.0.0.1:{cluster.ports[0]}")
+
+        def in_turn() -> None:
+            for part in parts:
+                _load(many, [keys[i] for i in part], [out[i] for i in part])
+
+        times = take_turns(
+            {
+                "many_get": lambda: _load(many, keys, out),
+                "one_get": lambda: _load(one, keys, out),
+                "in_turn_get": in_turn,
+                "redis_py_get": lambda: client.mget_nonatomic(names),
+                "many_put": lambda: _save(many, keys, values),
+                "one_put": lambda: _save(one, keys, values),
+            },
+            max(5, int(scale * min(40, (1 << 30) // (size * RECORDS)))),
+        )
+        if any(view != values[0] for view in out):
+            raise KVLabError("a value came back changed")
+        client.close()
+    timings.append(times)
+    return {
+        "value_kib": size >> 10,
+        **{f"{name}_ms": times.median_ms(name) for name in ("many_get", "one_get", "many_put", "one_put")},
+        "get_vs_one": times.ratio("one_get", "many_get"),
+        "put_vs_one": times.ratio("one_put", "many_put"),
+        "get_vs_in_turn": times.ratio("in_turn_get", "many_get"),
+        "get_vs_redis_py": times.ratio("redis_py_get", "many_get"),
+        "aa_ratio": times.aa_ratio,
+    }
+
+
+def _lookup(alone: str, cluster: LocalCluster, scale: float, timings: list[Timings]) -> dict[str, Any]:
+    keys = _keys(LOOKUP_KEYS)
+    values = [memoryview(b"small")] * LOOKUP_KEYS
+    with _stored(cluster.url, keys, values) as many, _stored(alone, keys, values) as one:
+
+        def probe(store: RedisStore) -> None:
+            if store.probe(keys) != LOOKUP_KEYS:
+                raise KVLabError("the store does not find what was stored")
+
+        times = take_turns({"many": lambda: probe(many), "one": lambda: probe(one)}, max(5, int(scale * 40)))
+    timings.append(times)
+    both = {f"{name}_ms": times.median_ms(name) for name in ("many", "one")}
+    return {"keys": LOOKUP_KEYS, **both, "probe_vs_one": times.ratio("one", "many"), "aa_ratio": times.aa_ratio}
+
+
+def _round_trips(cluster: LocalCluster) -> dict[str, list[int]]:
+    """How often each node is spoken to for one call, and with how many keys."""
+    keys, values = _keys(RECORDS), [memoryview(bytes(1 << 10))] * RECORDS
+    with _stored(cluster.url, keys, values) as store:
+        counts: Counter[str] = Counter()
+        for node in store.nodes:
+            node.exchange = _counting(node, counts)  # type: ignore[method-assign]
+        trips = {"keys": [len(part) for part in _by_node(cluster, keys)]}
+        out = _buffers(1 << 10)
+        calls: dict[str, Callable[[], object]] = {
+            "load": lambda: store.get_many(keys, out),
+            "save": lambda: store.put_many(keys, values),
+            "probe": lambda: store.probe(keys),
+        }
+        for name, call in calls.items():
+            counts.clear()
+            call()
+            trips[name] = [counts[f"127.0.0.1:{port}"] for port in cluster.ports]
+    return trips
+
+
+def _counting(node: Node, counts: Counter[str]) -> Callable[..., Any]:
+    real = node.exchange
+
+    def exchange(*args: Any, **settings: Any) -> Any:
+        counts[node.name] += 1
+        return real(*args, **settings)
+
+    return exchange
+
+
+def _hung(cluster: LocalCluster) -> dict[str, Any]:
+    """Loads of all records, one after the other, while a node is stopped."""
+    keys, values = _keys(RECORDS), [memoryview(bytes(16 << 10))] * RECORDS
+    with _stored(cluster.url, keys, values, HUNG_DEADLINE_S) as store:
+        victim = cluster.master_of(KEY_PREFIX + keys[0])
+        lost = max(len(part) for part in _by_node(cluster, keys) if 0 in part)
+        calls, hits, before = [], [], store.stats().misses
+        with cluster.paused(victim):
+            for _ in range(HUNG_CALLS):
+                begin = time.perf_counter()
+                hits.append(sum(value is not None for value in store.get_many(keys)))
+                calls.append(1000 * (time.perf_counter() - begin))
+            opened = [node.name for node in store.nodes if node.breaker.state != "closed"]
+        return {
+            "deadline_ms": 1000 * HUNG_DEADLINE_S,
+            "keys_of_the_hung_node": lost,
+            "call_ms": [round(ms, 1) for ms in calls],
+            "hits": hits,
+            "misses": dict(store.stats().misses - before),
+            "open_breakers": ["hung" if name == f"127.0.0.1:{victim}" else "other" for name in opened],
+        }
+
+
+@contextmanager
+def _stored(
+    url: str, keys: Sequence[bytes], values: Sequence[memoryview], deadline_s: float = DEADLINE_S
+) -> Iterator[RedisStore]:
+    """A store that holds these values; they are deleted afterwards."""
+    with RedisStore(url, deadline_s=deadline_s) as store:
+        _save(store, keys, values)
+        yield store
+        store.delete_many(keys)
+
+
+def _by_node(cluster: LocalCluster, keys: Sequence[bytes]) -> list[list[int]]:
+    """Numbers of the keys that each master has, in the order of the cluster's ports."""
+    owners = [cluster.master_of(KEY_PREFIX + key) for key in keys]
+    return [[i for i, owner in enumerate(owners) if owner == port] for port in cluster.ports]
+
+
+def _load(store: RedisStore, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:
+    if None in store.get_many(keys, out):
+        raise KVLabError(f"the store did not give back a value: {dict(store.stats().misses)}")
+
+
+def _save(store: RedisStore, keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
+    if store.put_many(keys, values) != len(keys):
+        raise KVLabError(f"the store did not take a value: {dict(store.stats().drops)}")
+
+
+def _keys(count: int) -> list[bytes]:
+    """Keys as blocks have them: 32 random bytes."""
+    return [os.urandom(32) for _ in range(count)]
+
+
+def _buffers(size: int) -> list[memoryview]:
+    whole = memoryview(bytearray(RECORDS * size))
+    return [whole[i * size : (i + 1) * size] for i in range(RECORDS)]

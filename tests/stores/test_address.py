@@ -1,0 +1,293 @@
+"""What store URLs mean: hosts, ports, logins and settings of every scheme. Nothing is connected here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlab.errors import ConfigError
+from kvlab.stores import RedisStore
+from kvlab.stores.address import topology_of, without_password
+from kvlab.stores.node import Node
+from kvlab.stores.topology import Alone, Cluster, Sentinel, Topology
+from kvlab.stores.wire import FakeLink, Link
+from tests.servers import ScriptedServer
+
+LONG_S = 30.0
+
+
+def read(url: str, read_replicas: bool = False) -> Any:
+    return topology_of(url, 4, read_replicas, time.monotonic)
+
+
+def facts(link: Link) -> dict[str, Any]:
+    """What a link was told that differs from one URL to the next."""
+    ours = {"protocol", "decode_responses", "retry", "read_only", "driver_info"}
+    return {name: value for name, value in link._settings.items() if name not in ours}
+
+
+def seeds(url: str) -> list[dict[str, Any]]:
+    return [facts(link) for link in read(url)._seeds]
+
+
+def server(url: str, host: str = "10.0.0.9", port: int = 7000) -> dict[str, Any]:
+    """A server that was not named in the URL, but learned of later."""
+    return facts(read(url)._make_node(host, port).link)
+
+
+def at(host: str, port: int, **more: Any) -> dict[str, Any]:
+    return {"host": host, "port": port, **more}
+
+
+# --- schemes ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("redis://h", Alone),
+        ("rediss://h", Alone),
+        ("unix:///tmp/no.sock", Alone),
+        ("fakeredis://", Alone),
+        ("fakeredis://name", Alone),
+        ("redis-cluster://h", Cluster),
+        ("rediss-cluster://h", Cluster),
+        ("redis-sentinel://h/name", Sentinel),
+        ("rediss-sentinel://h/name", Sentinel),
+    ],
+)
+def test_each_scheme_means_one_kind_of_topology(url: str, kind: type[Topology]) -> None:
+    topology = read(url)
+    assert type(topology) is kind and topology.many == (kind is not Alone)
+    if kind is Alone:
+        (shard,) = topology.shards()
+        assert isinstance(shard.master.link, FakeLink if url.startswith("fake") else Link)
+    else:
+        assert topology.shards() == []  # before anybody was asked
+        assert topology._make_node("h", 1).link._class.__name__ == ("_TLS" if url.startswith("rediss") else "_TCP")
+        assert {link._class.__name__ for link in topology._seeds} == {"_TLS" if url.startswith("rediss") else "_TCP"}
+
+
+# --- hosts and ports ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("hosts", "found"),
+    [
+        ("a", [("a", None)]),
+        ("a:7000", [("a", 7000)]),
+        ("a:7000,b:7001,c", [("a", 7000), ("b", 7001), ("c", None)]),
+        ("10.0.0.1:7000,10.0.0.2", [("10.0.0.1", 7000), ("10.0.0.2", None)]),
+        ("[::1]", [("::1", None)]),
+        ("[::1]:7000,[fe80::1]:7001", [("::1", 7000), ("fe80::1", 7001)]),
+        ("[2001:db8::7],b:1", [("2001:db8::7", None), ("b", 1)]),
+        ("my-host.example.com:65535", [("my-host.example.com", 65535)]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("redis-cluster://{}", 6379),
+        ("redis-cluster://{}/0", 6379),
+        ("redis-cluster://me:secret@{}/", 6379),
+        ("redis-sentinel://{}/main", 26379),
+        ("redis-sentinel://me:secret@{}/main/2?socket_timeout=9", 26379),
+    ],
+)
+def test_several_hosts_with_and_without_ports(url: str, port: int, hosts: str, found: list[tuple[str, Any]]) -> None:
+    assert [(seed["host"], seed["port"]) for seed in seeds(url.format(hosts))] == [(h, p or port) for h, p in found]
+
+
+@pytest.mark.parametrize("host", ["::1", "2001:db8::7"])
+def test_a_server_learned_of_later_may_have_an_ipv6_address(host: str) -> None:
+    assert server("redis-cluster://me:secret@h", host, 7000) == at(host, 7000, username="me", password="secret")
+    assert read("redis-cluster://h")._make_node(host, 7000).name == f"{host}:7000"
+
+
+# --- logins -------------------------------------------------------------------------------------
+AWKWARD = "p@ss:w/o?r#d&%+=[x] é"
+
+
+@given(user=st.text(min_size=1, max_size=8), password=st.text(min_size=1, max_size=12))
+def test_any_login_reaches_every_server_as_it_was_meant(user: str, password: str) -> None:
+    login = f"{quote(user, safe='')}:{quote(password, safe='')}"
+    expected = {"username": user, "password": password}
+    for told in (*seeds(f"redis-cluster://{login}@a:1,b:2"), server(f"redis-cluster://{login}@a:1,b:2")):
+        assert {name: told[name] for name in expected} == expected
+    told = server(f"redis-sentinel://{login}@a:1/main")
+    assert {name: told[name] for name in expected} == expected
+
+
+def test_a_password_alone_is_the_default_users() -> None:
+    assert server("redis-cluster://:secret@a:1") == at("10.0.0.9", 7000, password="secret")
+
+
+def test_the_stores_login_is_not_for_sentinels() -> None:
+    url = f"redis-sentinel://me:{quote(AWKWARD, safe='')}@a:1,b:2/main"
+    assert seeds(url) == [at("a", 1), at("b", 2)]
+    assert server(url) == at("10.0.0.9", 7000, username="me", password=AWKWARD)
+
+
+@pytest.mark.parametrize("setting", ["password=secret", "username=me&password=secret", "db=2"])
+def test_what_the_settings_say_of_the_servers_is_not_for_sentinels(setting: str) -> None:
+    url = f"redis-sentinel://a:1/main?{setting}"
+    assert server(url).keys() - {"host", "port"} == {part.partition("=")[0] for part in setting.split("&")}
+    assert seeds(url) == [at("a", 1)]
+
+
+def test_the_sentinels_login_is_theirs_alone() -> None:
+    url = f"redis-sentinel://me:secret@a:1,b:2/main?sentinel_username=watch&sentinel_password={quote(AWKWARD, safe='')}"
+    assert seeds(url) == [at(h, p, username="watch", password=AWKWARD) for h, p in (("a", 1), ("b", 2))]
+    assert server(url) == at("10.0.0.9", 7000, username="me", password="secret")
+
+
+def test_sentinels_may_have_a_password_without_a_user() -> None:
+    assert seeds("redis-sentinel://a:1/main?sentinel_password=secret") == [at("a", 1, password="secret")]
+
+
+@pytest.mark.parametrize("kind", ["redis-cluster://a:1", "redis-cluster://a:1,b:2", "redis-sentinel://a:1/main"])
+def test_a_bare_at_sign_in_a_setting_is_read_right_or_refused(kind: str) -> None:
+    name = "password" if "cluster" in kind else "sentinel_password"
+    try:
+        found = seeds(f"{kind}?{name}=p@ss")
+    except ConfigError as refused:
+        assert "percent-encoded" in str(refused)
+    else:
+        assert found[0] == at("a", 1, password="p@ss")
+
+
+# --- settings -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["rediss-cluster://a:1,b:2", "rediss-sentinel://a:1,b:2/main"])
+def test_settings_pass_to_every_server(kind: str, tmp_path: Path) -> None:
+    ca = tmp_path / "a ca & more.crt"
+    ca.write_text("")
+    url = f"{kind}?ssl_ca_certs={quote(str(ca))}&ssl_check_hostname=false&health_check_interval=7"
+    for told in (*seeds(url), server(url)):
+        assert (told["ssl_ca_certs"], told["health_check_interval"]) == (str(ca), 7)
+        assert told["ssl_check_hostname"] in (False, "false")
+
+
+def test_a_sentinels_master_may_have_a_database() -> None:
+    assert server("redis-sentinel://a/main/2") == at("10.0.0.9", 7000, db=2)
+    assert seeds("redis-sentinel://a/main/2") == [at("a", 26379)]
+    assert read("redis-sentinel://a/main/2")._name == b"main"
+
+
+def test_a_cluster_has_one_database() -> None:
+    assert seeds("redis-cluster://a") == seeds("redis-cluster://a/") == [at("a", 6379)]
+    assert [seed["host"] for seed in seeds("redis-cluster://a/0")] == ["a"]
+    with pytest.raises(ConfigError, match="a cluster has database 0 only"):
+        read("redis-cluster://a/1")
+
+
+def test_a_cluster_has_one_database_whatever_the_settings_say() -> None:
+    with pytest.raises(ConfigError, match="database 0 only"):
+        read("redis-cluster://a?db=1")
+
+
+@pytest.mark.parametrize("read_replicas", [False, True])
+def test_readonly_is_said_where_replicas_of_a_cluster_are_read(read_replicas: bool) -> None:
+    cluster, sentinel = read("redis-cluster://a", read_replicas), read("redis-sentinel://a/main", read_replicas)
+    assert cluster._make_node("h", 1).link._settings["read_only"] is read_replicas
+    assert sentinel._make_node("h", 1).link._settings["read_only"] is False
+    assert [link._settings["read_only"] for link in cluster._seeds + sentinel._seeds] == [False, False]
+
+
+def test_the_bound_on_connections_holds_for_each_server() -> None:
+    with ScriptedServer(lambda command: b"$-1\r\n") as scripted:
+        node: Node = topology_of("redis-cluster://a", 3, False, time.monotonic)._make_node("127.0.0.1", scripted.port)
+        assert node.link._max == node._max_workers == 3
+
+
+# --- what cannot work ---------------------------------------------------------------------------
+REFUSED = [
+    ("redis-cluster://", "host:port,host:port"),
+    ("redis-cluster:///0", "host:port,host:port"),
+    ("redis-cluster://me:secret@", "host:port,host:port"),
+    ("rediss-sentinel:///main", "host:port,host:port"),
+    ("redis-sentinel://a:1", "what the sentinels call the master"),
+    ("redis-sentinel://a:1/", "what the sentinels call the master"),
+    ("redis-sentinel://a:1//2", "what the sentinels call the master"),
+    ("redis-sentinel://a:1?sentinel_password=secret", "what the sentinels call the master"),
+    ("redis-cluster://a:port", ""),
+    ("redis-cluster://a:1,b:99999", ""),
+    ("redis-cluster://a:1,b:-1", ""),
+    ("redis-sentinel://a:port/main", ""),
+    ("redis-cluster://[::1", ""),
+    ("redis-cluster://::1", ""),
+    ("redis-cluster://me:secret@a:port", ""),
+    ("redis-cluster://me:sec/ret@a:1", "percent-encoded"),
+    ("redis-cluster://me:sec?ret@a:1", "percent-encoded"),
+    ("redis-cluster://me:sec#ret@a:1", "percent-encoded"),
+    ("redis-cluster://a:1/2", "database 0 only"),
+    ("redis-cluster://a:1/main", "database 0 only"),
+    ("redis-cluster://a:1?no_such_setting=1", "no_such_setting"),
+    ("redis-sentinel://a:1/main?no_such_setting=1", "no_such_setting"),
+    ("redis-sentinel://a:1/main?socket_timeout=soon", "socket_timeout"),
+    ("rediss-cluster://a:1?ssl_ca_certs=/no/such/ca.crt", "/no/such/ca.crt"),
+    ("rediss-sentinel://a:1/main?ssl_ca_certs=/no/such/ca.crt", "/no/such/ca.crt"),
+    ("redis-cluster//a:1", "redis-cluster://"),
+    ("redis-clusters://a:1", "redis-cluster://"),
+    ("fakeredis-cluster://a:1", "redis-sentinel://"),
+    ("redis-sentinel://a:1/main/two", "database number"),
+    ("redis-sentinel://a:1/main/2/3", "database number"),
+    ("redis-sentinel://me:sec/ret@a:1/main", "percent-encoded"),
+    ("redis-sentinel://me:sec#ret@a:1/main", "percent-encoded"),
+    ("redis-cluster://a:1,", "host:port,host:port"),
+    ("redis-cluster://,a:1", "host:port,host:port"),
+    ("redis-sentinel://a:1,,b:2/main", "host:port,host:port"),
+]
+
+
+@pytest.mark.parametrize(("url", "says"), REFUSED)
+def test_a_url_that_cannot_work_is_refused_at_once_and_says_why(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match="store URL") as refused:
+        RedisStore(url)
+    assert says in str(refused.value)
+    for part in ("secret", "sec/ret", "sec?ret", "sec#ret", "ret@"):
+        assert part not in str(refused.value)
+
+
+# --- passwords are not shown --------------------------------------------------------------------
+LOGINS = ["me:secret@", ":secret@", "me:se:secret@", "me:a@secret@"]
+SETTINGS = [
+    "",
+    "?password=secret",
+    "?db=0&password=secret",
+    "?sentinel_password=secret",
+    "?sentinel_password=secret&a=b",
+]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("scheme", ["redis", "redis-cluster", "rediss-sentinel", "http"])
+def test_a_url_is_shown_without_passwords_and_with_its_host(scheme: str, login: str, settings: str) -> None:
+    shown = without_password(f"{scheme}://{login}host:1,other:2/main{settings}")
+    assert "secret" not in shown and "host:1,other:2/main" in shown and shown.startswith(f"{scheme}://")
+    assert shown.count("***") == 1 + bool(settings)
+
+
+def test_the_password_of_a_private_key_is_not_shown() -> None:
+    assert "secret" not in without_password("rediss://host:1?ssl_keyfile=key&ssl_password=secret")
+
+
+@pytest.mark.parametrize("setting", ["password", "sentinel_password"])
+@pytest.mark.parametrize("url", ["redis://host:1", "redis-cluster://a:1,b:2", "redis-sentinel://me:x@a:1/main"])
+def test_of_a_password_with_an_at_sign_nothing_is_shown(url: str, setting: str) -> None:
+    assert "secret" not in without_password(f"{url}?{setting}=p@secret")
+
+
+@pytest.mark.parametrize("url", ["redis://host:1", "redis-cluster://a:1,b:2", "redis-sentinel://me@a:1/main?db=1"])
+def test_a_url_without_password_is_shown_as_it_is(url: str) -> None:
+    assert without_password(url) == url
+
+
+def test_nothing_is_connected_until_the_first_call() -> None:
+    with ScriptedServer(lambda command: b"+OK\r\n") as scripted:
+        for url in (f"redis-cluster://127.0.0.1:{scripted.port}", f"redis-sentinel://127.0.0.1:{scripted.port}/main"):
+            store = RedisStore(url, deadline_s=LONG_S)
+            assert (store.nodes, scripted._open) == ([], [])
+            store.close()
