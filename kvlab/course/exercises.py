@@ -17,6 +17,7 @@ through the check and expect exactly its hint. The exercises themselves are in `
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ HEADER = '''"""My distributed KV cache, as far as it goes. The course writes eac
 Run it: python -m kvlab demo --impl work/mykv.py
 """
 
+import bisect
 import hashlib
 import math
 import struct
@@ -190,7 +192,7 @@ def _same(got: Any, expected: Any) -> bool:
 
 def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments that an answer may write to without spoiling the next case."""
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else list(a) if isinstance(a, list) else a for a in args)
+    return copy.deepcopy(args)
 
 
 def _call(exercise: Exercise, args: tuple[Any, ...]) -> str:

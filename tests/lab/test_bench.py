@@ -14,7 +14,7 @@ from kvlab.core import record
 from kvlab.core.identity import KEY_BYTES, field
 from kvlab.core.record import HEADER_BYTES
 from kvlab.errors import KVLabError
-from kvlab.lab import bench_codec, bench_fuzz, bench_hash, bench_shards, bench_wire, tables
+from kvlab.lab import bench_codec, bench_failover, bench_fuzz, bench_hash, bench_shards, bench_wire, tables
 from kvlab.stores.redis import COMMANDS
 from tests.servers import RedisServer
 
@@ -132,6 +132,15 @@ def test_bench_shards_asks_each_node_once_and_a_hung_one_alone_is_left_alone(mon
     assert hung["hits"] == [bench_shards.RECORDS - lost] * bench_shards.HUNG_CALLS
     assert hung["misses"] == {"timeout": 3 * lost, "breaker": (bench_shards.HUNG_CALLS - 3) * lost}
     assert hung["open_breakers"] == ["hung"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_bench_failover_finds_the_keys_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_failover, "NODE_TIMEOUTS_MS", (1000,))
+    result = bench_failover.run(repeats=1)
+    assert len(result["killed"]["1000"]) == len(result["frozen"]["2000"]) == 1
+    assert result["killed"]["1000"][0] > 0 and result["others"]["hit"] > 0
 
 
 def test_bench_fuzz_lets_nothing_through() -> None:

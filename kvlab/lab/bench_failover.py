@@ -1,0 +1,75 @@
+"""How long the keys of a lost master stay lost, by the time after which a node counts as failing.
+
+python -m kvlab bench failover --json
+
+Each run starts a cluster of three masters with replicas in sync, kills one (or freezes it), and
+reads one of its keys every 20 ms until it is a hit again. Minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from typing import Any
+
+from kvlab.errors import KVLabError
+from kvlab.lab.cluster import with_cluster
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.stores import RedisStore
+from kvlab.stores.redis import KEY_PREFIX
+
+NODE_TIMEOUTS_MS = (1000, 2000, 5000, 15000)  # the last is Redis' default
+REPEATS = 3
+EVERY_S = 0.02
+GIVE_UP_S = 90.0
+KEYS = 60
+
+
+def run(repeats: int = REPEATS) -> dict[str, Any]:
+    """Time failovers after a kill, for each node timeout, and after a freeze at 2 s.
+
+    Returns:
+        `killed`: by node timeout in ms, seconds from the kill to the first good read, a run each.
+        `frozen`: the same after SIGSTOP. `others`: what became of reads of the other masters'
+        keys meanwhile, over all runs, by reason ("hit" is none).
+
+    Raises:
+        KVLabError: no redis-server, a wrong value, or nobody takes over within 90 s.
+    """
+    others: Counter[str] = Counter()
+    killed = {str(ms): [_seconds(ms, False, others) for _ in range(repeats)] for ms in NODE_TIMEOUTS_MS}
+    frozen = {"2000": [_seconds(2000, True, others) for _ in range(repeats)]}
+    return {
+        "killed": killed,
+        "frozen": frozen,
+        "others": dict(others),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def _seconds(node_timeout_ms: int, freeze: bool, others: Counter[str]) -> float:
+    keys = [os.urandom(32) for _ in range(KEYS)]
+    with with_cluster(node_timeout_ms=node_timeout_ms) as cluster, RedisStore(cluster.url) as store:
+        if store.put_many(keys, keys) != KEYS:
+            raise KVLabError(f"the store did not take a value: {dict(store.stats().drops)}")
+        time.sleep(0.5)  # the replicas copy
+        victim = cluster.master_of(KEY_PREFIX + keys[0])
+        rest = [key for key in keys if cluster.master_of(KEY_PREFIX + key) != victim]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cluster.paused(victim)) if freeze else cluster.kill(victim)
+            begin = time.perf_counter()
+            while True:
+                why: list[str] = []
+                got = store.get_many([keys[0], *rest], why=why)
+                if any(value is not None and value != key for key, value in zip([keys[0], *rest], got, strict=True)):
+                    raise KVLabError("a wrong value came back")
+                others.update(reason or "hit" for reason in why[1:])
+                passed = time.perf_counter() - begin
+                if not why[0]:
+                    return round(passed, 2)
+                if passed > GIVE_UP_S:
+                    raise KVLabError(f"nobody took over within {GIVE_UP_S:.0f} s")
+                time.sleep(EVERY_S)
