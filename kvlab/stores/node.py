@@ -126,7 +126,7 @@ class Node:
         try:
             replies = self.link.exchange(commands, deadline, out, asking)
             faults = [reply for reply in replies if isinstance(reply, Exception)]
-            verdict = verdict_of(faults) if faults else True
+            verdict = True if not faults else None if deadline.abandoned else verdict_of(faults)
         finally:
             self.breaker.record(verdict)
         return replies

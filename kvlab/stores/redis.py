@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
 from functools import partial
 from typing import Final
 
@@ -259,24 +258,30 @@ class RedisStore(Store):
     def _at_once(self, parts: Sequence[Part], work: Work, deadline: Deadline) -> list[list[Reply]]:
         """Do all parts: the first in this thread, each other in one of its server's."""
         ends = [deadline.copy() for _ in parts]
+        claims = [threading.Lock() for _ in parts]  # each held by who may write into the caller's buffers
 
         def do(at: int) -> list[Reply]:
             part, end = parts[at], ends[at]
-            if end.passed:  # waiting for others took all of it: that is not this server's fault
+            if end.passed or not claims[at].acquire(blocking=False):
+                # Waiting for others took all of the time, or the call is over: not this server's fault.
                 return [Refused("timeout")] * len(part.indices)
-            return work(part.node, part.indices, end, part.asking)
+            try:
+                return work(part.node, part.indices, end, part.asking)
+            finally:
+                claims[at].release()
 
-        others = [parts[at].node.start(partial(do, at)) for at in range(1, len(parts))]
         done = False
         try:
+            others = [parts[at].node.start(partial(do, at)) for at in range(1, len(parts))]
             answers = [do(0)] if parts else []
             answers += [other.result() for other in others]
             done = True
         finally:
             if not done:  # a signal's handler raised: after this nobody may write into the caller's buffers
                 for end in ends:
-                    end.expire()
-                wait(others)
+                    end.abandon()
+                for claim in claims[1:]:
+                    claim.acquire()
             deadline.wait_for(ends)
         return answers
 
@@ -390,7 +395,7 @@ class RedisStore(Store):
         """One round trip. Its faults are counted, and may mean that keys have moved."""
         replies = node.exchange(commands, deadline, out, asking)
         faults = [reply for reply in replies if isinstance(reply, Exception)]
-        if faults:
+        if faults and not deadline.abandoned:
             self._note({reason_of(fault) for fault in faults})
         return replies
 
@@ -425,7 +430,7 @@ class RedisStore(Store):
         trials: list[Command] = [(b"GET", name), (b"EXISTS", name), (b"SET", name, b"", b"PX", b"1000")]
         trials += [(b"PEXPIRE", name, b"1000"), (b"DEL", name)]
         if isinstance(node.link, Link):
-            trials.append((b"INFO", b"memory"))
+            trials += [(b"INFO", b"memory"), *self._topology.trials]
         answers = node.link.exchange(trials, deadline)
         node.breaker.record(verdict_of([answer for answer in answers if isinstance(answer, Exception)]))
         return answers

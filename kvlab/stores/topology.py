@@ -11,9 +11,11 @@ and https://redis.io/docs/latest/develop/reference/sentinel-clients/
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +27,8 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError
 
 from kvlab.stores.breaker import Breaker
-from kvlab.stores.node import Node, Refused, reason_of
-from kvlab.stores.wire import Deadline, Link, NoConnection, Reply
+from kvlab.stores.node import Node, Refused, reason_of, verdict_of
+from kvlab.stores.wire import Command, Deadline, Link, NoConnection, Reply
 
 SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
 KEEP_S: Final = 60.0  # how long a map is believed without a hint
@@ -67,10 +69,12 @@ class Topology(ABC):
 
     Attributes:
         many: whether there can be several servers.
+        trials: commands that `health` tries on each server besides the store's own.
         faults: questions for the map that failed while an older one was there, by reason.
     """
 
     many = True
+    trials: tuple[Command, ...] = ()
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
@@ -154,6 +158,31 @@ class Alone(Topology):
         self._node.close()
 
 
+class _Turns:
+    """One asks at a time. A turn ends by itself: a signal may keep its holder from ever giving it back."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._until = -math.inf
+
+    def take(self, wait_s: float, lease_s: float) -> bool:
+        """Wait for a turn that lasts so long; False if none came."""
+        with self._free:
+            give_up = time.monotonic() + wait_s
+            while (now := time.monotonic()) < self._until:
+                if now >= give_up:
+                    return False
+                self._free.wait(min(give_up, self._until) - now)
+            self._until = time.monotonic() + lease_s
+            return True
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
+        with self._free:
+            self._until = -math.inf
+            self._free.notify()
+
+
 class _Learned(Topology):
     """What Cluster and Sentinel have in common: servers that tell which servers there are.
 
@@ -195,7 +224,7 @@ class _Learned(Topology):
         """Ask, if it is time to; returns why nothing is known, "" if something is."""
         if self._known and self._clock() - self._asked_at < (PAUSE_S if self._hinted else KEEP_S):
             return ""
-        if not self._my_turn(deadline):
+        if not self._turns.take(0 if self._known else deadline.rest, deadline.rest):
             return "" if self._known else "pool"
         try:
             if self._known and self._clock() - self._asked_at < PAUSE_S:
@@ -208,21 +237,17 @@ class _Learned(Topology):
                 return reason_of(error)
             self.faults[reason_of(error)] += 1
         finally:
-            self._asking.release()
+            self._turns.give_back()
         return ""
-
-    def _my_turn(self, deadline: Deadline) -> bool:
-        """One asks at a time. Who knows a map goes on with that; who does not must wait."""
-        return self._asking.acquire(blocking=False) or (not self._known and self._asking.acquire(timeout=deadline.rest))
 
     def ask(self, deadline: Deadline) -> list[Shard]:
         """See `Topology`."""
-        if not self._asking.acquire(timeout=deadline.rest):
+        if not self._turns.take(deadline.rest, deadline.rest):
             raise NoConnection("others kept asking")
         try:
             self._ask_and_record(deadline)
         finally:
-            self._asking.release()
+            self._turns.give_back()
         return self.shards()
 
     def _ask_and_record(self, deadline: Deadline) -> None:
@@ -270,7 +295,7 @@ class _Learned(Topology):
     def renew(self) -> None:
         """See `Topology`."""
         self._lock = threading.Lock()  # guards `_nodes`
-        self._asking = threading.Lock()
+        self._turns = _Turns()
         self._breaker.renew()
         for node in self._nodes.values():
             node.renew()
@@ -347,6 +372,8 @@ class Sentinel(_Learned):
 class Cluster(_Learned):
     """Sixteen thousand slots, shared among masters; a key's CRC16 says in which it is."""
 
+    trials = ((b"ASKING",),)
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._slots: list[Shard | None] = [None] * SLOTS
@@ -392,24 +419,27 @@ class Cluster(_Learned):
     def _ask(self, deadline: Deadline) -> None:
         last: Exception = Refused("conn")
         try:
-            for host, link in self._who_may_know():
+            for host, link, node in self._who_may_know():
                 try:
                     return self._believe(_ranges(link.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
                 except Exception as error:
                     last = error
+                    if node is not None:
+                        node.breaker.record(verdict_of([error]))
             raise last
         finally:
             self._forget_unused()
 
-    def _who_may_know(self) -> list[tuple[str, Any]]:
-        """Servers without faults first. In random order: one may be cut off from the others."""
+    def _who_may_know(self) -> list[tuple[str, Any, Node | None]]:
+        """Host and link, masters without faults first. In random order: one may be cut off from the others."""
+        masters = {shard.master for shard in self.shards()}
         with self._lock:
-            known = [(host, node) for (host, _), node in self._nodes.items()]
+            known = [(host, node.link, node) for (host, _), node in self._nodes.items()]
         random.shuffle(known)
-        known.sort(key=lambda at: at[1].breaker.faults)
-        seeds = [(seed.host, seed) for seed in random.sample(self._seeds, len(self._seeds))]
-        healthy = [(host, node.link) for host, node in known if not node.breaker.faults]
-        return healthy + seeds + [(host, node.link) for host, node in known if node.breaker.faults]
+        known.sort(key=lambda at: (at[2].breaker.faults, at[2] not in masters))
+        seeds = [(seed.host, seed, None) for seed in random.sample(self._seeds, len(self._seeds))]
+        healthy = sum(not node.breaker.faults for _, _, node in known)
+        return [*known[:healthy], *seeds, *known[healthy:]]
 
     def _believe(self, ranges: list[tuple[int, int, list[tuple[str, int]]]]) -> None:
         slots: list[Shard | None] = [None] * SLOTS

@@ -89,9 +89,14 @@ class Deadline:
         """End no earlier than any of these."""
         self._until = max([self._until, *(other._until for other in others)])
 
-    def expire(self) -> None:
+    def abandon(self) -> None:
         """End now: nobody waits for the call any more."""
         self._until = -math.inf
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it ended so: then nobody is to blame for what did not come."""
+        return self._until == -math.inf
 
     @classmethod
     def until(cls, moment: float) -> Deadline:
@@ -431,9 +436,10 @@ class Link:
             connection.send_packed_command(pack(_asked(commands) if asking else commands))
             buffers = len(out) if out else 0
             for i, command in enumerate(commands):
-                if asking:
-                    connection.read_reply(_ASKING, None)
-                replies.append(connection.read_reply(command, out[i] if out and i < buffers else None))
+                said = connection.read_reply(_ASKING, None) if asking else None
+                reply = connection.read_reply(command, out[i] if out and i < buffers else None)
+                refused = isinstance(said, Exception) and isinstance(reply, Exception)
+                replies.append(said if refused else reply)
             clean = connection.all_taken()
         except Exception as error:  # a broken server makes libraries raise anything
             replies += [error] * (len(commands) - len(replies))

@@ -52,7 +52,7 @@ def test_a_copy_ends_at_the_same_moment_and_is_stretched_alone(now: list[float])
     assert copy.left() == deadline.left() == 1.0
     copy.extend(50_000_000)
     assert (copy.left(), deadline.left()) == (2.0, 1.0)
-    deadline.expire()
+    deadline.abandon()
     assert deadline.passed and copy.left() == 2.0
 
 
@@ -83,7 +83,7 @@ def test_a_deadline_until_a_moment(now: list[float]) -> None:
 
 def test_what_has_expired_stays_so_whatever_it_moves(now: list[float]) -> None:
     deadline = Deadline(2.0)
-    deadline.expire()
+    deadline.abandon()
     assert deadline.passed
     now[0] = 1.0  # a machine that has just been started
     deadline.extend(150_000_000)

@@ -1005,7 +1005,7 @@ def test_the_child_of_a_fork_waits_for_no_lock_of_its_parent(
 ) -> None:
     with opened((cluster if kind == "cluster" else watched).url, clock=clock) as store:
         assert store.get_many([A, B]) == values(A, B)
-        with store._topology._lock, store._topology._asking, store._topology._breaker._lock:
+        with store._topology._lock, store._topology._turns._free, store._topology._breaker._lock:
             child = os.fork()
             if child == 0:
                 try:
