@@ -11,8 +11,10 @@ from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, urlencode, url
 import redis
 
 from kvlab.errors import ConfigError
+from kvlab.stores.cluster import Cluster
 from kvlab.stores.node import Node
-from kvlab.stores.topology import Alone, Cluster, Sentinel, Topology
+from kvlab.stores.sentinel import Sentinel
+from kvlab.stores.topology import Alone, Topology
 from kvlab.stores.wire import FakeLink, Link
 
 ALONE: Final = ("redis", "rediss", "unix", "fakeredis")

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from kvlab.errors import ConfigError
 from kvlab.stores import RedisStore
 from kvlab.stores.address import topology_of, without_password
+from kvlab.stores.cluster import Cluster
 from kvlab.stores.node import Node
-from kvlab.stores.topology import Alone, Cluster, Sentinel, Topology
+from kvlab.stores.sentinel import Sentinel
+from kvlab.stores.topology import Alone, Topology
 from kvlab.stores.wire import FakeLink, Link
 from tests.servers import ScriptedServer
 

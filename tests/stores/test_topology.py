@@ -23,9 +23,10 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError
 
 from kvlab.stores import RedisStore
+from kvlab.stores.cluster import Cluster
 from kvlab.stores.node import Node
 from kvlab.stores.redis import KEY_PREFIX, MAX_REDIRECTS
-from kvlab.stores.topology import KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Cluster, Part, Shard
+from kvlab.stores.topology import KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Part, Shard
 from kvlab.stores.wire import Deadline, Link
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
