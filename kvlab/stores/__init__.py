@@ -1,4 +1,4 @@
-"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in Redis (`redis`, over `wire`)."""
+"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in one Redis or many (`redis`)."""
 
 from kvlab.stores.base import Health, Store, StoreStats, Value
 from kvlab.stores.behind import WriteBehind

@@ -13,8 +13,8 @@ import redis
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError
 
-from kvlab.stores.node import Node, Refused, verdict_of
-from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list
+from kvlab.stores.node import Node, verdict_of
+from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
 from kvlab.stores.wire import Deadline, Reply
 
 _NO_NAME_YET: Final = b"?"  # where servers are to be known by names
@@ -68,16 +68,16 @@ class Cluster(Learned):
         return list(self._by_master.values())
 
     def _ask(self, deadline: Deadline) -> None:
-        last: Exception = Refused("conn")
+        errors: list[Exception] = []
         try:
             for host, link, node in self._who_may_know():
                 try:
                     return self._believe(_ranges(link.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
                 except Exception as error:
-                    last = error
+                    errors.append(error)
                     if node is not None:
                         node.breaker.record(verdict_of([error]))
-            raise last
+            raise most_telling(errors)
         finally:
             self._forget_unused()
 

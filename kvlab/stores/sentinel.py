@@ -11,8 +11,8 @@ from typing import Any
 
 import redis
 
-from kvlab.stores.node import Node, Refused, reason_of
-from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list
+from kvlab.stores.node import Node, reason_of
+from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
 from kvlab.stores.wire import Deadline, Link
 
 
@@ -45,16 +45,16 @@ class Sentinel(Learned):
         return [self._shard] if self._shard else []
 
     def _ask(self, deadline: Deadline) -> None:
-        last: Exception = Refused("conn")
+        errors: list[Exception] = []
         for sentinel in random.sample(self._seeds, len(self._seeds)):  # one may be cut off from the others
             try:
                 self._shard = self._told_by(sentinel, deadline.half())
             except Exception as error:
-                last = error
+                errors.append(error)
                 continue
             self._keep_only([self._shard])
             return
-        raise last
+        raise most_telling(errors)
 
     def _told_by(self, sentinel: Link, deadline: Deadline) -> Shard:
         where = sentinel.ask((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._name), deadline)

@@ -300,6 +300,11 @@ class Learned(Topology):
                 node.close()
 
 
+def most_telling(errors: Sequence[Exception]) -> Exception:
+    """Of the servers that were asked in vain, what one has said; else the last that did not answer."""
+    return next((error for error in errors if reason_of(error) not in ("conn", "timeout")), errors[-1])
+
+
 def is_list(reply: Any, least: int) -> bool:
     """Whether a server's answer is a list of at least so many."""
     return isinstance(reply, list) and len(reply) >= least
