@@ -795,7 +795,7 @@ PACK_SET = Exercise(
 
 # --- 07 sharding --------------------------------------------------------------------------------
 def ring_owner(points: list[int], owners: list[str], at: int) -> str:
-    """Whose a key at `at` is: the owner of the first point at or after it; after the last point comes the first."""
+    """The node of a key at `at`: the owner of the first point at or after it; after the last point comes the first."""
     return owners[bisect.bisect_left(points, at) % len(points)]
 
 
@@ -805,6 +805,10 @@ def _point_before(points: list[int], owners: list[str], at: int) -> str:
 
 def _no_way_around(points: list[int], owners: list[str], at: int) -> str:
     return owners[min(bisect.bisect_left(points, at), len(points) - 1)]
+
+
+def _falls_off_the_end(points: list[int], owners: list[str], at: int) -> str:
+    return owners[bisect.bisect_left(points, at)]
 
 
 def _nearest_point(points: list[int], owners: list[str], at: int) -> str:
@@ -832,6 +836,14 @@ def _weights_unused(draws: dict[str, float], weights: dict[str, float]) -> str:
     return max(draws, key=lambda node: draws[node])
 
 
+def _times_the_logarithm(draws: dict[str, float], weights: dict[str, float]) -> str:
+    return max(draws, key=lambda node: -weights[node] * math.log(draws[node]))
+
+
+def _score_itself(draws: dict[str, float], weights: dict[str, float]) -> float:
+    return max(-weights[node] / math.log(draws[node]) for node in draws)
+
+
 def _heaviest(draws: dict[str, float], weights: dict[str, float]) -> str:
     return max(weights, key=lambda node: weights[node])
 
@@ -852,6 +864,17 @@ def _empty_tag(key: bytes) -> bytes:
     begin = key.find(b"{")
     end = key.find(b"}", begin + 1)
     return key[begin + 1 : end] if -1 < begin < end else key
+
+
+def _braces_kept(key: bytes) -> bytes:
+    begin = key.find(b"{")
+    end = key.find(b"}", begin + 1)
+    return key[begin : end + 1] if -1 < begin < end - 1 else key
+
+
+def _any_first_pair(key: bytes) -> bytes:
+    found = re.search(rb"\{(.*?)\}", key)
+    return found[1] if found else key
 
 
 def _first_closing_brace(key: bytes) -> bytes:
@@ -884,6 +907,15 @@ def _silent_node_skipped(owners: list[str], replies: dict[str, list[bytes | None
     return in_order([node for node in owners if node in replies], replies)
 
 
+def _counted_in_the_batch(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
+    return [replies[node][i] if node in replies else None for i, node in enumerate(owners)]
+
+
+def _silent_node_looked_up(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
+    queues = {node: iter(answers) for node, answers in replies.items()}
+    return [next(queues[node]) for node in owners]
+
+
 def _one_reply_for_all(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
     return [replies[node][0] if node in replies else None for node in owners]
 
@@ -906,6 +938,7 @@ RING_OWNER = Exercise(
     wrong=(
         Wrong(_point_before, "a key goes clockwise: to the next point at or after it, not to the one before"),
         Wrong(_no_way_around, "after the last point the ring begins anew: the first point has those keys"),
+        Wrong(_falls_off_the_end, "beyond the last point comes the first again: take the index % len(points)"),
         Wrong(_nearest_point, "not the nearest point: the next one, however far it is"),
         Wrong(_strictly_after, "a key exactly on a point is that point's: bisect_left, not bisect"),
     ),
@@ -919,12 +952,14 @@ WEIGHTED_OWNER = Exercise(
     cases=(
         ({"A": 0.9, "B": 0.5}, {"A": 1, "B": 3}),
         ({"A": 0.9, "B": 0.85}, {"A": 1, "B": 3}),
-        ({"A": 0.2, "B": 0.6, "C": 0.4}, {"A": 1, "B": 1, "C": 1}),
+        ({"A": 0.4, "B": 0.2, "C": 0.6}, {"A": 1, "B": 1, "C": 1}),
         ({"A": 0.7, "B": 0.1, "C": 0.65}, {"A": 1, "B": 8, "C": 2}),
     ),
     wrong=(
         Wrong(_draw_times_weight, "draw x weight gives no fair shares: a node of weight 3 must win 3 of 4 against 1"),
         Wrong(_sign_lost, "ln of a number below 1 is negative: without the minus the lowest score wins"),
+        Wrong(_times_the_logarithm, "divide -weight by ln(draw), do not multiply: a draw close to 1 must score high"),
+        Wrong(_score_itself, "that is the highest score; return the name of the node that has it: max(draws, key=…)"),
         Wrong(_weights_unused, "a node with twice the memory should win twice as often: use `weights`"),
         Wrong(_heaviest, "the heaviest node must not get every key: the draws decide, the weights only lean on them"),
     ),
@@ -948,6 +983,8 @@ HASH_TAG = Exercise(
     wrong=(
         Wrong(_to_the_last_brace, "the tag ends at the FIRST } after the {, even if more follow"),
         Wrong(_empty_tag, "with nothing between { and } the whole key counts, or all such keys would share one slot"),
+        Wrong(_any_first_pair, "for an empty {} return the whole key; and `.` in a pattern does not match a newline"),
+        Wrong(_braces_kept, "what counts stands between the braces: return it without them"),
         Wrong(_first_closing_brace, "a } before the { means nothing: look for one behind it"),
         Wrong(_last_opening_brace, "the tag begins at the FIRST {: in foo{{bar}}zap it is {bar"),
         Wrong(_next_pair, "after an empty {} no other pair is looked for: then the whole key counts"),
@@ -960,6 +997,7 @@ IN_ORDER = Exercise(
     number="07.4",
     reference=in_order,
     cases=(
+        (["A", "A"], {"A": [b"0", b"1"]}),
         (["A", "B", "A", "C"], {"A": [b"0", b"2"], "B": [b"1"], "C": [b"3"]}),
         (["C", "A", "C", "A"], {"A": [b"1", None], "C": [b"0", b"2"]}),
         (["A", "B", "A", "B"], {"A": [b"0", b"2"]}),
@@ -968,6 +1006,8 @@ IN_ORDER = Exercise(
     wrong=(
         Wrong(_node_after_node, "these are the replies node after node: block 2 would stand at the place of block 1"),
         Wrong(_silent_node_skipped, "a node that did not answer leaves holes: put None there, or later ones move up"),
+        Wrong(_counted_in_the_batch, "i is the key's place in the batch; a node's replies count only its own keys"),
+        Wrong(_silent_node_looked_up, "a node that did not answer is not in `replies`: ask first whether it is"),
         Wrong(_one_reply_for_all, "each reply is for one key: the second key of a node gets its second reply"),
         Wrong(_from_the_back, "a node answers in the order in which it was asked: take its replies from the front"),
     ),

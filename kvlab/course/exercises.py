@@ -10,7 +10,8 @@ reaches the end. A function that passes is written to `mykv.py` in the work fold
 accumulate, and `python -m kvlab demo --impl work/mykv.py` runs the learner's system.
 
 Hints come from typical wrong answers. An exercise lists them as functions: when the learner's
-results agree with those of a wrong answer, its hint fits. Tests run each wrong answer
+results agree with those of a wrong answer, or both raise the same error on the same case, its
+hint fits. Tests run each wrong answer
 through the check and expect exactly its hint. The exercises themselves are in `exercise_sets`.
 """
 
@@ -20,6 +21,7 @@ import ast
 import copy
 import importlib.util
 import inspect
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,13 @@ class Exercise:
 
 
 @dataclass(frozen=True)
+class Raised:
+    """In place of a result: the answer raised an error of this type."""
+
+    error: type[Exception]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a check found: "todo", "wrong" or "right", and the lines to print."""
 
@@ -99,7 +108,7 @@ def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
             return Verdict("todo", f"○ {title}: not started")
         except Exception as error:  # a learner's code may raise anything
             line = f"✘ {title}: {_call(exercise, args)} raised {type(error).__name__}: {error}"
-            return Verdict("wrong", f"{line}\n  hint: {exercise.hint}")
+            return Verdict("wrong", f"{line}\n  hint: {_hint(exercise, [*got, Raised(type(error))])}")
     if all(result is None or result is ... for result in got):
         return Verdict("todo", f"○ {title}: not started")
     expected = [exercise.reference(*_copied(args)) for args in exercise.cases]
@@ -130,22 +139,30 @@ def check(exercise: Exercise, answer: F) -> F:
 def keep(exercise: Exercise, answer: Callable[..., Any]) -> str:
     """Write a right answer into `mykv.py`, replacing an older one; return a line that says so, or why not."""
     path = work_dir() / "mykv.py"
+    called = getattr(answer, "__name__", exercise.name)
+    if called != exercise.name:
+        return f"not kept in mykv.py: the function is called {called}, expected {exercise.name}"
     try:
-        source = inspect.getsource(answer)
-        path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_text() if path.exists() else HEADER
-        after = _replaced(before, exercise.name, source)
+        after = _replaced(before, exercise.name, inspect.getsource(answer))
+        if not _stands_alone(exercise, after):
+            return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(after)
     except (OSError, TypeError, SyntaxError) as error:
         return f"not kept in mykv.py: {error}"
-    try:
-        stands_alone = grade(exercise, getattr(load_answers(path), exercise.name)).state == "right"
-    except (AttributeError, InputError):
-        stands_alone = False
-    if not stands_alone:
-        path.write_text(before)
-        return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
     return "kept in mykv.py"
+
+
+def _stands_alone(exercise: Exercise, module: str) -> bool:
+    """Whether the answer in this text of a `mykv.py` is right without the notebook around it."""
+    with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
+        trial = Path(folder) / "mykv.py"
+        trial.write_text(module)
+        try:
+            return grade(exercise, getattr(load_answers(trial), exercise.name)).state == "right"
+        except (AttributeError, InputError):
+            return False
 
 
 def load_answers(path: str | Path) -> ModuleType:
@@ -167,14 +184,21 @@ def load_answers(path: str | Path) -> ModuleType:
 
 
 def _hint(exercise: Exercise, got: list[Any]) -> str:
-    """The hint of the typical wrong answer that gives the same results, else the general one."""
+    """The hint of the typical wrong answer that gives the same results, else the general one.
+
+    `got` ends with the first case that raised; a wrong answer fits if it raises the same error there.
+    """
     for wrong in exercise.wrong:
-        try:
-            if all(_same(g, wrong.answer(*_copied(a))) for g, a in zip(got, exercise.cases, strict=True)):
-                return wrong.hint
-        except Exception:  # a wrong answer may fail on some case; then it is not this one
-            continue
+        if all(_same(g, _outcome(wrong.answer, args)) for g, args in zip(got, exercise.cases, strict=False)):
+            return wrong.hint
     return exercise.hint
+
+
+def _outcome(answer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return answer(*_copied(args))
+    except Exception as error:  # a wrong answer may fail on some case, as a learner's may
+        return Raised(type(error))
 
 
 def _same(got: Any, expected: Any) -> bool:

@@ -33,10 +33,12 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     """
     if not isinstance(url, str):
         raise ConfigError(f"expected a store URL as text, got {type(url).__name__}")
-    scheme = url.partition("://")[0]
+    scheme, _, rest = url.partition("://")
     if scheme not in ALONE + MANY:
         known = ", ".join(f"{known}://" for known in ALONE + MANY)
         raise ConfigError(f"expected a store URL that begins with {known}, got {without_password(url)!r}")
+    if "," in rest.partition("?")[0].rpartition("@")[2] and scheme in ("redis", "rediss"):
+        raise _unusable(url, "several hosts are a cluster or sentinels: redis-cluster://…, redis-sentinel://…/NAME")
     if scheme in ALONE:
         return Alone(Node(without_password(url), _link(url, max_connections), max_connections, clock))
     match = _PARTS_OF_MANY.fullmatch(url)
@@ -46,7 +48,7 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     name, database = ("", path) if kind == "cluster" else path.partition("/")[::2]
     if set(login) & set("/?#"):
         raise _unusable(url, "special characters in user and password must be percent-encoded")
-    if not all(hosts.split(",")):
+    if not all(hosts.split(",")) or "://" in rest.partition("?")[0] or re.search(r"\s", hosts):
         raise _unusable(url, f"expected {scheme}://host:port,host:port")
     if kind == "sentinel" and not name:
         raise _unusable(url, f"expected what the sentinels call the master: {scheme}://host:port,host:port/NAME")
@@ -58,7 +60,7 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     def node(host: str, port: int) -> Node:
         at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         read_only = read_replicas and kind == "cluster"
-        server = _link(_joined(base, login, at, database, settings), max_connections, read_only)
+        server = _link(_joined(base, login, at, database, settings), max_connections, read_only, url)
         return Node(f"{host}:{port}", server, max_connections, clock)
 
     asker, asking = login, settings
@@ -66,7 +68,7 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         asker = ":".join(watcher) if any(watcher) else ""
         asking = {key: value for key, value in settings.items() if key not in ("username", "password", "db")}
     seeds = [_joined(base, asker, _with_port(host, _PORT[kind]), "", asking) for host in hosts.split(",")]
-    links = [_link(seed, max_connections=1) for seed in seeds]
+    links = [_link(seed, max_connections=1, given=url) for seed in seeds]
     node("localhost", 1)  # connects nowhere; what is wrong with login or database shows here
     if kind == "cluster":
         return Cluster(links, node, read_replicas, clock)
@@ -89,7 +91,8 @@ def _with_port(host: str, port: int) -> str:
     return host if ":" in host.rpartition("]")[2] else f"{host}:{port}"
 
 
-def _link(url: str, max_connections: int, read_only: bool = False) -> Link | FakeLink:
+def _link(url: str, max_connections: int, read_only: bool = False, given: str = "") -> Link | FakeLink:
+    """Connections to one server; `given` is what the user wrote, if that was another URL."""
     parts = _checked(url)
     if parts.scheme == "fakeredis":
         import fakeredis  # here: with a real server nobody needs it
@@ -101,7 +104,8 @@ def _link(url: str, max_connections: int, read_only: bool = False) -> Link | Fak
     try:
         return Link(url, max_connections, read_only)
     except (ValueError, TypeError, redis.RedisError) as error:
-        raise _unusable(url, str(error)) from error
+        setting = re.search(r"unexpected keyword argument ('\w+')", str(error))
+        raise _unusable(given or url, f"there is no setting {setting[1]}" if setting else str(error)) from error
 
 
 def _checked(url: str) -> SplitResult:

@@ -112,6 +112,7 @@ class RedisStore(Store):
         self._deadline_s = deadline_s
         self._read_replicas = read_replicas
         self._topology = topology_of(url, max_connections, read_replicas, clock)
+        self._no_fault = NO_FAULT if self._topology.many else NO_FAULT - {"moved"}  # who is alone cannot follow
         self._stats = StoreStats()
         self._lock = threading.Lock()  # guards the counters
         self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
@@ -210,8 +211,11 @@ class RedisStore(Store):
             return Health(False, f"{where}: nobody serves {self._topology.unserved()} of {SLOTS} slots")
         sick = [line for line in self._examined(shards, deadline) if line]
         if sick:
-            return Health(False, f"{where}: {sick[0]}")
-        return Health(True, f"{where}: {f'{len(shards)} masters answer' if len(shards) > 1 else 'answers'}")
+            which = f"{len(sick)} of {len(shards)} masters: " if len(shards) > 1 else ""
+            return Health(False, f"{where}: {which}{sick[0]}")
+        if len(shards) > 1:
+            return Health(True, f"{where}: {len(shards)} masters answer")
+        return Health(True, f"{where}: {shards[0].master.name + ' ' if self._topology.many else ''}answers")
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -403,7 +407,7 @@ class RedisStore(Store):
 
     def _note(self, reasons: set[str]) -> None:
         self._topology.hint(reasons)
-        reasons = reasons - NO_FAULT
+        reasons = reasons - self._no_fault
         if reasons:
             with self._lock:
                 self._stats.faults[min(reasons)] += 1
@@ -424,7 +428,10 @@ class RedisStore(Store):
             which = f"{node.name}: " if self._topology.many else ""
             reads = "" if any(isinstance(answer, Exception) for answer in answers[:2]) else "reads work, but "
             fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
-            lines.append(f"{which}{reads}{_in_words(fault)}" if fault else "")
+            if not self._topology.many and isinstance(answers[-1], bytes) and b"cluster_enabled:1" in answers[-1]:
+                lines.append("moved: this is a node of a Redis Cluster, which redis-cluster:// speaks to")
+            else:
+                lines.append(f"{which}{reads}{_in_words(fault)}" if fault else "")
         return lines
 
     def _examine(self, node: Node, name: bytes, deadline: Deadline) -> list[Reply]:

@@ -121,6 +121,7 @@ class Alone(Topology):
     """One server has all keys."""
 
     many = False
+    trials = ((b"INFO", b"cluster"),)
 
     def __init__(self, node: Node) -> None:
         super().__init__()
@@ -249,8 +250,10 @@ class Learned(Topology):
             self._hinted = False  # before asking: what comes in meanwhile counts again
             self._ask(deadline)
             self._known = verdict = True
-        except Exception:  # a broken server makes libraries raise anything
+        except Exception as error:  # a broken server makes libraries raise anything
             verdict, self._hinted = False, True
+            if reason_of(error) == "response":  # this is not the kind of server that the URL says
+                raise redis.InvalidResponse(str(error)) from error
             raise
         finally:
             self._asked_at = self._clock()

@@ -109,7 +109,34 @@ def test_an_answer_that_leans_on_the_notebook_is_not_kept(work: Path) -> None:
     file.write_text(source)
     exec(compile(source, str(file), "exec"), namespace)  # what a notebook cell is
     assert "put it inside the function" in keep(exercise_sets.HIT_RATE, namespace["hit_rate"])
-    assert "solution" not in (work / "mykv.py").read_text()
+    assert not (work / "mykv.py").exists()
+    keep(exercise_sets.WEIGHTED_OWNER, exercise_sets.weighted_owner)
+    before = (work / "mykv.py").read_text()
+    assert "put it inside the function" in keep(exercise_sets.HIT_RATE, namespace["hit_rate"])
+    assert (work / "mykv.py").read_text() == before
+
+
+def test_a_function_of_another_name_is_not_kept_and_told_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def my_own(draws: dict[str, float], weights: dict[str, float]) -> str:
+        return exercise_sets.weighted_owner(draws, weights)
+
+    assert check(exercise_sets.WEIGHTED_OWNER, my_own) is my_own
+    assert "the function is called my_own, expected weighted_owner" in capsys.readouterr().out
+    assert not (work / "mykv.py").exists()
+
+
+def test_an_error_gets_the_hint_of_the_wrong_answer_that_raises_it_and_no_other_error_does() -> None:
+    hint = next(w.hint for w in exercise_sets.RING_OWNER.wrong if "% len" in w.hint)
+
+    def falls_off(points: list[int], owners: list[str], at: int) -> str:
+        return owners[sum(point < at for point in points)]
+
+    def other(points: list[int], owners: list[str], at: int) -> str:
+        return owners[points.index(at)]
+
+    text = grade(exercise_sets.RING_OWNER, falls_off).text
+    assert text.endswith(f"IndexError: list index out of range\n  hint: {hint}")
+    assert grade(exercise_sets.RING_OWNER, other).text.endswith(f"hint: {exercise_sets.RING_OWNER.hint}")
 
 
 def test_loading_answers_says_what_is_wrong(tmp_path: Path) -> None:

@@ -293,3 +293,20 @@ def test_nothing_is_connected_until_the_first_call() -> None:
             store = RedisStore(url, deadline_s=LONG_S)
             assert (store.nodes, scripted._open) == ([], [])
             store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://a:1,b:2", "several hosts are a cluster or sentinels"),
+        ("redis-cluster://a:1,redis-cluster://b:2", "expected redis-cluster://host:port,host:port"),
+        ("redis-cluster://a:1, b:2", "expected redis-cluster://host:port,host:port"),
+        (
+            "rediss-cluster://a:1?ssl_ca_cert=x",
+            r"'rediss-cluster://a:1\?ssl_ca_cert=x' \(there is no setting 'ssl_ca_cert'",
+        ),
+    ],
+)
+def test_what_newcomers_write_is_told_in_their_own_words(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RedisStore(url)

@@ -13,6 +13,7 @@ import redis
 
 from kvlab.stores import RedisStore
 from kvlab.stores.redis import COMMANDS, KEY_PREFIX, WINDOW_BYTES
+from tests.cluster import RedisCluster
 from tests.proxy import FaultProxy
 from tests.servers import RedisServer, ScriptedServer, make_certs
 
@@ -167,6 +168,18 @@ def test_the_share_is_asked_for_again_after_a_minute() -> None:
         now[0] += 61
         assert store.put_many([b"a"], [value]) == 0
         assert store.stats().drops == Counter(too_big=1)
+
+
+@pytest.mark.cluster
+def test_one_node_of_a_cluster_taken_for_a_server_alone_is_said(redis_cluster: RedisCluster) -> None:
+    keys = [b"%d" % i for i in range(60)]
+    for node in redis_cluster.nodes[:3]:
+        with RedisStore(node.url, deadline_s=LONG_S) as store:
+            assert not any(store.health().ok for _ in range(3))
+            assert "moved: this is a node of a Redis Cluster" in store.health().detail
+            stored = store.put_many(keys, keys)
+            assert 0 < stored < 60 and store.stats().drops == Counter(moved=60 - stored)
+            assert store.stats().faults["moved"] == 1
 
 
 # --- deadlines and breakers ----------------------------------------------------------------------

@@ -845,7 +845,7 @@ NONSENSE: list[tuple[str, Said, set[str]]] = [
     ("lists without end", b"*1\r\n" * 8 + b"*-7\r\n", {"protocol"}),
     ("HTTP", b"HTTP/1.1 400 Bad Request\r\n\r\n", {"protocol"}),
     ("not allowed", b"-NOPERM no permissions to run 'cluster|slots'\r\n", {"auth"}),
-    ("no cluster", b"-ERR This instance has cluster support disabled\r\n", {"response"}),
+    ("no cluster", b"-ERR This instance has cluster support disabled\r\n", {"protocol"}),
     ("a password is wanted", b"-NOAUTH Authentication required.\r\n", {"auth"}),
     ("loading", b"-LOADING Redis is loading\r\n", {"loading"}),
     ("the cluster is down", b"-CLUSTERDOWN no\r\n", {"down"}),
@@ -1209,7 +1209,7 @@ def test_all_keys_are_the_masters(watched: Watched) -> None:
 def test_a_master_that_sentinel_does_not_know_is_a_counted_miss(watched: Watched) -> None:
     with opened(watched.url.replace("/main", "/other")) as store:
         assert store.get_many([A]) == [None] and store.put_many([A], [b"x"]) == 0
-        assert store.stats().misses == Counter(response=1)
+        assert store.stats().misses == Counter(protocol=1) and store.stats().faults == Counter(protocol=2)
         health = store.health()
         assert not health.ok and "Sentinel knows no master called 'other'" in health.detail
 
@@ -1283,7 +1283,7 @@ SENTINEL_NONSENSE: list[tuple[str, Said, set[str]]] = [
     ("lists", resp([[HOST], [b"1"]]), {"protocol"}),
     ("a host that no URL can hold", resp([b"h/[", b"1"]), {"protocol", "error"}),
     ("an error for a host", b"*2\r\n-ERR x\r\n$1\r\n1\r\n", {"protocol"}),
-    ("an error", b"-ERR no\r\n", {"response"}),
+    ("an error", b"-ERR no\r\n", {"protocol"}),
     ("a password is wanted", b"-NOAUTH Authentication required.\r\n", {"auth"}),
     ("hanging up", CLOSED, {"conn"}),
     ("silence", SILENT, {"timeout"}),
