@@ -43,7 +43,7 @@ class Shard:
     replicas: tuple[Node, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """The share of a batch that one server is asked for.
 
