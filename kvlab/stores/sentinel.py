@@ -32,7 +32,7 @@ class Sentinel(Learned):
         """See `Topology`."""
         why = self._learn(deadline)
         if self._shard is None:
-            return [], why
+            return [], why or "down"
         self._turn += reading
         return [Part(self._pick(self._shard, reading), range(len(keys)))], ""
 
