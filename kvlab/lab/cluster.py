@@ -20,9 +20,9 @@ from redis.crc import key_slot
 
 from kvlab.errors import KVLabError
 from kvlab.lab.server import LocalRedis, free_port, with_redis
+from kvlab.stores.topology import SLOTS
 
 HOST = "127.0.0.1"
-SLOTS = 16384
 READY_S = 60.0
 POLL_S = 0.05
 

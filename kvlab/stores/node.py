@@ -131,7 +131,7 @@ class Node:
             self.breaker.record(verdict)
         return replies
 
-    def value_limit(self, deadline: Deadline) -> int | Reply:
+    def value_limit(self, deadline: Deadline) -> int | Exception:
         """The most bytes that a value may have here, asked for once a minute; else why that is not known."""
         if self._clock() < self._limit_until:
             return self._limit
