@@ -3,7 +3,9 @@
 A topology is learned from the servers themselves and is never certain: slots move, masters die,
 replicas take over. So it is asked for again when an answer hints that it has changed (MOVED,
 READONLY, a server that does not answer), at most twice a second, and once a minute without a hint.
-Until the servers have agreed on something new, keys of a lost server are misses.
+Only the first call waits for the answer. Later ones go by the map that there is, while a thread
+asks for the next: nobody who knows where to go waits for servers that do not tell. Until the
+servers have agreed on something new, keys of a lost server are misses.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from kvlab.stores.wire import Command, Deadline, Link, NoConnection, Reply
 SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
 KEEP_S: Final = 60.0  # how long a map is believed without a hint
 PAUSE_S: Final = 0.5  # the least time between two questions, however many hints there are
+ASKER: Final = "kvlab map"  # the thread that asks
 MAX_SERVERS: Final = 1000  # more no cluster is meant to have, says its specification
 HINTS: Final = frozenset({"moved", "down", "readonly", "conn", "timeout", "protocol", "loading", "breaker"})
 """Reasons that may mean that another server has the keys now."""
@@ -153,7 +156,10 @@ class Alone(Topology):
 
 
 class _Turns:
-    """One asks at a time. A turn ends by itself: a signal may keep its holder from ever giving it back."""
+    """One asks at a time. A turn ends by itself: a signal may keep its holder from ever giving it back.
+
+    Whoever takes a turn may have another thread give it back.
+    """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -215,24 +221,48 @@ class Learned(Topology):
         """
 
     def _learn(self, deadline: Deadline) -> str:
-        """Ask, if it is time to; returns why nothing is known, "" if something is."""
-        if self._known and self._clock() - self._asked_at < (PAUSE_S if self._hinted else KEEP_S):
+        """Wait for the first map; later have a thread ask for newer ones. Returns why there is none, "" if there is."""
+        if self._known:
+            self._ask_behind(deadline)
             return ""
-        if not self._turns.take(0 if self._known else deadline.rest, deadline.rest):
-            return "" if self._known else "pool"
+        if not self._turns.take(deadline.rest, deadline.rest):
+            return "pool"
         try:
-            if self._known and self._clock() - self._asked_at < PAUSE_S:
+            if self._known:
                 return ""  # somebody else has just asked
             if not self._breaker.allow():
-                return "" if self._known else "breaker"
+                return "breaker"
             self._ask_and_record(deadline)
         except Exception as error:
-            if not self._known:
-                return reason_of(error)
-            self.faults[reason_of(error)] += 1
+            return reason_of(error)
         finally:
             self._turns.give_back()
         return ""
+
+    def _ask_behind(self, deadline: Deadline) -> None:
+        """Have a thread ask for a newer map, if it is time to."""
+        if not self._due or not self._turns.take(0, deadline.rest):
+            return
+        asker = threading.Thread(target=self._ask_in_turn, args=(deadline.copy(),), name=ASKER, daemon=True)
+        try:
+            asker.start()
+        except RuntimeError:  # no thread to be had, or the interpreter is ending
+            self._turns.give_back()
+
+    @property
+    def _due(self) -> bool:
+        """Whether the map is old, or a hint says so."""
+        return self._clock() - self._asked_at >= (PAUSE_S if self._hinted else KEEP_S)
+
+    def _ask_in_turn(self, deadline: Deadline) -> None:
+        """What the thread does. Its failures are counted: the old map goes on."""
+        try:
+            if self._due and self._breaker.allow():
+                self._ask_and_record(deadline)
+        except Exception as error:
+            self.faults[reason_of(error)] += 1
+        finally:
+            self._turns.give_back()
 
     def ask(self, deadline: Deadline) -> list[Shard]:
         """See `Topology`."""

@@ -20,13 +20,14 @@ TIMEOUT_S = 30.0  # no test here is about deadlines, and test machines can be bu
 
 @dataclass(frozen=True)
 class StoreKind:
-    """One implementation of `Store`: how it is made, and whether it takes a TTL."""
+    """One implementation of `Store`: how it is made, and what is its own."""
 
     name: str
     make: Callable[..., Store]
     server: str = ""  # the RedisServer property with the address
     marks: tuple[Any, ...] = ()
     fixture: str = "redis_server"  # which server
+    yields: frozenset[str] = frozenset()  # why a write may be dropped when another thread writes the same key
 
     def store(self, request: pytest.FixtureRequest, **settings: Any) -> Store:
         if self.server:
@@ -48,7 +49,11 @@ class Flushed(WriteBehind):
 
 
 MEMORY = StoreKind("memory", MemoryStore)
-BEHIND = StoreKind("write-behind", lambda **settings: Flushed(MemoryStore(**settings)))
+BEHIND = StoreKind(
+    "write-behind",
+    lambda **settings: Flushed(MemoryStore(**settings)),
+    yields=frozenset({"collapsed", "deleted"}),  # in its queue a newer write or a delete comes before an older write
+)
 FAKEREDIS = StoreKind("fakeredis", _redis)
 REDIS_TCP = StoreKind("redis-tcp", _redis, "url", (pytest.mark.redis,))
 REDIS_UNIX = StoreKind("redis-unix", _redis, "unix_url", (pytest.mark.redis,))

@@ -355,7 +355,7 @@ def check_shared(keys: Sequence[bytes], got: Sequence[bytes | memoryview | None]
         assert value is None or bytes(value) == shared_value(key)
 
 
-def test_eight_threads_see_only_right_values(store: Store) -> None:
+def test_eight_threads_see_only_right_values(store: Store, store_kind: StoreKind) -> None:
     faults: list[BaseException] = []
 
     def run(seed: int) -> None:
@@ -372,7 +372,7 @@ def test_eight_threads_see_only_right_values(store: Store) -> None:
     assert faults == []
     stats = store.stats()
     stats.check()
-    assert set(stats.misses) <= {"absent"} and stats.drops == Counter()
+    assert set(stats.misses) <= {"absent"} and set(stats.drops) <= store_kind.yields
     assert stats.requested >= 8 * 40 * 5
 
 

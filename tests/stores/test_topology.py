@@ -26,7 +26,7 @@ from kvlab.stores import RedisStore
 from kvlab.stores.cluster import Cluster
 from kvlab.stores.node import Node
 from kvlab.stores.redis import KEY_PREFIX, MAX_REDIRECTS
-from kvlab.stores.topology import KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Part, Shard
+from kvlab.stores.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Part, Shard
 from kvlab.stores.wire import Deadline, Link
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
@@ -174,10 +174,31 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+class Orderly(RedisStore):
+    """When a newer map is due, its calls let the thread that asks for it finish first: then it is certain who is asked.
+
+    Other stores' calls go on meanwhile.
+    """
+
+    def _spread(self, names: Any, work: Any, deadline: Deadline, reading: bool = False) -> Any:
+        if names and not self._closed and self._topology._known:
+            self._topology._ask_behind(deadline)
+            wait_for_askers()
+        return super()._spread(names, work, deadline, reading)
+
+
+def wait_for_askers() -> None:
+    """Wait until no thread asks for a map any more."""
+    for thread in threading.enumerate():
+        if thread.name == ASKER:
+            thread.join(LONG_S)
+            assert not thread.is_alive()
+
+
 @contextmanager
-def opened(url: str, **settings: Any) -> Iterator[RedisStore]:
+def opened(url: str, kind: type[RedisStore] = Orderly, **settings: Any) -> Iterator[RedisStore]:
     """A store; in the end its sums must be right."""
-    with RedisStore(url, **{"deadline_s": LONG_S, **settings}) as store:
+    with kind(url, **{"deadline_s": LONG_S, **settings}) as store:
         yield store
         store.stats().check()
 
@@ -780,25 +801,51 @@ def test_threads_at_a_first_call_that_nobody_answers_all_return_in_time(cluster:
         assert set(store.stats().misses) <= {"timeout", "pool", "breaker"} and store.stats().misses["timeout"] >= 2
 
 
-def test_who_knows_a_map_does_not_wait_for_who_asks_for_a_new_one(cluster: SlotMap, clock: FakeClock) -> None:
-    asked, go_on = threading.Event(), threading.Event()
+@pytest.mark.parametrize("kind", ["cluster", "sentinel"])
+def test_who_knows_a_map_waits_for_no_newer_one(
+    cluster: SlotMap, watched: Watched, clock: FakeClock, kind: str
+) -> None:
+    many, asked, go_on = cluster if kind == "cluster" else watched, threading.Event(), threading.Event()
+
+    def slow(at: int, command: list[bytes]) -> Said:
+        if command[0] in (b"CLUSTER", b"SENTINEL"):
+            asked.set()
+            go_on.wait(LONG_S)
+        return ...
+
+    with opened(many.url, RedisStore, clock=clock) as store:
+        store.get_many([A])
+        many.twist = slow
+        cluster.lines, watched.master = [(0, SLOTS - 1, 1)], [1, 1, 1]
+        clock.now += KEEP_S
+        for _ in range(5):
+            assert store.get_many([A, B]) == values(A, B)
+        assert asked.wait(LONG_S)
+        assert store.get_many([A, B]) == values(A, B) and many.asked(0, b"GET")
+        go_on.set()
+        wait_for_askers()
+        many.forget()
+        assert store.get_many([A, B]) == values(A, B)
+        assert not many.asked(0, b"GET") and len(many.asked(1, b"GET")) == 2
+        assert store.stats().misses == Counter() and store.stats().faults == Counter()
+
+
+def test_without_a_thread_to_ask_the_old_map_goes_on(
+    cluster: SlotMap, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
     with opened(cluster.url, clock=clock) as store:
         store.get_many([A])
-
-        def slow(at: int, command: list[bytes]) -> Said:
-            if command[0] == b"CLUSTER":
-                asked.set()
-                go_on.wait(LONG_S)
-            return ...
-
-        cluster.twist = slow
+        cluster.lines = [(0, SLOTS - 1, 1)]
         clock.now += KEEP_S
-        asker = threading.Thread(target=lambda: store.get_many([A]))
-        asker.start()
-        assert asked.wait(LONG_S)
-        assert store.get_many([A, B]) == values(A, B) and asker.is_alive()
-        go_on.set()
-        asker.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            assert store.get_many([A]) == values(A)
+        cluster.forget()
+        assert store.get_many([A]) == values(A)
+        assert cluster.questions() == len(cluster.asked(1, b"GET")) == 1
 
 
 @pytest.mark.parametrize("url", ["redis-cluster://127.0.0.1:{}", "redis-sentinel://127.0.0.1:{}/main"])
