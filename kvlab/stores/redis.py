@@ -14,6 +14,7 @@ import copy
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
@@ -221,7 +222,7 @@ class RedisStore(Store):
         """See `Store.stats`."""
         with self._lock:
             stats = copy.deepcopy(self._stats)
-        stats.faults += self._topology.faults
+        stats.faults += Counter(self._topology.faults)  # a copy: a thread that asks for the map may add to it now
         return stats
 
     def close(self) -> None:

@@ -241,7 +241,7 @@ class Learned(Topology):
 
     def _ask_behind(self, deadline: Deadline) -> None:
         """Have a thread ask for a newer map, if it is time to."""
-        if not self._due or not self._turns.take(0, deadline.rest):
+        if not (self._due and self._breaker.ready and self._turns.take(0, deadline.rest)):
             return
         asker = threading.Thread(target=self._ask_in_turn, args=(deadline.copy(),), name=ASKER, daemon=True)
         try:

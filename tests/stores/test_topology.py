@@ -670,6 +670,23 @@ def test_the_old_map_goes_on_while_nobody_tells_a_new_one(cluster: SlotMap, cloc
         assert store.get_many([A]) == values(A) and len(cluster.asked(1, b"GET")) == 1
 
 
+def test_while_nobody_tells_one_thread_a_second_tries(
+    cluster: SlotMap, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name) or start(thread))
+    with opened(cluster.url_of(0), clock=clock) as store:
+        store.get_many([A])
+        cluster.said = CLOSED
+        clock.now += KEEP_S
+        for _ in range(90):
+            store.get_many([A])
+            clock.now += 0.1
+        assert 8 <= started.count(ASKER) <= 10
+        assert store.stats().faults == Counter(conn=started.count(ASKER)) and store.stats().misses == Counter()
+
+
 def test_a_question_that_nobody_answered_is_asked_again_after_the_pause(cluster: SlotMap, clock: FakeClock) -> None:
     with opened(cluster.url_of(0), clock=clock) as store:
         store.get_many([A])
