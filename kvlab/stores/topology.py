@@ -3,9 +3,9 @@
 A topology is learned from the servers themselves and is never certain: slots move, masters die,
 replicas take over. So it is asked for again when an answer hints that it has changed (MOVED,
 READONLY, a server that does not answer), at most twice a second, and once a minute without a hint.
-Only the first call waits for the answer. Later ones go by the map that there is, while a thread
-asks for the next: nobody who knows where to go waits for servers that do not tell. Until the
-servers have agreed on something new, keys of a lost server are misses.
+A hint is worth half of a call's time, for its keys are about to be missed. A map that is only old
+is not: the call goes by it, and a thread asks. Until the servers have agreed on something new, keys
+of a lost server are misses.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ class Learned(Topology):
         self._breaker = Breaker(clock=clock)  # for when nobody tells
         self._nodes: dict[tuple[str, int], Node] = {}
         self._known = False
-        self._hinted = False
+        self._hinted = False  # an answer says that the map may be wrong
+        self._failed = False  # nobody answered the last question
         self._asked_at = float("-inf")
         self._turn = random.randrange(1 << 16)  # which replica is next
         self.renew()
@@ -221,9 +222,9 @@ class Learned(Topology):
         """
 
     def _learn(self, deadline: Deadline) -> str:
-        """Wait for the first map; later have a thread ask for newer ones. Returns why there is none, "" if there is."""
+        """See to it that there is a map, and that it does not get old; returns why there is none, "" if there is."""
         if self._known:
-            self._ask_behind(deadline)
+            self._refresh(deadline)
             return ""
         if not self._turns.take(deadline.rest, deadline.rest):
             return "pool"
@@ -239,9 +240,12 @@ class Learned(Topology):
             self._turns.give_back()
         return ""
 
-    def _ask_behind(self, deadline: Deadline) -> None:
-        """Have a thread ask for a newer map, if it is time to."""
+    def _refresh(self, deadline: Deadline) -> None:
+        """Ask for a newer map, if it is time to: for a hint in half of the call's time, else by a thread."""
         if not (self._due and self._breaker.ready and self._turns.take(0, deadline.rest)):
+            return
+        if self._hinted:
+            self._ask_in_turn(deadline.half())
             return
         asker = threading.Thread(target=self._ask_in_turn, args=(deadline.copy(),), name=ASKER, daemon=True)
         try:
@@ -251,11 +255,11 @@ class Learned(Topology):
 
     @property
     def _due(self) -> bool:
-        """Whether the map is old, or a hint says so."""
-        return self._clock() - self._asked_at >= (PAUSE_S if self._hinted else KEEP_S)
+        """Whether the map is old, or may be wrong."""
+        return self._clock() - self._asked_at >= (PAUSE_S if self._hinted or self._failed else KEEP_S)
 
     def _ask_in_turn(self, deadline: Deadline) -> None:
-        """What the thread does. Its failures are counted: the old map goes on."""
+        """Ask with a turn that was taken, and give it back. Failures are counted: the old map goes on."""
         try:
             if self._due and self._breaker.allow():
                 self._ask_and_record(deadline)
@@ -280,8 +284,9 @@ class Learned(Topology):
             self._hinted = False  # before asking: what comes in meanwhile counts again
             self._ask(deadline)
             self._known = verdict = True
+            self._failed = False
         except Exception as error:  # a broken server makes libraries raise anything
-            verdict, self._hinted = False, True
+            verdict, self._failed = False, True
             if reason_of(error) == "response":  # this is not the kind of server that the URL says
                 raise redis.InvalidResponse(str(error)) from error
             raise

@@ -175,14 +175,11 @@ def clock() -> FakeClock:
 
 
 class Orderly(RedisStore):
-    """When a newer map is due, its calls let the thread that asks for it finish first: then it is certain who is asked.
-
-    Other stores' calls go on meanwhile.
-    """
+    """Its calls let the thread that asks for a newer map finish first, so that it is certain who is asked for keys."""
 
     def _spread(self, names: Any, work: Any, deadline: Deadline, reading: bool = False) -> Any:
         if names and not self._closed and self._topology._known:
-            self._topology._ask_behind(deadline)
+            self._topology._refresh(deadline)
             wait_for_askers()
         return super()._spread(names, work, deadline, reading)
 
@@ -845,6 +842,33 @@ def test_who_knows_a_map_waits_for_no_newer_one(
         assert store.get_many([A, B]) == values(A, B)
         assert not many.asked(0, b"GET") and len(many.asked(1, b"GET")) == 2
         assert store.stats().misses == Counter() and store.stats().faults == Counter()
+
+
+def test_after_a_hint_the_next_call_asks_in_half_of_its_time(
+    cluster: SlotMap, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[float] = []
+    by: list[str] = []
+    ask = Cluster._ask
+
+    def watched_ask(topology: Cluster, deadline: Deadline) -> None:
+        times.append(deadline.rest)
+        by.append(threading.current_thread().name)
+        ask(topology, deadline)
+
+    monkeypatch.setattr(Cluster, "_ask", watched_ask)
+    with opened(cluster.url, RedisStore, clock=clock) as store:
+        store.get_many([A])
+        cluster.twist = lambda at, command: resp("READONLY no") if at == 0 and command[0] == b"SET" else ...
+        store.put_many([A], [b"x"])
+        cluster.lines = [(0, SLOTS - 1, 1)]
+        clock.now += PAUSE_S
+        assert store.put_many([A], [b"x"]) == 1
+        clock.now += KEEP_S
+        assert store.get_many([A]) == [b"x"]
+        wait_for_askers()
+        me = threading.current_thread().name
+        assert by == [me, me, ASKER] and LONG_S / 2 < times[0] < LONG_S and times[1] <= LONG_S / 2 < times[2]
 
 
 def test_without_a_thread_to_ask_the_old_map_goes_on(
