@@ -37,6 +37,7 @@ Command = tuple[bytes | Value, ...]
 Reply = bytes | memoryview | int | None | Exception
 """What came back; an exception is an error reply, or the fault that left this command unanswered."""
 
+GRACE_S: Final = 0.05  # for what has arrived while this process itself stood still
 BYTES_PER_S: Final = 50e6  # a wire slower than this loses against computing; it only stretches the deadline
 MAX_VALUE_BYTES: Final = 64 << 20
 _SEPARATE_BYTES: Final = 16 << 10  # smaller pieces are cheaper to copy than to send apart
@@ -67,10 +68,11 @@ class Deadline:
         seconds: for the call; what it moves may add to them, see `extend`.
     """
 
-    __slots__ = ("_until",)
+    __slots__ = ("_grace", "_until")
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
+        self._grace = 0.0
 
     def extend(self, nbytes: int) -> None:
         """Allow the time for so many bytes more."""
@@ -126,6 +128,24 @@ class Deadline:
             raise TimeoutError("the deadline of the call has passed")
         return left
 
+    def patience(self) -> float:
+        """Seconds to wait for what is on its way, more than 0.
+
+        Who finds, without having waited, that none are left gets `GRACE_S`, once: this process stood
+        still (a full garbage collection takes 0.5 s with four million objects), and the server has
+        answered long ago. Without it such a pause is a fault of every call at once, and opens breakers.
+
+        Raises:
+            TimeoutError: none are left.
+        """
+        until, now = self._until, time.monotonic()
+        if until + self._grace <= now and not self._grace and not self.abandoned:
+            self._grace = now + GRACE_S - until
+        left = until + self._grace - now
+        if left <= 0:
+            raise TimeoutError("the deadline of the call has passed")
+        return left
+
 
 def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
     r"""Commands in the Redis protocol, as few pieces as possible; large ones are the caller's own memory.
@@ -172,7 +192,7 @@ class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py choo
 
     def read_from_socket(self, *args: Any, **options: Any) -> Any:
         if self._sock is not None:
-            self._sock.settimeout(self._connection.deadline.left())
+            self._sock.settimeout(self._connection.deadline.patience())
         return super().read_from_socket(*args, **options)
 
 
@@ -243,13 +263,13 @@ class _Connection(AbstractConnection):
             self.connect()
         if isinstance(self._sock, ssl.SSLSocket):
             for piece in command:
-                self._sock.settimeout(self.deadline.left())
+                self._sock.settimeout(self.deadline.patience())
                 self._sock.sendall(piece)
             return
         at, offset = 0, 0
         while at < len(command):
             views = [memoryview(command[at])[offset:], *command[at + 1 : at + _PIECES_A_CALL]]
-            self._sock.settimeout(self.deadline.left())
+            self._sock.settimeout(self.deadline.patience())
             offset += self._sock.sendmsg(views)
             while at < len(command) and offset >= len(command[at]):
                 offset -= len(command[at])
@@ -310,7 +330,7 @@ class _Connection(AbstractConnection):
         self._start += have
         scatter = not isinstance(self._sock, ssl.SSLSocket)
         while have < len(view):  # nothing is left in the line buffer now
-            self._sock.settimeout(self.deadline.left())
+            self._sock.settimeout(self.deadline.patience())
             if scatter:  # the buffer of lines takes what follows the value
                 got = self._sock.recvmsg_into([view[have:], self._line])[0]
             else:
@@ -327,7 +347,7 @@ class _Connection(AbstractConnection):
             have = min(len(scratch), self._end - self._start)
             self._start += have
             if not have:
-                self._sock.settimeout(self.deadline.left())
+                self._sock.settimeout(self.deadline.patience())
                 have = _some(self._sock.recv_into(scratch))
             length -= have
         self._fill(scratch[:length])
@@ -338,7 +358,7 @@ class _Connection(AbstractConnection):
             self._start, self._end = 0, self._end - self._start
             if self._end == _LINE_BYTES:
                 raise redis.InvalidResponse("a line of a reply does not end")
-            self._sock.settimeout(self.deadline.left())
+            self._sock.settimeout(self.deadline.patience())
             self._end += _some(self._sock.recv_into(memoryview(self._line)[self._end :]))
         line = bytes(self._line[self._start : end])
         self._start = end + len(_CRLF)

@@ -43,6 +43,7 @@ from tests.faults.test_wire_faults import (
     fill,
     forks,
     in_child,
+    read_while_standing_still,
 )
 from tests.faults.test_wire_faults import value_of as uncached_value_of
 from tests.helpers import build_model
@@ -1398,6 +1399,23 @@ def test_a_replica_that_lags_has_misses_and_nothing_wrong(book: Book, cluster: R
         fill(store, removed, SIZE)
         replicated([shard])
         check_all_there(store)
+
+
+# --- 4: the worker stands still --------------------------------------------------------------------
+def test_a_worker_of_a_cluster_that_stands_still(book: Book, cluster: RedisCluster) -> None:
+    """Parts of a batch that had not begun when it stopped begin late, and are answered."""
+    stops, threads = 10, 2
+    with (
+        book(
+            4,
+            "the worker stands still, cluster",
+            injected=f"{stops} times no thread of it runs for two deadlines, while {threads} read; the nodes are well",
+            expected="the answers have come, and are taken; the breakers stay closed",
+        ) as row,
+        RedisStore(cluster.url) as store,
+    ):
+        row.seen, row.added_ms = read_while_standing_still(store, stops, threads)
+        assert all(node.breaker.state == "closed" for node in store.nodes)
 
 
 # --- a whole request -------------------------------------------------------------------------------

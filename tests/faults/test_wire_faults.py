@@ -445,6 +445,52 @@ def test_a_hung_server_costs_three_deadlines_and_then_nothing(
         check_works_again(cache)
 
 
+@pytest.mark.redis
+def test_a_worker_that_stands_still_takes_the_answers_that_came_meanwhile(
+    book: Book, redis_server: RedisServer
+) -> None:
+    """What a full garbage collection does to all threads, or a C function that keeps the interpreter to itself."""
+    stops, threads = 10, 2  # fewer threads than faults that open a breaker
+    with (
+        book(
+            4,
+            "the worker stands still",
+            injected=f"{stops} times no thread of it runs for two deadlines, while {threads} read; the server is well",
+            expected="the answers have come, and are taken; the breaker stays closed",
+        ) as row,
+        RedisStore(redis_server.url, deadline_s=D) as store,
+    ):
+        row.seen, row.added_ms = read_while_standing_still(store, stops, threads)
+        assert breakers(store)[0] == "closed"
+
+
+def read_while_standing_still(store: Store, stops: int, threads: int) -> tuple[dict[str, int], float]:
+    """The keys that were hits and misses meanwhile, and how long the worker stood still, in ms."""
+    keys = [b"%d" % i for i in range(20)]
+    fill(store, keys)
+    stop, stood_s = threading.Event(), 0.0
+
+    def read() -> None:
+        while not stop.is_set():
+            ask(store, keys)
+
+    readers = [threading.Thread(target=read) for _ in range(threads)]
+    for reader in readers:
+        reader.start()
+    for _ in range(stops):
+        time.sleep(0.05)
+        begin = time.perf_counter()
+        ctypes.PyDLL(None).usleep(round(2 * D * 1e6))  # keeps the interpreter to itself
+        stood_s += time.perf_counter() - begin
+    stop.set()
+    for reader in readers:
+        reader.join()
+    stats = store.stats()
+    assert stats.hits and stood_s >= stops * 2 * D
+    assert stats.misses.total() <= stops * threads * len(keys) / 10 and set(stats.misses) <= {"timeout"}
+    return {"hits": stats.hits, "misses": stats.misses.total()}, 1000 * stood_s
+
+
 # --- 5, 6: slow ----------------------------------------------------------------------------------
 def slow_bandwidth(proxy: FaultProxy) -> None:
     proxy.bandwidth = 1e6

@@ -15,7 +15,7 @@ import redis
 from kvlab.stores import RedisStore
 from kvlab.stores.node import SHARE_OF_MEMORY, Node, Refused, reason_of, verdict_of
 from kvlab.stores.topology import Part
-from kvlab.stores.wire import MAX_VALUE_BYTES, Deadline, FakeLink, Link, NoConnection, TooBig
+from kvlab.stores.wire import GRACE_S, MAX_VALUE_BYTES, Deadline, FakeLink, Link, NoConnection, TooBig
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
 from tests.stores.test_topology import LONG_S, A, B, SlotMap, opened, resp, values
@@ -43,6 +43,33 @@ def test_a_deadline_counts_down_and_passes(now: list[float]) -> None:
         assert deadline.passed
         with pytest.raises(TimeoutError, match="deadline"):
             deadline.left()
+
+
+def test_who_did_not_wait_for_the_deadline_to_pass_gets_a_moment_more_once(now: list[float]) -> None:
+    deadline = Deadline(2.0)
+    now[0] += 1.5
+    assert deadline.patience() == 0.5
+    now[0] += 7.0  # stood still
+    assert deadline.patience() == pytest.approx(GRACE_S) and deadline.passed
+    now[0] += GRACE_S / 2
+    assert deadline.patience() == pytest.approx(GRACE_S / 2)
+    now[0] += GRACE_S
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="deadline"):
+            deadline.patience()
+    with pytest.raises(TimeoutError):
+        deadline.left()
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_who_was_abandoned_gets_no_moment_more(now: list[float], waited: bool) -> None:
+    deadline = Deadline(2.0)
+    if waited:
+        now[0] += 3.0
+        deadline.patience()
+    deadline.abandon()
+    with pytest.raises(TimeoutError):
+        deadline.patience()
 
 
 def test_a_copy_ends_at_the_same_moment_and_is_stretched_alone(now: list[float]) -> None:
