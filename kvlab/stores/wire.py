@@ -138,10 +138,10 @@ class Deadline:
         Raises:
             TimeoutError: none are left.
         """
-        until, now = self._until, time.monotonic()
-        if until + self._grace <= now and not self._grace and not self.abandoned:
-            self._grace = now + GRACE_S - until
-        left = until + self._grace - now
+        left = self._until - time.monotonic()
+        if left <= 0 and not self.abandoned:
+            self._grace = self._grace or GRACE_S - left
+            left += self._grace
         if left <= 0:
             raise TimeoutError("the deadline of the call has passed")
         return left
