@@ -803,6 +803,18 @@ def _point_before(points: list[int], owners: list[str], at: int) -> str:
     return owners[bisect.bisect_right(points, at) - 1]
 
 
+def _one_step_short(points: list[int], owners: list[str], at: int) -> str:
+    return owners[bisect.bisect_left(points, at) - 1]
+
+
+def _place_itself(points: list[int], owners: list[str], at: int) -> int:
+    return bisect.bisect_left(points, at) % len(points)
+
+
+def _point_itself(points: list[int], owners: list[str], at: int) -> int:
+    return points[bisect.bisect_left(points, at) % len(points)]
+
+
 def _no_way_around(points: list[int], owners: list[str], at: int) -> str:
     return owners[min(bisect.bisect_left(points, at), len(points) - 1)]
 
@@ -888,6 +900,11 @@ def _last_opening_brace(key: bytes) -> bytes:
     return key[begin + 1 : end] if -1 < begin < end - 1 else key
 
 
+def _one_byte_or_more(key: bytes) -> bytes:
+    found = re.search(rb"\{(.+?)\}", key)
+    return found[1] if found else key
+
+
 def _next_pair(key: bytes) -> bytes:
     found = re.search(rb"\{([^}]+)\}", key, re.DOTALL)
     return found[1] if found else key
@@ -937,6 +954,9 @@ RING_OWNER = Exercise(
     ),
     wrong=(
         Wrong(_point_before, "a key goes clockwise: to the next point at or after it, not to the one before"),
+        Wrong(_one_step_short, "bisect_left already gives the first point at or after the key: do not go one back"),
+        Wrong(_place_itself, "that is the place in the lists: return the owner that stands there, owners[…]"),
+        Wrong(_point_itself, "that is the point: return its owner, the name at the same place in `owners`"),
         Wrong(_no_way_around, "after the last point the ring begins anew: the first point has those keys"),
         Wrong(_falls_off_the_end, "beyond the last point comes the first again: take the index % len(points)"),
         Wrong(_nearest_point, "not the nearest point: the next one, however far it is"),
@@ -987,6 +1007,7 @@ HASH_TAG = Exercise(
         Wrong(_braces_kept, "what counts stands between the braces: return it without them"),
         Wrong(_first_closing_brace, "a } before the { means nothing: look for one behind it"),
         Wrong(_last_opening_brace, "the tag begins at the FIRST {: in foo{{bar}}zap it is {bar"),
+        Wrong(_one_byte_or_more, "`.+?` wants a byte, so in {}{bar} it takes the }: an empty first pair means no tag"),
         Wrong(_next_pair, "after an empty {} no other pair is looked for: then the whole key counts"),
     ),
     hint="the first {, then the first } behind it; if either is missing or nothing stands between, the whole key",
@@ -1005,7 +1026,7 @@ IN_ORDER = Exercise(
     ),
     wrong=(
         Wrong(_node_after_node, "these are the replies node after node: block 2 would stand at the place of block 1"),
-        Wrong(_silent_node_skipped, "a node that did not answer leaves holes: put None there, or later ones move up"),
+        Wrong(_silent_node_skipped, "a node that did not answer leaves gaps: put None there, or later ones move up"),
         Wrong(_counted_in_the_batch, "i is the key's place in the batch; a node's replies count only its own keys"),
         Wrong(_silent_node_looked_up, "a node that did not answer is not in `replies`: ask first whether it is"),
         Wrong(_one_reply_for_all, "each reply is for one key: the second key of a node gets its second reply"),
