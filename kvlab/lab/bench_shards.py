@@ -38,8 +38,11 @@ NODE_TIMEOUT_MS = 15_000  # no failover while a node hangs
 ABOUT = (
     f"get_vs_one, put_vs_one: {RECORDS} records over {MASTERS} nodes beside the same over one server, above 1 is "
     "faster; get_vs_in_turn: all nodes at once beside one node after the other; get_vs_redis_py: beside "
-    "RedisCluster.mget_nonatomic; round_trips: exchanges with each node for one call; aa_ratio: the same work "
-    "against itself"
+    "RedisCluster.mget_nonatomic; many_*_ms and one_*_ms: all records over the nodes and over one server; lookup: a "
+    f"probe of {LOOKUP_KEYS:,} keys, ratio as above; round_trips: keys of each node, and exchanges with it for one "
+    f"call; hung: {HUNG_CALLS} loads of all records while one node is stopped, misses over all of them; aa_ratio: the "
+    "same work against itself, at the top the median of all rows; noisy: it is off by more than 10 % in some row; "
+    "versions: of Python packages"
 )
 
 

@@ -20,6 +20,7 @@ from kvlab.stores.wire import FakeLink, Link
 ALONE: Final = ("redis", "rediss", "unix", "fakeredis")
 MANY: Final = ("redis-cluster", "rediss-cluster", "redis-sentinel", "rediss-sentinel")
 _PARTS_OF_MANY: Final = re.compile(r"(rediss?)-(cluster|sentinel)://(?:(.*)@)?([^@/?]*)/?([^?]*)(?:\?(.*))?", re.DOTALL)
+_HOST: Final = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(:[0-9]+)?")
 _PORT: Final = {"cluster": 6379, "sentinel": 26379}
 
 _fake_servers: dict[str, Any] = {}
@@ -46,10 +47,15 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         raise _unusable(url, f"expected {scheme}://host:port,host:port")
     base, kind, login, hosts, path, query = match.groups(default="")
     name, database = ("", path) if kind == "cluster" else path.partition("/")[::2]
-    if set(login) & set("/?#"):
-        raise _unusable(url, "special characters in user and password must be percent-encoded")
+    if set(login) & set("/?#@") or "#" in query:
+        raise _unusable(
+            url, "special characters in users and passwords must be percent-encoded, and a login stands once"
+        )
     if not all(hosts.split(",")) or "://" in rest.partition("?")[0] or re.search(r"\s", hosts):
         raise _unusable(url, f"expected {scheme}://host:port,host:port")
+    wrong = next((host for host in hosts.split(",") if host and not _HOST.fullmatch(host)), None)
+    if wrong:
+        raise _unusable(url, f"expected host:port, got {wrong!r}")
     if kind == "sentinel" and not name:
         raise _unusable(url, f"expected what the sentinels call the master: {scheme}://host:port,host:port/NAME")
     settings = dict(parse_qsl(query, keep_blank_values=True))
@@ -77,8 +83,9 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
 
 def without_password(url: str) -> str:
     """The URL as it may be shown and logged: whatever stands between user name and last @ may be secret."""
-    url = re.sub(r"([?&](?:sentinel_|ssl_)?password=)[^&]*", r"\1***", url)
-    return re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", url)
+    url = re.sub(r"([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", url, flags=re.IGNORECASE)  # misspelt ones too
+    before = "(?<=://)" if "://" in url else "^"
+    return re.sub(rf"{before}([^:@/]*):.*@", r"\1:***@", url)
 
 
 def _joined(base: str, login: str, at: str, database: str, settings: dict[str, str]) -> str:
@@ -117,6 +124,8 @@ def _checked(url: str) -> SplitResult:
         # The parser's own words may show a part of the password that it took for the port.
         why = "special characters in user and password must be percent-encoded" if "@" in url else str(error)
         raise _unusable(url, why) from None
+    if parts.fragment:
+        raise _unusable(url, "a # must be percent-encoded: %23")
     for setting, files in parse_qs(parts.query).items():
         if setting in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(files[0]).exists():
             raise _unusable(url, f"there is no file {files[0]!r} for {setting}")

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from kvlab.errors import ConfigError
 from kvlab.stores.base import (
     Health,
     Store,
@@ -37,9 +38,14 @@ class WriteBehind(Store):
     Args:
         store: where the writes go; closed together with this.
         max_bytes: of all values that wait, the batch being written included.
+
+    Raises:
+        ConfigError: no store, but a URL, say.
     """
 
     def __init__(self, store: Store, max_bytes: int = 64 << 20) -> None:
+        if not isinstance(store, Store):
+            raise ConfigError(f"expected a store, such as RedisStore(url), got {type(store).__name__}")
         self.store = store
         self.max_bytes = max_bytes
         self._own = StoreStats()

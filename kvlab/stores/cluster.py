@@ -74,6 +74,7 @@ class Cluster(Learned):
                 try:
                     return self._believe(_ranges(link.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
                 except Exception as error:
+                    error.add_note(f"from {link.at}")
                     errors.append(error)
                     if node is not None:
                         node.breaker.record(verdict_of([error]))

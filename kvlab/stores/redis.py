@@ -50,6 +50,7 @@ MAX_REDIRECTS: Final = 3
 MAX_DEADLINE_S: Final = 3600
 
 _HEALTH_DRAWS: Final = (1, 1 << 10, 1 << 14, 1 << 17)  # random names, until each master has one of them
+_TOLD: Final = 3  # sick servers that a line of health names
 _WRITE_FAULTS: Final = {"oom", "readonly", "misconf", "auth"}
 
 Work = Callable[[Node, Sequence[int], Deadline, bool], list[Reply]]
@@ -66,11 +67,11 @@ class RedisStore(Store):
             - unix:///path/to.sock: the same on this machine.
             - redis-cluster://host:port,host:port: some nodes of a Redis Cluster; rediss-cluster://.
             - redis-sentinel://host:port,host:port/NAME: sentinels, and what they call the master;
-              rediss-sentinel://.
+              rediss-sentinel://. A number behind it, /NAME/1, is the database, else 0.
             - fakeredis://: one in this process; fakeredis://NAME is shared by all stores of the
               process that use that name.
 
-            All but the last take user:password@ before the host: for every server, but not for
+            All but the last take user:password@ before the first host: for every server, but not for
             sentinels, whose login is ?sentinel_username=…&sentinel_password=…. A private CA is
             named by ?ssl_ca_certs=FILE.
         ttl_s: how long a value lives after it was last written or read; None keeps it until
@@ -208,13 +209,13 @@ class RedisStore(Store):
         try:
             shards = self._topology.ask(deadline)
         except Exception as error:
-            return Health(False, f"{where}: {_in_words(error)}")
+            return Health(False, f"{where}: {_in_words(error)}{self._known_before()}")
         if self._topology.unserved():
             return Health(False, f"{where}: nobody serves {self._topology.unserved()} of {SLOTS} slots")
         sick = [line for line in self._examined(shards, deadline) if line]
         if sick:
-            which = f"{len(sick)} of {len(shards)} masters: " if len(shards) > 1 else ""
-            return Health(False, f"{where}: {which}{sick[0]}")
+            which = f"{len(sick)} of {len(shards)} masters fail: " if len(shards) > 1 else ""
+            return Health(False, f"{where}: {which}{'; '.join(sick[:_TOLD])}{'; …' * (len(sick) > _TOLD)}")
         if len(shards) > 1:
             return Health(True, f"{where}: {len(shards)} masters answer")
         return Health(True, f"{where}: {shards[0].master.name + ' ' if self._topology.many else ''}answers")
@@ -415,6 +416,15 @@ class RedisStore(Store):
             with self._lock:
                 self._stats.faults[min(reasons)] += 1
 
+    def _known_before(self) -> str:
+        """How the masters are that are known, when nobody tells which there are now."""
+        shards = self._topology.shards()
+        if not shards:
+            return ""
+        sick = [line for line in self._examined(shards, Deadline(self._deadline_s)) if line]
+        names = ", ".join(shard.master.name for shard in shards[:_TOLD]) + ", …" * (len(shards) > _TOLD)
+        return f"; of {names}, known from before, {len(sick)} fail" if sick else f"; {names}, known from before, answer"
+
     def _examined(self, shards: Sequence[Shard], deadline: Deadline) -> list[str]:
         """What is wrong with each master, "" where nothing is."""
         masters = [shard.master for shard in shards]
@@ -433,6 +443,8 @@ class RedisStore(Store):
             fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
             if not self._topology.many and isinstance(answers[-1], bytes) and b"cluster_enabled:1" in answers[-1]:
                 lines.append("moved: this is a node of a Redis Cluster, which redis-cluster:// speaks to")
+            elif fault and not self._topology.many and "unknown command" in str(fault):
+                lines.append(f"{_in_words(fault)}: no Redis that keeps data; sentinels are redis-sentinel://…/NAME")
             else:
                 lines.append(f"{which}{reads}{_in_words(fault)}" if fault else "")
         return lines
@@ -475,7 +487,8 @@ def _fault_of(replies: Sequence[Reply]) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    return f"{reason_of(error)}: {' '.join(str(error).split())}"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{reason_of(error)}: {' '.join(str(error).split())}{notes}"
 
 
 def _nbytes(value: Value) -> int:

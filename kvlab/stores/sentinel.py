@@ -50,6 +50,7 @@ class Sentinel(Learned):
             try:
                 self._shard = self._told_by(sentinel, deadline.half())
             except Exception as error:
+                error.add_note(f"from the sentinel at {sentinel.at}")
                 errors.append(error)
                 continue
             self._keep_only([self._shard])

@@ -401,6 +401,7 @@ class Link:
 
     Attributes:
         host: of the server.
+        at: its host and port, as messages name it.
 
     Raises:
         ValueError, TypeError: a URL with settings that redis-py does not know.
@@ -420,6 +421,7 @@ class Link:
             "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
         }
         self.host = str(settings.get("host") or "localhost")
+        self.at = f"{self.host}:{settings.get('port', 6379)}"
         self._class(**self._settings)  # connects nowhere; a wrong setting shows here
         self.renew()
 

@@ -287,6 +287,22 @@ def test_a_url_without_password_is_shown_as_it_is(url: str) -> None:
     assert without_password(url) == url
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "me:secret@a:1",  # the scheme is forgotten
+        "redis-sentinel://me:secret@a:1/main?sentinel_passwd=secret",
+        "redis-cluster://a:1?Password=secret",
+        "redis-cluster://me:secret@a:1x,b:2",
+        "redis-cluster://me:secret@a:1,me:secret@b:2",
+    ],
+)
+def test_a_refusal_tells_no_password_however_it_was_written(url: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RedisStore(url)
+    assert "secret" not in str(refused.value) and "***" in str(refused.value)
+
+
 def test_nothing_is_connected_until_the_first_call() -> None:
     with ScriptedServer(lambda command: b"+OK\r\n") as scripted:
         for url in (f"redis-cluster://127.0.0.1:{scripted.port}", f"redis-sentinel://127.0.0.1:{scripted.port}/main"):
@@ -301,6 +317,11 @@ def test_nothing_is_connected_until_the_first_call() -> None:
         ("redis://a:1,b:2", "several hosts are a cluster or sentinels"),
         ("redis-cluster://a:1,redis-cluster://b:2", "expected redis-cluster://host:port,host:port"),
         ("redis-cluster://a:1, b:2", "expected redis-cluster://host:port,host:port"),
+        ("redis-cluster://a:1x,b:2", r"'redis-cluster://a:1x,b:2' \(expected host:port, got 'a:1x'"),
+        ("redis-cluster://a:1;b:2", "expected host:port, got 'a:1;b:2'"),
+        ("redis-cluster://me:pass@a:1,me:pass@b:2", "a login stands once"),
+        ("redis-sentinel://a:1/main?sentinel_password=se#cret", "must be percent-encoded"),
+        ("redis://a:1?password=se#cret", "a # must be percent-encoded"),
         (
             "rediss-cluster://a:1?ssl_ca_cert=x",
             r"'rediss-cluster://a:1\?ssl_ca_cert=x' \(there is no setting 'ssl_ca_cert'",

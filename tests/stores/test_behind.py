@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvlab.errors import ConfigError
 from kvlab.stores import MemoryStore, WriteBehind
 
 WAIT_S = 30.0
@@ -225,3 +226,8 @@ def test_the_child_of_a_fork_leaves_the_parents_queue_alone(slow: SlowStore) -> 
     slow.gate.set()
     behind.close()
     assert slow.batches == [[b"a"]]
+
+
+def test_a_url_is_no_store() -> None:
+    with pytest.raises(ConfigError, match="expected a store"):
+        WriteBehind("redis://localhost")  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from kvlab.stores import RedisStore
 from kvlab.stores.cluster import Cluster
 from kvlab.stores.node import Node
 from kvlab.stores.redis import KEY_PREFIX, MAX_REDIRECTS
-from kvlab.stores.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Part, Shard
+from kvlab.stores.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Learned, Part, Shard
 from kvlab.stores.wire import Deadline, Link
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
@@ -178,7 +178,7 @@ class Orderly(RedisStore):
     """Its calls let the thread that asks for a newer map finish first, so that it is certain who is asked for keys."""
 
     def _spread(self, names: Any, work: Any, deadline: Deadline, reading: bool = False) -> Any:
-        if names and not self._closed and self._topology._known:
+        if names and not self._closed and isinstance(self._topology, Learned) and self._topology._known:
             self._topology._refresh(deadline)
             wait_for_askers()
         return super()._spread(names, work, deadline, reading)
@@ -1355,6 +1355,36 @@ def test_the_last_master_goes_on_while_no_sentinel_answers(watched: Watched, clo
             clock.now += KEEP_S
             assert store.get_many([A]) == values(A)
         assert not store.health().ok and "conn: " in store.health().detail
+
+
+def test_health_tells_sick_sentinels_from_a_sick_master(watched: Watched) -> None:
+    with opened(watched.url) as store:
+        watched.twist = lambda at, command: CLOSED if at >= 3 else ...
+        assert "known from before" not in store.health().detail
+        watched.twist = lambda at, command: ...
+        assert store.health().ok
+        watched.twist = lambda at, command: CLOSED if at >= 3 else ...
+        health = store.health()
+        assert not health.ok and "from the sentinel at 127.0.0.1:" in health.detail
+        assert health.detail.endswith(f"; {watched.address(0)}, known from before, answer")
+        watched.twist = lambda at, command: CLOSED
+        assert store.health().detail.endswith(f"; of {watched.address(0)}, known from before, 1 fail")
+
+
+def test_health_names_every_sick_master_up_to_three() -> None:
+    lines = [(at * SLOTS // 4, (at + 1) * SLOTS // 4 - 1, at) for at in range(4)]
+    with SlotMap(4, lines) as cluster, opened(cluster.url) as store:
+        for sick in ({1}, {0, 2}, {0, 1, 2, 3}):
+            cluster.twist = lambda at, c, sick=sick: b"-LOADING no\r\n" if at in sick and c[0] == b"GET" else ...
+            detail = store.health().detail
+            assert f"{len(sick)} of 4 masters fail: " in detail and detail.endswith("…") == (len(sick) > 3)
+            assert sum(f"{cluster.address(at)}: loading" in detail for at in sick) == min(3, len(sick))
+
+
+def test_a_sentinel_taken_for_a_redis_is_called_one(watched: Watched) -> None:
+    with opened(f"redis://{watched.address(3)}") as store:
+        assert store.get_many([A]) == [None]
+        assert not store.health().ok and "redis-sentinel://" in store.health().detail
 
 
 SENTINEL_NONSENSE: list[tuple[str, Said, set[str]]] = [
