@@ -423,7 +423,7 @@ class RedisStore(Store):
             return ""
         sick = [line for line in self._examined(shards, Deadline(self._deadline_s)) if line]
         names = ", ".join(shard.master.name for shard in shards[:_TOLD]) + ", …" * (len(shards) > _TOLD)
-        return f"; of {names}, known from before, {len(sick)} fail" if sick else f"; {names}, known from before, answer"
+        return f"; known from before{f', {len(sick)} of them sick' if sick else ' and well'}: {names}"
 
     def _examined(self, shards: Sequence[Shard], deadline: Deadline) -> list[str]:
         """What is wrong with each master, "" where nothing is."""

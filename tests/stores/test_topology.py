@@ -1366,9 +1366,9 @@ def test_health_tells_sick_sentinels_from_a_sick_master(watched: Watched) -> Non
         watched.twist = lambda at, command: CLOSED if at >= 3 else ...
         health = store.health()
         assert not health.ok and "from the sentinel at 127.0.0.1:" in health.detail
-        assert health.detail.endswith(f"; {watched.address(0)}, known from before, answer")
+        assert health.detail.endswith(f"; known from before and well: {watched.address(0)}")
         watched.twist = lambda at, command: CLOSED
-        assert store.health().detail.endswith(f"; of {watched.address(0)}, known from before, 1 fail")
+        assert store.health().detail.endswith(f"; known from before, 1 of them sick: {watched.address(0)}")
 
 
 def test_health_names_every_sick_master_up_to_three() -> None:
