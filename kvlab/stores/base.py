@@ -111,7 +111,7 @@ class Store(ABC):
 
     @abstractmethod
     def health(self) -> Health:
-        """Ask the store whether it works. Costs at most one deadline."""
+        """Ask the store whether it works. Costs at most one deadline, two if nobody tells which servers there are."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
