@@ -10,21 +10,39 @@
     >>> torch.equal(keys, k)
     True
 
-The parts, each importing only what stands before it: errors, model, core, stores, cache,
-engine, connectors, lab, course.
+The parts, each importing only what stands before it: errors, core, model, testbed, stores, cache,
+engine, connectors, lab, course. A name is imported when it is first used: `kvlab.stores` works
+without torch.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from kvlab.cache import CacheStats, DistributedKVCache, KVCache
-from kvlab.engine import Generation, generate
-from kvlab.errors import ConfigError, InputError, KVLabError, ModelError
-from kvlab.model import Llama, Tokenizer, load
+if TYPE_CHECKING:
+    from kvlab.cache import CacheStats, DistributedKVCache, KVCache
+    from kvlab.core.keys import KVSpec
+    from kvlab.engine import Generation, generate
+    from kvlab.errors import ConfigError, InputError, KVLabError, ModelError
+    from kvlab.model import Llama, Tokenizer, load_model
+    from kvlab.model.fingerprint import fingerprint, spec_of
+    from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind, open_store
 
 try:
     __version__ = version("kvlab")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
+
+_HOMES = {
+    "kvlab.cache": ("CacheStats", "DistributedKVCache", "KVCache"),
+    "kvlab.core.keys": ("KVSpec",),
+    "kvlab.engine": ("Generation", "generate"),
+    "kvlab.errors": ("ConfigError", "InputError", "KVLabError", "ModelError"),
+    "kvlab.model": ("Llama", "Tokenizer", "load_model"),
+    "kvlab.model.fingerprint": ("fingerprint", "spec_of"),
+    "kvlab.stores": ("MemoryStore", "RedisStore", "Store", "WriteBehind", "open_store"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CacheStats",
@@ -34,9 +52,29 @@ __all__ = [
     "InputError",
     "KVCache",
     "KVLabError",
+    "KVSpec",
     "Llama",
+    "MemoryStore",
     "ModelError",
+    "RedisStore",
+    "Store",
     "Tokenizer",
+    "WriteBehind",
+    "fingerprint",
     "generate",
-    "load",
+    "load_model",
+    "open_store",
+    "spec_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'kvlab' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvlab.lab import quality
-from kvlab.model import Llama, LlamaConfig, Tokenizer, held_out_tokens, load
+from kvlab.model import Llama, LlamaConfig, Tokenizer, held_out_tokens, load_model
 
 CONFIG = LlamaConfig(
     vocab_size=4096,
@@ -149,7 +149,7 @@ def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
 def fresh_model(init: Path | None) -> Llama:
     """Random weights, or those of a folder, ready to train."""
     if init is not None:
-        return load(init).requires_grad_(True).train()
+        return load_model(init).requires_grad_(True).train()
     torch.manual_seed(0)
     model = Llama(CONFIG)
     for name, p in model.named_parameters():
@@ -282,7 +282,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def evaluate(folder: Path) -> dict[str, dict[str, float]]:
     """The four quality numbers on the frozen sample and on this Python's held-out library files."""
-    model, tokenizer = load(folder), Tokenizer(folder)
+    model, tokenizer = load_model(folder), Tokenizer(folder)
     texts = {"frozen sample": held_out_tokens(tokenizer), "held-out library": tokenize(tokenizer, corpus()[1]).tolist()}
     return {name: quality.report(model, tokenizer, tokens) for name, tokens in texts.items()}
 

@@ -12,8 +12,8 @@ import contextlib
 from types import TracebackType
 from typing import Self
 
-from kvlab.lab import cluster
-from kvlab.lab.cluster import READY_S
+from kvlab.testbed import cluster
+from kvlab.testbed.cluster import READY_S
 from tests.servers import RedisServer
 
 __all__ = ["READY_S", "RedisCluster"]

@@ -10,7 +10,7 @@ it that subclasses `Store` or `KVCache`:
 
 - a `Store` is made by `cls()`; everything is asked of it but TTLs, whose set-up is its own affair;
 - a `KVCache` is made by `cls(store=store, model=spec)`, where `store` is any `Store` and `spec`
-  a `kvlab.core.identity.KVSpec`. It keeps one value for each block, and offers blocks to the
+  a `kvlab.core.keys.KVSpec`. It keeps one value for each block, and offers blocks to the
   store in the order of the prompt. The values that it is given survive fp16 and bf16.
 """
 
@@ -28,9 +28,10 @@ import hypothesis
 import pytest
 import torch
 
-from kvlab.core.identity import KVSpec, spec_of
+from kvlab.core.keys import KVSpec
 from kvlab.errors import InputError
-from kvlab.model import Llama, Tokenizer, held_out_tokens, load
+from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
+from kvlab.model.fingerprint import spec_of
 from tests.cluster import RedisCluster
 from tests.helpers import build_model
 from tests.sentinel import RedisSentinel
@@ -140,7 +141,7 @@ def learner_classes(path: str | None) -> list[type]:
 @pytest.fixture(scope="session")
 def model() -> Llama:
     """The model that ships with the package, in FP32."""
-    return load()
+    return load_model()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvlab.core import record
-from kvlab.core.identity import KVSpec
+from kvlab.core.keys import KVSpec
 from kvlab.model import Llama, LlamaConfig
 from kvlab.model.load import SIZES
 from kvlab.stores import Health, Store, StoreStats, Value

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.proxy import FaultProxy, Splitter
+from kvlab.testbed.proxy import FaultProxy, Splitter
 from tests.servers import CERTS_SCRIPT, RedisServer, ScriptedServer, free_port, make_certs, read_command
 
 WORDS = [b"$3\r\none\r\n", b"+two\r\n", b"*2\r\n:3\r\n*1\r\n$5\r\nth\r\nr\r\n", b"$-1\r\n"]

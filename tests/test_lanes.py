@@ -155,7 +155,7 @@ class MyCache(DistributedKVCache):
 WRONG_CACHE = """
 import hashlib, numpy as np
 from kvlab.cache import DistributedKVCache
-from kvlab.core.identity import Namespace
+from kvlab.core.keys import Namespace
 
 class ForgetsTheParent(DistributedKVCache):
     def _make_namespace(self, block_tokens):

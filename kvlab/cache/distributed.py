@@ -1,6 +1,6 @@
 """The distributed cache: blocks of KV as sealed records in a shared store.
 
-    tokens -> block keys (`core.identity`) -> values (`stores`) -> tensors (`core.record`)
+    tokens -> block keys (`core.keys`) -> values (`stores`) -> tensors (`core.record`)
 
 One class serves two callers. An engine uses the `KVCache` calls, which match tokens block by
 block. A script that wants to park one layer's tensors under a text uses `cache_kv` and
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
 from kvlab.core import record
-from kvlab.core.identity import KVSpec, Namespace, spec_of, text_key
+from kvlab.core.keys import KVSpec, Namespace, text_key
 from kvlab.core.record import BadRecord, Format, Unholdable
 from kvlab.core.seals import AesGcm, Pieces, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
+from kvlab.model.fingerprint import spec_of
 from kvlab.stores import Health, RedisStore, Store
 from kvlab.stores.base import check_ttl, renew_in_children
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from kvlab.core import codecs, precisions
-from kvlab.core.identity import KEY_BYTES
+from kvlab.core.keys import KEY_BYTES
 from kvlab.core.seals import Broken, Pieces, Seal, Xxh3
 from kvlab.errors import ConfigError, InputError
 

@@ -169,10 +169,10 @@ def _widgets() -> Check:
 
 def _model() -> Check:
     from kvlab.errors import ModelError
-    from kvlab.model import load
+    from kvlab.model import load_model
 
     try:
-        model = load()
+        model = load_model()
     except ModelError as error:
         return Check("model", PROBLEM, str(error), f"git checkout -- {_near(CHECKOUT / 'kvlab/model/pretrained')}")
     size = sum(parameter.numel() for parameter in model.parameters())

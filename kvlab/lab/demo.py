@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from kvlab.cache import DistributedKVCache, KVCache
-from kvlab.core.identity import spec_of
 from kvlab.engine import generate
 from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.timing import Timings, take_turns
-from kvlab.model import Llama, Tokenizer, attention, held_out_tokens, load
+from kvlab.lab.timing import Timings, time_rounds
+from kvlab.model import Llama, Tokenizer, attention, held_out_tokens, load_model
+from kvlab.model.fingerprint import spec_of
 
 PREFIXES = (128, 256, 512, 1024, 2048)
 SUFFIX = 16
@@ -109,7 +109,7 @@ def run(
         KVLabError: the store does not answer, or `url` is not one.
     """
     parts = parts or Parts()
-    model, tokenizer = load(), Tokenizer()
+    model, tokenizer = load_model(), Tokenizer()
     model.attend = parts.causal_attention
     sample = held_out_tokens(tokenizer)
     say(f"machine: {describe_machine()}, {torch.get_num_threads()} threads")
@@ -211,7 +211,7 @@ def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> 
 
 def _race(model: Llama, prompt: list[int], caches: _Caches) -> Timings:
     """Time to first token, cold against both caches; one new token, so only the prefill differs."""
-    return take_turns(
+    return time_rounds(
         {
             "cold": lambda: generate(model, prompt, 1),
             "raw": lambda: generate(model, prompt, 1, caches.raw),

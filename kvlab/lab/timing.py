@@ -38,7 +38,7 @@ class Timings:
         return statistics.median(s / f for s, f in pairs)
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> Timings:
+def time_rounds(contenders: Mapping[str, Callable[[], object]], repeats: int = 5) -> Timings:
     """Time each contender `repeats` times, turn by turn, after one uncounted round, in a new order each turn."""
     first = next(iter(contenders))
     again = f"{first} again"

@@ -194,7 +194,7 @@ class Llama(nn.Module):
 
     `attend` may replace the attention function: notebook 01 puts the learner's own there.
     `folder` is where the weights came from (None for a model made in memory); the
-    fingerprint of `kvlab.core.identity` is computed from it.
+    fingerprint of `kvlab.core.keys` is computed from it.
     """
 
     def __init__(self, config: LlamaConfig, attend: Attention = attention) -> None:

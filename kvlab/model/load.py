@@ -1,6 +1,6 @@
 """Read a model folder in Hugging Face's layout: config.json, *.safetensors, tokenizer.json.
 
-Only safetensors are read, never a pickle, and nothing is downloaded. `load()` without an
+Only safetensors are read, never a pickle, and nothing is downloaded. `load_model()` without an
 argument gives the trained model that ships with the package; `pretrained/README.md` says
 how it was trained and what it is not.
 """
@@ -33,7 +33,7 @@ SIZES = (
 )
 
 
-def load(folder: str | Path = PRETRAINED, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
+def load_model(folder: str | Path = PRETRAINED, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
     """Load a Llama for inference.
 
     Args:

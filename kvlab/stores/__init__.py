@@ -1,8 +1,9 @@
 """Where blocks outlive a process: the contract (`base`), in memory (`memory`), in one Redis or many (`redis`)."""
 
 from kvlab.stores.base import Health, Store, StoreStats, Value
-from kvlab.stores.behind import WriteBehind
 from kvlab.stores.memory import MemoryStore
-from kvlab.stores.redis import RedisStore
+from kvlab.stores.open import open_store
+from kvlab.stores.redis.store import RedisStore
+from kvlab.stores.write_behind import WriteBehind
 
-__all__ = ["Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value", "WriteBehind"]
+__all__ = ["Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value", "WriteBehind", "open_store"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvlab.cache import DistributedKVCache
 from kvlab.core import record
 from kvlab.core.codecs import CODECS
-from kvlab.core.identity import Namespace, text_key
+from kvlab.core.keys import Namespace, text_key
 from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm

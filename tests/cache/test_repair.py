@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvlab.cache import DistributedKVCache
-from kvlab.core.identity import Namespace
+from kvlab.core.keys import Namespace
 from kvlab.stores import MemoryStore, RedisStore, WriteBehind
 from tests.helpers import SpyStore, blank, exact_kv, flipped, small_spec, tampered
 

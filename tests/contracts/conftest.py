@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvlab.cache import DistributedKVCache, KVCache
-from kvlab.core.identity import KVSpec
+from kvlab.core.keys import KVSpec
 from kvlab.stores import MemoryStore, RedisStore, Store, Value, WriteBehind
 from tests.conftest import LEARNER
 from tests.helpers import SpyStore, small_spec

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvlab.cache import DistributedKVCache, KVCache
-from kvlab.core.identity import KVSpec
+from kvlab.core.keys import KVSpec
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore
 from tests.contracts.conftest import CacheKind

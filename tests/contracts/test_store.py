@@ -14,7 +14,7 @@ import redis
 
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
-from kvlab.stores.wire import FakeLink
+from kvlab.stores.redis.connection import FakeLink
 from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
 from tests.helpers import FakeClock
 from tests.servers import RedisServer
@@ -609,7 +609,7 @@ def test_close_lets_go_of_the_connections(redis_server: RedisServer) -> None:
 
 
 def test_a_value_over_the_limit_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlab.stores.node.MAX_VALUE_BYTES", 1000)
+    monkeypatch.setattr("kvlab.stores.redis.node.MAX_VALUE_BYTES", 1000)
     with RedisStore() as store:
         assert store.put_many([b"a", b"b", b"c"], [b"x" * 1000, b"x" * 1001, b"x"]) == 2
         assert [value is None for value in store.get_many([b"a", b"b", b"c"])] == [False, True, False]

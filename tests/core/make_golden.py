@@ -15,11 +15,12 @@ import torch
 
 from kvlab.core import record
 from kvlab.core.codecs import CODECS
-from kvlab.core.identity import Namespace, digest_tensors, fingerprint, text_key
+from kvlab.core.keys import Namespace, text_key
 from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.model import Llama
+from kvlab.model.fingerprint import digest_tensors, fingerprint
 from tests.helpers import build_model, joined
 
 HERE = Path(__file__).parent

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kvlab.cache import DistributedKVCache
-from kvlab.core import identity
-from kvlab.core.identity import KVSpec, Namespace, digest_tensors, fingerprint, spec_of, text_key, token_bytes
+from kvlab.core.keys import KVSpec, Namespace, text_key, token_bytes
 from kvlab.errors import ConfigError, InputError, KVLabError
-from kvlab.model import PRETRAINED, Llama, load
+from kvlab.model import PRETRAINED, Llama, load_model
+from kvlab.model import fingerprint as identity
+from kvlab.model.fingerprint import digest_tensors, fingerprint, spec_of
 from kvlab.model.llama import RopeScaling
 from kvlab.stores import MemoryStore
 from tests.core.make_golden import VECTORS, plain_model, plain_weights
@@ -41,7 +42,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "kvlab"
 
 
-# --- a second implementation, from the text of kvlab.core.identity ------------------------------
+# --- a second implementation, from the text of kvlab.core.keys ------------------------------
 def field2(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
 
@@ -307,7 +308,8 @@ def test_no_text_key_is_a_key_of_anything_else(
 
 
 IN_ANOTHER_PROCESS = """
-from kvlab.core.identity import Namespace, fingerprint, text_key
+from kvlab.core.keys import Namespace, text_key
+from kvlab.model.fingerprint import fingerprint
 from kvlab.model.llama import RopeScaling
 from tests.core.make_golden import plain_model
 model = plain_model()
@@ -428,7 +430,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def print_of(folder: Path, **options: Any) -> bytes:
-    return fingerprint(load(folder, **options))
+    return fingerprint(load_model(folder, **options))
 
 
 def reversed_order(folder: Path) -> None:
@@ -651,7 +653,7 @@ def test_the_layout_version_is_part_of_the_fingerprint(monkeypatch: pytest.Monke
 
 
 def test_an_adapter_changes_the_fingerprint_of_a_folder(folder: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     assert len({fingerprint(model, adapter) for adapter in (b"", b"one", b"two")}) == 3
 
 
@@ -680,7 +682,7 @@ def remembered(cache_home: Path) -> list[Path]:
 
 
 def test_the_second_call_reads_no_weights(folder: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(folder)
+    model = load_model(folder)
     before = fingerprint(model)
     refuse_to_read(monkeypatch)
     assert fingerprint(model) == before
@@ -696,7 +698,7 @@ def test_the_second_call_reads_no_weights(folder: Path, cache_home: Path, monkey
 def test_a_damaged_memory_is_ignored_and_mended(
     folder: Path, cache_home: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(folder)
+    model = load_model(folder)
     before = fingerprint(model)
     (memory,) = remembered(cache_home)
     memory.write_bytes(damage)
@@ -708,13 +710,13 @@ def test_a_damaged_memory_is_ignored_and_mended(
 def test_a_memory_that_cannot_be_written_costs_only_time(folder: Path, cache_home: Path) -> None:
     cache_home.parent.mkdir(parents=True)
     cache_home.write_text("a file where the folder should be")
-    model = load(folder)
+    model = load_model(folder)
     assert fingerprint(model) == fingerprint(model)
     assert cache_home.read_text() == "a file where the folder should be"
 
 
 def test_a_memory_that_is_a_folder_costs_only_time(folder: Path, cache_home: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     before = fingerprint(model)
     (memory,) = remembered(cache_home)
     memory.unlink()
@@ -725,7 +727,7 @@ def test_a_memory_that_is_a_folder_costs_only_time(folder: Path, cache_home: Pat
 def progress_of(folder: Path) -> list[tuple[int, int]]:
     """What one call reports."""
     seen: list[tuple[int, int]] = []
-    fingerprint(load(folder), progress=lambda done, total: seen.append((done, total)))
+    fingerprint(load_model(folder), progress=lambda done, total: seen.append((done, total)))
     return seen
 
 
@@ -754,7 +756,7 @@ def test_a_link_to_a_folder_uses_the_same_memory(folder: Path, monkeypatch: pyte
     link = folder.with_name("link")
     link.symlink_to(folder)
     before = print_of(folder)
-    model = load(link)
+    model = load_model(link)
     refuse_to_read(monkeypatch)
     assert fingerprint(model) == before
 
@@ -772,7 +774,7 @@ def test_a_link_to_a_folder_uses_the_same_memory(folder: Path, monkeypatch: pyte
 def test_weights_that_were_touched_in_any_way_are_read_again(
     folder: Path, touch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(folder)
+    model = load_model(folder)
     fingerprint(model)
     touch(folder)
     refuse_to_read(monkeypatch)
@@ -787,7 +789,7 @@ def test_equal_folders_do_not_share_a_memory(folder: Path, cache_home: Path) -> 
 
 
 def test_a_folder_that_lost_its_weights_is_a_clear_error(folder: Path) -> None:
-    model = load(folder)
+    model = load_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(KVLabError, match="safetensors"):
         fingerprint(model)

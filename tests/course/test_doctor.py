@@ -144,10 +144,10 @@ def test_widgets_without_their_extension(monkeypatch):
 
 
 def test_a_damaged_model(monkeypatch):
-    def load():
+    def load_model():
         raise ModelError("model.safetensors: damaged or cut short")
 
-    monkeypatch.setattr("kvlab.model.load", load)
+    monkeypatch.setattr("kvlab.model.load_model", load_model)
     check = found("model")
     assert check.status == PROBLEM
     assert "damaged or cut short" in check.detail and check.fix.startswith("git checkout")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvlab.cache import DistributedKVCache
-from kvlab.core.identity import KVSpec, Namespace
+from kvlab.core.keys import KVSpec, Namespace
 from kvlab.engine import Generation, generate
 from kvlab.engine.generate import fill_from
 from kvlab.errors import InputError

@@ -26,10 +26,10 @@ if __name__ == "__main__":
 import torch
 
 from kvlab.cache import DistributedKVCache
-from kvlab.core.identity import KVSpec
+from kvlab.core.keys import KVSpec
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.server import LocalRedis, with_redis
 from kvlab.stores import RedisStore
+from kvlab.testbed.server import LocalRedis, with_redis
 
 B, BLOCKS, PROMPTS = 16, 8, 40
 SPEC = KVSpec(layers=4, heads=2, head_dim=32, dtype=torch.float32, fingerprint=b"soak" * 8)

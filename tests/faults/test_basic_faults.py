@@ -19,7 +19,7 @@ import torch
 
 from kvlab.cache import DistributedKVCache
 from kvlab.core import record
-from kvlab.core.identity import Namespace, text_key
+from kvlab.core.keys import Namespace, text_key
 from kvlab.core.record import Format
 from kvlab.engine import generate
 from kvlab.stores import RedisStore, Store

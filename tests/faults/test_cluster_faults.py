@@ -24,10 +24,10 @@ from redis.crc import key_slot
 
 from kvlab.cache import DistributedKVCache
 from kvlab.engine import generate
-from kvlab.lab.cluster import bus_option, node_options
 from kvlab.stores import RedisStore
-from kvlab.stores.node import Node
-from kvlab.stores.topology import Shard
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.topology import Shard
+from kvlab.testbed.cluster import bus_option, node_options
 from tests.cluster import RedisCluster
 from tests.faults.conftest import Book
 from tests.faults.test_basic_faults import wait_for
@@ -216,7 +216,7 @@ def nodes_by_port(store: RedisStore) -> dict[int, Node]:
 
 def server_of(store: RedisStore, key: bytes) -> int:
     """Where the store would write a key."""
-    from kvlab.stores.wire import Deadline
+    from kvlab.stores.redis.connection import Deadline
 
     parts, why = store._topology.split([name_of(key)], Deadline(PATIENT_S))
     assert not why

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvlab.cache import DistributedKVCache
 from kvlab.core import record
-from kvlab.core.identity import KVSpec, Namespace, text_key
+from kvlab.core.keys import KVSpec, Namespace, text_key
 from kvlab.core.record import Format
 from kvlab.stores import MemoryStore, RedisStore, Store
 from tests.faults.conftest import Book

@@ -29,10 +29,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kvlab.cache import DistributedKVCache
-from kvlab.core.identity import Namespace, text_key
+from kvlab.core.keys import Namespace, text_key
 from kvlab.core.record import Format
 from kvlab.stores import RedisStore
-from kvlab.stores.wire import MAX_VALUE_BYTES
+from kvlab.stores.redis.connection import MAX_VALUE_BYTES
+from kvlab.testbed.proxy import FaultProxy
 from tests.faults.conftest import Book, Row
 from tests.faults.test_basic_faults import (
     BLOCKS,
@@ -54,7 +55,6 @@ from tests.faults.test_basic_faults import (
     within,
 )
 from tests.helpers import FakeClock, blank, encoded, exact_kv, flipped, small_spec, tampered
-from tests.proxy import FaultProxy
 from tests.servers import RedisServer, free_port
 
 pytestmark = pytest.mark.redis

@@ -31,6 +31,7 @@ from kvlab.cache import DistributedKVCache
 from kvlab.core import record
 from kvlab.core.record import Format
 from kvlab.stores import RedisStore, Store
+from kvlab.testbed.proxy import FaultProxy
 from tests.faults.conftest import Book, Row
 from tests.faults.test_basic_faults import (
     BLOCKS,
@@ -48,7 +49,6 @@ from tests.faults.test_basic_faults import (
     wait_for,
 )
 from tests.helpers import FakeClock, blank, joined
-from tests.proxy import FaultProxy
 from tests.servers import RedisServer, ScriptedServer
 
 Result = TypeVar("Result")

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from kvlab.__main__ import main
+from kvlab.cli import main
 from kvlab.core import record
-from kvlab.core.identity import KEY_BYTES, field
+from kvlab.core.keys import KEY_BYTES, field
 from kvlab.core.record import HEADER_BYTES
 from kvlab.errors import KVLabError
-from kvlab.lab import bench_codec, bench_failover, bench_fuzz, bench_hash, bench_shards, bench_wire, tables
-from kvlab.stores.redis import COMMANDS
+from kvlab.lab import tables
+from kvlab.lab.bench import codec as bench_codec
+from kvlab.lab.bench import failover as bench_failover
+from kvlab.lab.bench import fuzz as bench_fuzz
+from kvlab.lab.bench import hash as bench_hash
+from kvlab.lab.bench import shards as bench_shards
+from kvlab.lab.bench import wire as bench_wire
+from kvlab.stores.redis.store import COMMANDS
 from tests.servers import RedisServer
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.__main__ import main
+from kvlab.cli import main
 from kvlab.lab import demo
-from kvlab.lab.timing import take_turns
+from kvlab.lab.timing import time_rounds
 from tests.servers import RedisServer
 
 
@@ -65,18 +65,18 @@ def test_an_unknown_scheme_is_one_clear_line(capsys: pytest.CaptureFixture[str])
 
 
 def learner(tmp_path: Path, source: str) -> str:
-    (tmp_path / "mykv.py").write_text("import torch\nfrom kvlab.course.exercise_sets import *\n" + source)
+    (tmp_path / "mykv.py").write_text("import torch\nfrom kvlab.course.exercises.sets import *\n" + source)
     return str(tmp_path / "mykv.py")
 
 
 def test_a_learners_functions_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = learner(tmp_path, "from kvlab.course.exercise_sets import causal_attention, hit_rate\n")
+    file = learner(tmp_path, "from kvlab.course.exercises.sets import causal_attention, hit_rate\n")
     assert main(["demo", "--impl", file]) == 0
     assert "yours:   causal_attention, hit_rate" in capsys.readouterr().out
 
 
 def test_a_learners_bug_makes_the_demo_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bug = "def causal_attention(q, k, v, start):\n    from kvlab.course.exercise_sets import causal_attention as f\n"
+    bug = "def causal_attention(q, k, v, start):\n    from kvlab.course.exercises.sets import causal_attention as f\n"
     file = learner(tmp_path, bug + "    return f(q, k, v, 0)\n")  # the mask restarts: cold and warm differ
     assert main(["demo", "--impl", file]) == 1
     printed = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_a_missing_answer_file_is_one_clear_line(capsys: pytest.CaptureFixture[s
 
 def test_contenders_take_turns_and_the_first_one_races_itself() -> None:
     order: list[str] = []
-    times = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    times = time_rounds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     turns = [order[i : i + 3] for i in range(0, 9, 3)]  # one uncounted, two counted, each in an order of its own
     assert [sorted(turn) for turn in turns] == [["a", "a", "b"]] * 3
     assert {name: len(s) for name, s in times.seconds.items()} == {"a": 2, "b": 2, "a again": 2}

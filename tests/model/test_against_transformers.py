@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvlab.engine import generate
-from kvlab.model import PRETRAINED, Llama, load
+from kvlab.model import PRETRAINED, Llama, load_model
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-4
@@ -70,7 +70,7 @@ def saved(folder: Path, shard: str = "5GB", **changes: Any) -> Path:
 
 def check_agreement(folder: Path, rows: torch.Tensor, ours: Llama | None = None) -> None:
     """Logits within 1e-4, alone and in a batch of two; the same greedy continuation."""
-    ours, other = ours or load(folder), theirs(folder)
+    ours, other = ours or load_model(folder), theirs(folder)
     with torch.inference_mode():
         want = other(rows).logits
         assert float((ours(rows) - want).abs().max()) < TOLERANCE
@@ -119,7 +119,7 @@ def test_weights_stored_in_half_precision_agree(tmp_path: Path, dtype: torch.dty
 def test_the_cache_of_transformers_holds_our_kv(tmp_path: Path) -> None:
     """Keys after RoPE, by KV head, layer by layer: what a connector may hand over without a change."""
     folder = saved(tmp_path, num_key_value_heads=2, rope_parameters=LLAMA3)
-    ours, rows = load(folder), rows_of(131, 50)
+    ours, rows = load_model(folder), rows_of(131, 50)
     kv = ours.new_kv(50, batch=2)
     with torch.inference_mode():
         ours(rows, kv)
@@ -141,4 +141,4 @@ def test_kinds_of_rope_are_as_transformers_writes_them(tmp_path: Path) -> None:
     """The test above is about scaling only if the saved config really has it."""
     config = json.loads((saved(tmp_path, rope_parameters=LLAMA3) / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "llama3"
-    assert load(tmp_path).config.rope_scaling is not None
+    assert load_model(tmp_path).config.rope_scaling is not None

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.core.identity import spec_of
 from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, attention
+from kvlab.model.fingerprint import spec_of
 from kvlab.model.llama import RMSNorm, RopeScaling, rope_frequencies
 from tests.helpers import build_model
 

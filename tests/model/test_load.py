@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvlab.errors import ConfigError, ModelError
-from kvlab.model import PRETRAINED, Llama, load
+from kvlab.model import PRETRAINED, Llama, load_model
 from kvlab.model.llama import RopeScaling
 from kvlab.model.load import read_config
 from tests.helpers import build_model, edit_json, save_folder
@@ -38,7 +38,7 @@ def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_computes_the_same(tmp_path: Path, tied: bool) -> None:
     model = build_model(tied=tied)
-    again = load(save_folder(model, tmp_path))
+    again = load_model(save_folder(model, tmp_path))
     assert again.config == model.config
     assert torch.equal(again(TOKENS), model(TOKENS))
     assert again.folder == tmp_path
@@ -47,19 +47,19 @@ def test_a_saved_model_computes_the_same(tmp_path: Path, tied: bool) -> None:
 
 
 def test_a_folder_may_be_named_by_a_string(folder: Path) -> None:
-    assert torch.equal(load(str(folder))(TOKENS), load(folder)(TOKENS))
+    assert torch.equal(load_model(str(folder))(TOKENS), load_model(folder)(TOKENS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_are_loaded_in_the_dtype_asked_for(folder: Path, dtype: torch.dtype) -> None:
-    model = load(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype)
     assert model.dtype == model.new_kv(3).dtype == dtype
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_the_shipped_model_loads_without_an_argument() -> None:
-    assert load().folder == PRETRAINED
-    assert load(PRETRAINED).config == load().config
+    assert load_model().folder == PRETRAINED
+    assert load_model(PRETRAINED).config == load_model().config
 
 
 def rewritten(folder: Path, **changes: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_folder_that_is_no_model_says_why(folder: Path, name: str) -> None:
     damage, said = BROKEN[name]
     damage(folder)
     with pytest.raises(ModelError, match=said) as refused:
-        load(folder)
+        load_model(folder)
     assert str(folder) in str(refused.value)
 
 
@@ -204,31 +204,31 @@ def test_a_missing_shard_is_named_by_its_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     save_file({n: weights[n] for n in names[:10]}, folder / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match="missing: "):
-        load(folder)
+        load_model(folder)
 
 
 def test_a_pickle_beside_the_weights_is_not_touched(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nabort\n(tR.")
-    assert isinstance(load(folder), Llama)
+    assert isinstance(load_model(folder), Llama)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_gpu_that_is_not_there_is_a_clear_error(folder: Path, device: str) -> None:
     with pytest.raises(ConfigError, match="no CUDA GPU; use device='cpu'"):
-        load(folder, device=device)
+        load_model(folder, device=device)
 
 
 def test_a_device_that_does_not_exist_is_a_clear_error(folder: Path) -> None:
     with pytest.raises(ConfigError, match="device"):
-        load(folder, device="gpu")
+        load_model(folder, device="gpu")
 
 
 def test_loading_changes_no_random_state(folder: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    load(folder)
+    load_model(folder)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
 from kvlab.stores import RedisStore
-from kvlab.stores.address import topology_of, without_password
-from kvlab.stores.cluster import Cluster
-from kvlab.stores.node import Node
-from kvlab.stores.sentinel import Sentinel
-from kvlab.stores.topology import Alone, Topology
-from kvlab.stores.wire import FakeLink, Link
+from kvlab.stores.redis.address import topology_of, without_password
+from kvlab.stores.redis.cluster import Cluster
+from kvlab.stores.redis.connection import FakeLink, Link
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.sentinel import Sentinel
+from kvlab.stores.redis.topology import Alone, Topology
 from tests.servers import ScriptedServer
 
 LONG_S = 30.0

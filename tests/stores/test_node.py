@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
-from kvlab.stores.node import SHARE_OF_MEMORY, Node, Refused, reason_of, verdict_of
-from kvlab.stores.topology import Part
-from kvlab.stores.wire import GRACE_S, MAX_VALUE_BYTES, Deadline, FakeLink, Link, NoConnection, TooBig
+from kvlab.stores.redis.connection import GRACE_S, MAX_VALUE_BYTES, Deadline, FakeLink, Link, NoConnection, TooBig
+from kvlab.stores.redis.node import SHARE_OF_MEMORY, Node, Refused, reason_of, verdict_of
+from kvlab.stores.redis.topology import Part
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
 from tests.stores.test_topology import LONG_S, A, B, SlotMap, opened, resp, values
@@ -28,7 +28,7 @@ MINUTE_S = 60.0
 def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The time that deadlines see."""
     moment = [1000.0]
-    monkeypatch.setattr("kvlab.stores.wire.time.monotonic", lambda: moment[0])
+    monkeypatch.setattr("kvlab.stores.redis.connection.time.monotonic", lambda: moment[0])
     yield moment
     monkeypatch.undo()
 

@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
-from kvlab.stores.redis import COMMANDS, KEY_PREFIX, WINDOW_BYTES
+from kvlab.stores.redis.store import COMMANDS, KEY_PREFIX, WINDOW_BYTES
+from kvlab.testbed.proxy import FaultProxy
 from tests.cluster import RedisCluster
-from tests.proxy import FaultProxy
 from tests.servers import RedisServer, ScriptedServer, make_certs
 
 LONG_S = 30.0  # no machine is so busy

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
-from kvlab.stores.redis import CLUSTER_COMMANDS, COMMANDS
-from kvlab.stores.topology import SLOTS
+from kvlab.stores.redis.store import CLUSTER_COMMANDS, COMMANDS
+from kvlab.stores.redis.topology import SLOTS
 from tests.servers import RedisServer, free_port, make_certs
 
 READY_S = 60.0

@@ -23,11 +23,11 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError
 
 from kvlab.stores import RedisStore
-from kvlab.stores.cluster import Cluster
-from kvlab.stores.node import Node
-from kvlab.stores.redis import KEY_PREFIX, MAX_REDIRECTS
-from kvlab.stores.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Learned, Part, Shard
-from kvlab.stores.wire import Deadline, Link
+from kvlab.stores.redis.cluster import Cluster
+from kvlab.stores.redis.connection import Deadline, Link
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.store import KEY_PREFIX, MAX_REDIRECTS
+from kvlab.stores.redis.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Learned, Part, Shard
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
 

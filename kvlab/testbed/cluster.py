@@ -19,8 +19,8 @@ import redis
 from redis.crc import key_slot
 
 from kvlab.errors import KVLabError
-from kvlab.lab.server import LocalRedis, free_port, with_redis
-from kvlab.stores.topology import SLOTS
+from kvlab.stores.redis.topology import SLOTS
+from kvlab.testbed.server import LocalRedis, free_port, with_redis
 
 HOST = "127.0.0.1"
 READY_S = 60.0

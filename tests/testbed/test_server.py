@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from kvlab.errors import KVLabError
-from kvlab.lab.server import with_redis
+from kvlab.testbed.server import with_redis
 
 
 @pytest.mark.redis

@@ -11,11 +11,11 @@ from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, urlencode, url
 import redis
 
 from kvlab.errors import ConfigError
-from kvlab.stores.cluster import Cluster
-from kvlab.stores.node import Node
-from kvlab.stores.sentinel import Sentinel
-from kvlab.stores.topology import Alone, Topology
-from kvlab.stores.wire import FakeLink, Link
+from kvlab.stores.redis.cluster import Cluster
+from kvlab.stores.redis.connection import FakeLink, Link
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.sentinel import Sentinel
+from kvlab.stores.redis.topology import Alone, Topology
 
 ALONE: Final = ("redis", "rediss", "unix", "fakeredis")
 MANY: Final = ("redis-cluster", "rediss-cluster", "redis-sentinel", "rediss-sentinel")

@@ -19,13 +19,13 @@ from typing import Any
 import redis
 
 from kvlab.errors import KVLabError
-from kvlab.lab.cluster import LocalCluster, with_cluster
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.server import with_redis
-from kvlab.lab.timing import Timings, take_turns
+from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
-from kvlab.stores.node import Node
-from kvlab.stores.redis import KEY_PREFIX
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.store import KEY_PREFIX
+from kvlab.testbed.cluster import LocalCluster, with_cluster
+from kvlab.testbed.server import with_redis
 
 SIZES = (16 << 10, 64 << 10, 192 << 10, 1 << 20)
 RECORDS = 256
@@ -91,7 +91,7 @@ def _row(alone: str, cluster: LocalCluster, size: int, scale: float, timings: li
             for part in parts:
                 _load(many, [keys[i] for i in part], [out[i] for i in part])
 
-        times = take_turns(
+        times = time_rounds(
             {
                 "many_get": lambda: _load(many, keys, out),
                 "one_get": lambda: _load(one, keys, out),
@@ -126,7 +126,7 @@ def _lookup(alone: str, cluster: LocalCluster, scale: float, timings: list[Timin
             if store.probe(keys) != LOOKUP_KEYS:
                 raise KVLabError("the store does not find what was stored")
 
-        times = take_turns({"many": lambda: probe(many), "one": lambda: probe(one)}, max(5, int(scale * 40)))
+        times = time_rounds({"many": lambda: probe(many), "one": lambda: probe(one)}, max(5, int(scale * 40)))
     timings.append(times)
     both = {f"{name}_ms": times.median_ms(name) for name in ("many", "one")}
     return {"keys": LOOKUP_KEYS, **both, "probe_vs_one": times.ratio("one", "many"), "aa_ratio": times.aa_ratio}

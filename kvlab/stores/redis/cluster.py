@@ -13,9 +13,9 @@ import redis
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError
 
-from kvlab.stores.node import Node, verdict_of
-from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
-from kvlab.stores.wire import Deadline, Reply
+from kvlab.stores.redis.connection import Deadline, Reply
+from kvlab.stores.redis.node import Node, verdict_of
+from kvlab.stores.redis.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
 
 _NO_NAME_YET: Final = b"?"  # where servers are to be known by names
 

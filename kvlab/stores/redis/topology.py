@@ -25,8 +25,8 @@ import redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
 from kvlab.stores.breaker import Breaker
-from kvlab.stores.node import Node, reason_of
-from kvlab.stores.wire import Command, Deadline, Link, NoConnection, Reply
+from kvlab.stores.redis.connection import Command, Deadline, Link, NoConnection, Reply
+from kvlab.stores.redis.node import Node, reason_of
 
 SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
 KEEP_S: Final = 60.0  # how long a map is believed without a hint

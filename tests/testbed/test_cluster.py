@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from kvlab.errors import KVLabError
-from kvlab.lab.cluster import with_cluster
+from kvlab.testbed.cluster import with_cluster
 
 
 @pytest.mark.cluster

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvlab.core.record import Format, encode
-from kvlab.course.exercises import Exercise, Wrong
+from kvlab.course.exercises.engine import Exercise, Wrong
 
 
 # --- 00 start here ------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from typing import Final
 import redis
 
 from kvlab.errors import ConfigError
-from kvlab.stores.address import topology_of, without_password
 from kvlab.stores.base import (
     ABSENT,
     Health,
@@ -35,9 +34,10 @@ from kvlab.stores.base import (
     pieces,
     renew_in_children,
 )
-from kvlab.stores.node import NO_FAULT, OF_ONE_KEY, Node, Refused, reason_of, verdict_of
-from kvlab.stores.topology import SLOTS, Part, Shard
-from kvlab.stores.wire import Command, Deadline, Link, Reply
+from kvlab.stores.redis.address import topology_of, without_password
+from kvlab.stores.redis.connection import Command, Deadline, Link, Reply
+from kvlab.stores.redis.node import NO_FAULT, OF_ONE_KEY, Node, Refused, reason_of, verdict_of
+from kvlab.stores.redis.topology import SLOTS, Part, Shard
 
 KEY_PREFIX: Final = b"kv:"
 COMMANDS: Final = ("GET", "SET", "DEL", "EXISTS", "PEXPIRE", "INFO")

@@ -19,7 +19,16 @@ from redis.exceptions import AskError, ClusterDownError, TryAgainError
 
 from kvlab.stores.base import ABSENT
 from kvlab.stores.breaker import Breaker
-from kvlab.stores.wire import MAX_VALUE_BYTES, Command, Deadline, FakeLink, Link, NoConnection, Reply, TooBig
+from kvlab.stores.redis.connection import (
+    MAX_VALUE_BYTES,
+    Command,
+    Deadline,
+    FakeLink,
+    Link,
+    NoConnection,
+    Reply,
+    TooBig,
+)
 
 SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
 _LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered

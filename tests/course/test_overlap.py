@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlab.core.overlap import Node, RadixTree, common_prefix, near_duplicates
+from kvlab.course.overlap import Node, RadixTree, common_prefix, near_duplicates
 
 request_lists = st.lists(st.lists(st.integers(0, 2), max_size=8).map(tuple), max_size=12)
 some_tokens = st.lists(st.integers(0, 2), max_size=10).map(tuple)

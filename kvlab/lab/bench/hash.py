@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from kvlab.core.identity import Namespace
+from kvlab.core.keys import Namespace
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.timing import Timings, take_turns
+from kvlab.lab.timing import Timings, time_rounds
 
 BLOCKS = (16, 64, 256)
 PREFIXES = (64, 256, 1024, 4096, 32768)
@@ -29,9 +29,9 @@ def run(tokens: int = 32768, repeats: int = 15) -> dict[str, Any]:
     """
     rng = random.Random(0)
     prompt = [rng.randrange(128_000) for _ in range(tokens)]
-    times = take_turns({name: work for B in BLOCKS for name, work in _contenders(prompt, B).items()}, repeats)
+    times = time_rounds({name: work for B in BLOCKS for name, work in _contenders(prompt, B).items()}, repeats)
     names = {n: Namespace(bytes(32), "fp32", b"", 64) for n in PREFIXES}
-    prefixes = take_turns({str(n): _repeat(names[n], prompt[:n]) for n in PREFIXES}, repeats)
+    prefixes = time_rounds({str(n): _repeat(names[n], prompt[:n]) for n in PREFIXES}, repeats)
     return {
         "tokens": tokens,
         "rows": [_row(times, B, tokens) for B in BLOCKS],

@@ -15,10 +15,10 @@ from collections import Counter
 from typing import Any
 
 from kvlab.errors import KVLabError
-from kvlab.lab.cluster import with_cluster
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.stores import RedisStore
-from kvlab.stores.redis import KEY_PREFIX
+from kvlab.stores.redis.store import KEY_PREFIX
+from kvlab.testbed.cluster import with_cluster
 
 NODE_TIMEOUTS_MS = (1000, 2000, 5000, 15000)  # the last is Redis' default
 REPEATS = 3

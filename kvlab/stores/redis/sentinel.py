@@ -11,9 +11,9 @@ from typing import Any
 
 import redis
 
-from kvlab.stores.node import Node, reason_of
-from kvlab.stores.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
-from kvlab.stores.wire import Deadline, Link
+from kvlab.stores.redis.connection import Deadline, Link
+from kvlab.stores.redis.node import Node, reason_of
+from kvlab.stores.redis.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
 
 
 class Sentinel(Learned):

@@ -36,8 +36,8 @@ from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.quality import windows
-from kvlab.lab.timing import Timings, take_turns
-from kvlab.model import Llama, Tokenizer, held_out_tokens, load
+from kvlab.lab.timing import Timings, time_rounds
+from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.stores import RedisStore
 
 PREFIX, SUFFIX, B = 1024, 64, 64
@@ -75,7 +75,7 @@ class Sample:
 @torch.inference_mode()
 def sample(count: int = 96) -> Sample:
     """`count` evenly spaced windows of the frozen sample through the shipped model."""
-    model = load()
+    model = load_model()
     rows = windows(held_out_tokens(Tokenizer()), count, PREFIX + SUFFIX + 1)
     kvs, logs = [], []
     for row in rows:
@@ -171,7 +171,7 @@ def _speeds(blocks: Sequence[Tensor], repeats: int) -> tuple[list[Row], Timings]
     for name, fmt in formats.items():
         work[f"encode {name}"] = _encoder(blocks, fmt)
         work[f"decode {name}"] = _decoder(values[name], fmt, out)
-    times = take_turns(work, repeats)
+    times = time_rounds(work, repeats)
     payload = 2 * blocks[0].numel() * len(blocks)
 
     def gbps(name: str) -> float:
@@ -235,7 +235,7 @@ def _asymmetric(x: Tensor) -> Tensor:
 def _seal(blocks: Sequence[Tensor], repeats: int) -> Row:
     """A raw fp32 record beside the checksum of its bytes alone."""
     raw = [b.numpy().reshape(-1).view(np.uint8).data for b in blocks]
-    times = take_turns(
+    times = time_rounds(
         {
             "xxh3": lambda: [xxhash.xxh3_64_intdigest(r) for r in raw],
             "encode": lambda: [record.encode(b, KEY, Format()) for b in blocks],
@@ -251,7 +251,7 @@ def _wire(blocks: Sequence[Tensor], url: str, repeats: int) -> Row:
     values = [record.encode(b, KEY, Format()) for b in blocks]
     keys = [b"kvlab-bench" + bytes([i]) * 21 for i in range(len(blocks))]
     with RedisStore(url, ttl_s=60) as store:
-        times = take_turns({"set": lambda: store.put_many(keys, values), "get": lambda: store.get_many(keys)}, repeats)
+        times = time_rounds({"set": lambda: store.put_many(keys, values), "get": lambda: store.get_many(keys)}, repeats)
         store.delete_many(keys)
     size = sum(len(p) for v in values for p in v)
     return {f"{name}_gbps": size / times.median_ms(name) / 1e6 for name in ("set", "get")}

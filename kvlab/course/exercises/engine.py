@@ -12,7 +12,7 @@ accumulate, and `python -m kvlab demo --impl work/mykv.py` runs the learner's sy
 Hints come from typical wrong answers. An exercise lists them as functions: when the learner's
 results agree with those of a wrong answer, or both raise the same error on the same case, its
 hint fits. Tests run each wrong answer through the check and expect exactly its hint. The
-exercises themselves are in `exercise_sets`.
+exercises themselves are in `sets`.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ import redis
 
 from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.server import with_redis
-from kvlab.lab.timing import Timings, take_turns
+from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
-from kvlab.stores.address import without_password
-from kvlab.stores.redis import KEY_PREFIX
+from kvlab.stores.redis.address import without_password
+from kvlab.stores.redis.store import KEY_PREFIX
+from kvlab.testbed.server import with_redis
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
 BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves so much; four times that where keys stay
@@ -225,7 +225,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
         cycles = [itertools.cycle(stored) for _ in range(4)]
         sources = [key_source() for _ in range(4)]
         view = memoryview(b.value)
-        times = take_turns(
+        times = time_rounds(
             {
                 "raw_put": lambda: b.raw.put(KEY_PREFIX + sources[0](), view),
                 "store_put": lambda: b.put(sources[1]()),
@@ -270,7 +270,7 @@ def _batch(url: str, size: int, scale: float) -> dict[str, Any]:
         if _may_mget(b.redis):
             work["redis_py_single"] = lambda: [b.redis.get(name) for name in names]
             work["redis_py_mget"] = lambda: b.redis.mget(names)
-        times = take_turns(work, max(3, int(scale * 7)))
+        times = time_rounds(work, max(3, int(scale * 7)))
     return {
         "records": BATCH,
         "value_kib": size >> 10,
@@ -299,7 +299,7 @@ def _lookup(url: str, scale: float) -> dict[str, Any]:
                 raise KVLabError("the store does not find what was stored")
 
         one_at_a_time = [KEY_PREFIX + key for key in keys]
-        times = take_turns(
+        times = time_rounds(
             {"probe": probe, "exists": lambda: [b.redis.exists(name) for name in one_at_a_time]},
             max(3, int(scale * 9)),
         )

@@ -1,0 +1,1 @@
+"""Real servers on loopback, and what disturbs them: for tests, benchmarks and notebooks."""
