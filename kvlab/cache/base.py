@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from torch import Tensor
 
@@ -28,14 +30,15 @@ class CacheStats:
 
     A block is requested when `load` or `get_cached_kv` asks for it. Blocks after a gap are
     not usable even if they are stored: they count as misses with the reason "gap".
-    Of the blocks that `save` was offered, the store took `saved` (a `WriteBehind` takes what it
-    queues) and `kept` were there already. `bytes_written` counts all records that were offered.
+    Of the blocks that `save` was offered, the store took `stored` (a `WriteBehind` takes what it
+    queues) and `kept` were there already: together they are `saved`. `bytes_written` counts all
+    records that were offered. Reasons are those of `kvlab.stores.faults.Reason`.
     """
 
     requested: int = 0
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
-    saved: int = 0
+    stored: int = 0
     kept: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     bytes_read: int = 0
@@ -46,13 +49,18 @@ class CacheStats:
         """Hits / requested, over full blocks; 0 before the first request."""
         return self.hits / self.requested if self.requested else 0.0
 
+    @property
+    def saved(self) -> int:
+        """Blocks that `save` was offered and that the cache had afterwards."""
+        return self.stored + self.kept
+
     def check(self) -> None:
         """Assert that every requested block is a hit or a miss with a reason."""
         assert self.requested == self.hits + sum(self.misses.values()), self
 
 
 class KVCache(ABC):
-    """Base of all caches."""
+    """Base of all caches. A context manager: leaving it closes the cache."""
 
     @property
     @abstractmethod
@@ -82,7 +90,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """Offer the KV of `tokens`; return how many blocks were taken, or were there already.
+        """Offer the KV of `tokens`; return how many blocks are saved: just stored, or there already.
 
         Args:
             tokens: the request from its first token on.
@@ -100,3 +108,13 @@ class KVCache(ABC):
     @abstractmethod
     def health(self) -> Health:
         """Whether the cache can work, and one line that says why not."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything. Calls after this are misses and drops. Closing twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

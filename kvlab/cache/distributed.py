@@ -2,10 +2,8 @@
 
     tokens -> block keys (`core.keys`) -> values (`stores`) -> tensors (`core.record`)
 
-One class serves two callers. An engine uses the `KVCache` calls, which match tokens block by
-block. A script that wants to park one layer's tensors under a text uses `cache_kv` and
-`get_cached_kv`. The two never meet: other record kind, other key domain. A text prefix is
-not a token prefix, because cutting a text changes its tokens.
+An engine uses the `KVCache` calls, which match tokens block by block. A script that wants to keep one
+layer's tensors under a text uses `cache_kv` and `get_cached_kv`, which live in `text`.
 """
 
 from __future__ import annotations
@@ -14,43 +12,58 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Self
 
-import torch
 from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
+from kvlab.cache.text import TextRecords
 from kvlab.core import record
-from kvlab.core.keys import KVSpec, Namespace, text_key
-from kvlab.core.record import BadRecord, Format, Unholdable
+from kvlab.core.keys import KVSpec, Namespace
+from kvlab.core.precisions import Unholdable
+from kvlab.core.record import BadRecord, Format
 from kvlab.core.seals import AesGcm, Pieces, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.model.fingerprint import spec_of
-from kvlab.stores import Health, RedisStore, Store
-from kvlab.stores.base import check_ttl, renew_in_children
+from kvlab.stores import Health, Store, open_store
+from kvlab.stores.base import MAX_VALUE_BYTES
+from kvlab.stores.faults import Reason
+from kvlab.stores.fork import reset_in_children
+from kvlab.stores.url import url_of
 
 WINDOW_BYTES = 16 << 20  # of records that a load holds at once
 MAX_SUSPECTS = 1 << 16
-_UNFIT = ("too_big", "response")  # the store has something under this key that is no record
+DAY_S = 86400.0
+_NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the store has something under this key that is no record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class _Default:
+    """An argument that was not given."""
+
+    def __repr__(self) -> str:
+        return "default"
+
+
+_DEFAULT = _Default()
 
 
 class DistributedKVCache(KVCache):
     """KV in a Redis that several processes and machines share.
 
-    Without `redis_host`, `url` or `store` it lives in an in-process Redis (fakeredis), private
-    to this cache: good for learning and tests, shared with nobody.
+    Without `redis_host` or `store` it lives in an in-process Redis (fakeredis), private to this
+    cache: good for learning and tests, shared with nobody.
 
     Args:
-        redis_host, redis_port: a plain Redis. `url` names any other kind (see `RedisStore`).
+        redis_host, redis_port: one Redis without a password. `store` names any other.
         precision: fp32, fp16, bf16, int8 or int4 (or float32, float16, bfloat16). Part of a key's
             identity. What the small ones cost in quality is in docs/02_architecture_deep_dive.md.
         compress: pack payloads without loss: True or "zstd", or "gzip", or False. Readers accept
             records written any of these ways.
-        ttl_seconds: lifetime after the last write or read; None leaves it to the server. A store
-            that is given as `store=` keeps its own.
-        store: any `Store`, instead of a Redis. The cache closes it with itself.
+        ttl_seconds: lifetime after the last write or read, by default a day; None leaves it to the
+            server. A store that was made elsewhere has a TTL of its own.
+        store: where records go: a URL (see `kvlab.stores.open_store`), or a `Store`. The cache
+            closes it with itself.
         model: whose KV this is: a loaded `Llama`, or its `KVSpec`. Needed for the token calls;
             for the text calls optional, and then keys are bound to no model: a second model
             using the same text reads the first one's tensors.
@@ -62,53 +75,42 @@ class DistributedKVCache(KVCache):
         block_tokens: B, if not the default for the model.
 
     Raises:
-        ConfigError: settings that do not work: unknown precision or URL scheme, negative TTL.
+        ConfigError: settings that do not work: unknown precision or URL scheme, negative TTL; or
+            settings that contradict each other, or that nothing here would use.
     """
 
     def __init__(
         self,
         redis_host: str | None = None,
-        redis_port: int = 6379,
+        redis_port: int | _Default = _DEFAULT,
         precision: str = "float16",
         compress: bool | str = True,
-        ttl_seconds: float | None = 86400,
+        ttl_seconds: float | _Default | None = _DEFAULT,
         *,
-        url: str | None = None,
-        store: Store | None = None,
+        store: str | Store | None = None,
         model: Llama | KVSpec | None = None,
         salt: str | bytes = b"",
         encryption_keys: Mapping[int, bytes] | None = None,
         encryption_key_id: int | None = None,
         block_tokens: int | None = None,
     ) -> None:
-        if sum(x is not None for x in (redis_host, url, store)) > 1:
-            raise ConfigError("expected at most one of redis_host, url and store")
         self._salt = _salt_bytes(salt)
-        codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
-        seal = Xxh3() if encryption_keys is None else AesGcm(encryption_keys, self._salt, encryption_key_id)
-        self.format = Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
+        self.format = _format(precision, compress, encryption_keys, self._salt, encryption_key_id)
         if not (model is None or isinstance(model, Llama | KVSpec)):
             raise ConfigError(f"expected model= as a loaded Llama or a KVSpec, got {type(model).__name__}")
-        if not (store is None or isinstance(store, Store)):
-            raise ConfigError(f"expected store= as a kvlab.stores.Store, got {type(store).__name__}")
         self.spec = spec_of(model) if isinstance(model, Llama) else model
         self._namespace = self._make_namespace(block_tokens)
-        check_ttl(ttl_seconds)
-        address = "fakeredis://" if url is None else url
-        if redis_host is not None:
-            if not redis_host:
-                raise ConfigError("expected a host name in redis_host, got an empty text")
-            if "://" in redis_host:
-                raise ConfigError(f"expected a host name in redis_host, got a URL; write url={redis_host!r}")
-            if redis_port == 0:
-                raise ConfigError("expected a redis_port of 1 … 65535, got 0")
-            address = f"redis://{redis_host}:{redis_port}"
-        self.store = RedisStore(address, ttl_s=ttl_seconds) if store is None else store
+        self.store = _store(redis_host, redis_port, store, ttl_seconds)
+        fingerprint = b"" if self.spec is None else self.spec.fingerprint
+        self._text = TextRecords(self.store, self.format, self._salt, fingerprint)
         self._stats = CacheStats()
-        self._lock = threading.Lock()
         self._suspects: dict[bytes, None] = {}  # keys to write even if the store has them; oldest first
         self._scratch = threading.local()
-        renew_in_children(self)
+        self.reset_after_fork()
+        reset_in_children(self)
+
+    def __repr__(self) -> str:
+        return f"DistributedKVCache({self.store!r}, {self.format.precision}, {self.format.codec})"
 
     @property
     def block_tokens(self) -> int:
@@ -132,7 +134,7 @@ class DistributedKVCache(KVCache):
         if before:  # used, though not fetched: a root must not expire before its leaves
             self.store.touch_many(before)
         good, reason = self._load_blocks(keys, out, B)
-        self._count(len(keys), good, {reason: 1, "gap": len(keys) - good - 1} if reason else {})
+        self._count(len(keys), good, {reason: 1, Reason.GAP: len(keys) - good - 1} if reason else {})
         return start + good * B
 
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
@@ -165,10 +167,10 @@ class DistributedKVCache(KVCache):
         with self._lock:
             for key in keys if stored == len(keys) else ():
                 self._suspects.pop(key, None)
-            self._stats.saved += stored
+            self._stats.stored += stored
             self._stats.kept += kept
             self._stats.bytes_written += sum(len(p) for v in values for p in v)
-            self._stats.drops += Counter(overflow=overflow, store=len(values) - stored)
+            self._stats.drops += Counter({Reason.OVERFLOW: overflow, Reason.STORE: len(values) - stored})
         return stored + kept
 
     def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
@@ -183,48 +185,22 @@ class DistributedKVCache(KVCache):
 
         What was kept under this text before stays if the store does not take the new tensors.
         """
-        key = self._text_key(prefix, layer)
-        if not (isinstance(k_tensor, Tensor) and isinstance(v_tensor, Tensor)):
-            raise InputError(f"expected two tensors, got {type(k_tensor).__name__} and {type(v_tensor).__name__}")
-        if k_tensor.shape != v_tensor.shape or k_tensor.dtype != v_tensor.dtype:
-            raise InputError(
-                "expected keys and values of one shape and dtype, got "
-                f"{tuple(k_tensor.shape)} {k_tensor.dtype} and {tuple(v_tensor.shape)} {v_tensor.dtype}"
-            )
-        if k_tensor.ndim >= record.MAX_DIMS or k_tensor.layout != torch.strided or k_tensor.is_meta:
-            raise InputError(f"expected dense tensors of up to 7 dims, got {tuple(k_tensor.shape)} {k_tensor.layout}")
-        try:
-            value = record.encode(torch.stack((k_tensor, v_tensor)), key, self.format, record.KIND_TEXT)
-        except Unholdable:
-            stored, reason = 0, "overflow"
-        else:
-            stored, reason = self.store.put_many([key], [value]), "store"
+        dropped, size = self._text.put(prefix, layer, k_tensor, v_tensor)
         with self._lock:
-            self._stats.saved += stored
-            self._stats.bytes_written += sum(len(p) for p in value) if stored else 0
-            self._stats.drops += Counter({reason: 1 - stored})
-        return stored == 1
+            self._stats.stored += dropped is None
+            self._stats.bytes_written += size
+            if dropped is not None:
+                self._stats.drops[dropped] += 1
+        return dropped is None
 
     def get_cached_kv(self, prefix: str, layer: int) -> tuple[Tensor, Tensor] | None:
         """The keys and values that `cache_kv` kept, in their original shape and dtype; None on a miss.
 
         With precision float16 the values are those of the float16 rounding.
         """
-        key = self._text_key(prefix, layer)
-        why: list[str] = []
-        value = self.store.get_many([key], why=why)[0]
-        try:
-            if value is None:
-                raise BadRecord(why[0])
-            both = record.decode(value, key, self.format, None, record.KIND_TEXT)
-            if both.shape[0] != 2:
-                raise BadRecord("dims")
-        except BadRecord as error:
-            self._remove_if_damaged(key, error)
-            self._count(1, 0, {error.reason: 1})
-            return None
-        self._count(1, 1, {}, len(value))
-        return both[0], both[1]
+        pair, reason, size = self._text.get(prefix, layer)
+        self._count(1, int(pair is not None), {reason: 1} if reason else {}, size)
+        return pair
 
     def stats(self) -> CacheStats:
         """See `KVCache.stats`. The store's own view, in bytes and faults, is `cache.store.stats()`."""
@@ -239,36 +215,30 @@ class DistributedKVCache(KVCache):
         """Close the store."""
         self.store.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def renew_after_fork(self) -> None:
-        """See `kvlab.stores.base.Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `kvlab.stores.fork.Forkable`."""
         self._lock = threading.Lock()
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
-        if not (block_tokens is None or (isinstance(block_tokens, int) and 0 < block_tokens < 2**32)):
+        if not (block_tokens is None or (type(block_tokens) is int and 0 < block_tokens < 2**32)):
             raise ConfigError(f"expected a block of at least one token, a whole number, got {block_tokens!r}")
         if self.spec is None:
+            if block_tokens is not None:
+                raise ConfigError("expected model= with block_tokens=: only the token calls have blocks")
             return None
-        B = block_tokens or self.spec.block_tokens(self.format.precision)
-        return Namespace(self.spec.fingerprint, self.format.precision, self._salt, B)
+        precision = self.format.precision
+        B = block_tokens or self.spec.block_tokens(precision)
+        if B * self.spec.kv_bytes_per_token(precision) > MAX_VALUE_BYTES:
+            raise ConfigError(
+                f"expected a block whose record is at most {MAX_VALUE_BYTES >> 20} MiB, got {B} tokens of "
+                f"{self.spec.kv_bytes_per_token(precision):,} bytes"
+            )
+        return Namespace(self.spec.fingerprint, precision, self._salt, B)
 
     def _bound(self) -> tuple[KVSpec, Namespace]:
         if self.spec is None or self._namespace is None:
             raise ConfigError("this cache was made without model=; the token calls need to know whose KV it holds")
         return self.spec, self._namespace
-
-    def _text_key(self, prefix: str, layer: int) -> bytes:
-        if not (isinstance(prefix, str) and prefix and prefix.encode(errors="replace").decode() == prefix):
-            raise InputError(f"expected a non-empty text as prefix, got {prefix!r}")
-        if not (isinstance(layer, int) and 0 <= layer < 2**32):
-            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {layer!r}")
-        bound = b"" if self.spec is None else self.spec.fingerprint
-        return text_key(prefix, layer, self.format.precision, self._salt, bound)
 
     def _load_blocks(self, keys: Sequence[bytes], out: Tensor, B: int) -> tuple[int, str]:
         """Fill `out` block by block; how many are good, and what was wrong with the next one, "" for nothing.
@@ -279,14 +249,14 @@ class DistributedKVCache(KVCache):
         window = max(1, WINDOW_BYTES // room)
         for at in range(0, len(keys), window):
             part = keys[at : at + window]
-            why: list[str] = []
-            values = self.store.get_many(part, self._buffers(len(part), room), why)
+            reasons: list[str] = []
+            values = self.store.get_many(part, self._buffers(len(part), room), reasons)
             for i, (key, value) in enumerate(zip(part, values, strict=True), at):
-                reason = why[i - at]
+                reason = reasons[i - at]
                 if value is not None:
                     reason = self._decode_into(value, key, out[:, :, :, i * B : (i + 1) * B])
                 if reason:
-                    if value is not None or reason in _UNFIT:  # what follows was not looked at
+                    if value is not None or reason in _NO_RECORD:  # what follows was not looked at
                         self._suspect(keys[i:])
                     return i, reason
         return len(keys), ""
@@ -327,6 +297,42 @@ class DistributedKVCache(KVCache):
             self._stats.hits += hits
             self._stats.misses += Counter(misses)
             self._stats.bytes_read += read
+
+
+def _format(
+    precision: str, compress: bool | str, keys: Mapping[int, bytes] | None, salt: bytes, key_id: int | None
+) -> Format:
+    """How records are written."""
+    if not isinstance(precision, str) or not isinstance(compress, bool | str):
+        raise ConfigError(
+            "expected precision as text and compress as True, False or text, "
+            f"got {type(precision).__name__} and {type(compress).__name__}"
+        )
+    if keys is None and key_id is not None:
+        raise ConfigError("expected encryption_keys= with encryption_key_id=; without keys records are not encrypted")
+    codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
+    seal = Xxh3() if keys is None else AesGcm(keys, salt, key_id)
+    return Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
+
+
+def _store(
+    redis_host: str | None, redis_port: int | _Default, store: str | Store | None, ttl: float | _Default | None
+) -> Store:
+    """The store that the arguments name."""
+    if redis_host is not None and store is not None:
+        raise ConfigError("expected at most one of redis_host and store")
+    if redis_host is None and not isinstance(redis_port, _Default):
+        raise ConfigError("expected redis_host= with redis_port=; without a host the cache would be private")
+    if isinstance(store, Store):
+        if not isinstance(ttl, _Default):
+            raise ConfigError("expected no ttl_seconds with a store that is made already: it has a TTL of its own")
+        return store
+    if not (store is None or isinstance(store, str)):
+        raise ConfigError(f"expected store= as a URL or a kvlab.stores.Store, got {type(store).__name__}")
+    url = store if store is not None else "fakeredis://"
+    if redis_host is not None:
+        url = url_of(redis_host, 6379 if isinstance(redis_port, _Default) else redis_port)
+    return open_store(url, ttl_s=DAY_S if isinstance(ttl, _Default) else ttl)
 
 
 def _salt_bytes(salt: str | bytes) -> bytes:

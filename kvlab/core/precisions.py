@@ -52,7 +52,7 @@ Array = NDArray[Any]
 Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
 
 
-class Unfit(Exception):
+class Unholdable(Exception):
     """Numbers that a precision cannot hold: too large, or NaN or infinity among integers."""
 
 
@@ -86,7 +86,7 @@ def to_parts(tensor: Tensor, precision: str, planes: int) -> list[Array]:
     """The parts of a tensor. A contiguous CPU tensor of the stored dtype is its own part, not a copy.
 
     Raises:
-        Unfit: see there.
+        Unholdable: see there.
         ValueError: see `layout`.
     """
     tensor = tensor.detach()
@@ -101,7 +101,7 @@ def from_parts(parts: list[Array], precision: str, planes: int, out: Tensor) -> 
     """Fill `out` (any strides, any device, any floating dtype) from parts of its layout.
 
     Raises:
-        Unfit: a number that `out`'s dtype cannot hold.
+        Unholdable: a number that `out`'s dtype cannot hold.
     """
     if precision in _STORED:
         _put_floats(parts[0], precision, out)
@@ -111,14 +111,6 @@ def from_parts(parts: list[Array], precision: str, planes: int, out: Tensor) -> 
         whole = np.empty(out.shape, np.float32)
         _dequantise(parts, precision, planes, whole)
         _copy(torch.from_numpy(whole), out)
-
-
-def in_place(parts: list[Array], precision: str, dtype: torch.dtype) -> Tensor | None:
-    """A tensor in the part's own memory, or None where that is read-only, misaligned or of another dtype."""
-    bits = parts[0]
-    if _STORED.get(precision) != dtype or not (bits.flags.writeable and bits.flags.aligned):
-        return None
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
 
 
 def _floats(tensor: Tensor, precision: str) -> Array:
@@ -135,7 +127,7 @@ def _rounded(tensor: Tensor, precision: str) -> Tensor:
     # fp16 to bf16: the reader has fp16 again, and 65504 has become 65536
     back = stored.to(tensor.dtype) if _max(stored) > _max(tensor) else stored
     if _has_infinite(back) and not torch.equal(back.isinf(), tensor.isinf().cpu()):
-        raise Unfit(f"a value is beyond what {precision} holds")
+        raise Unholdable(f"a value is beyond what {precision} holds")
     return stored
 
 
@@ -163,7 +155,7 @@ def _put_floats(bits: Array, precision: str, out: Tensor) -> None:
 def _copy(source: Tensor, out: Tensor) -> None:
     out.copy_(source)
     if _max(out) < _max(source) and not torch.equal(source.isinf(), out.isinf().cpu()):
-        raise Unfit(f"a value is beyond what {out.dtype} holds")
+        raise Unholdable(f"a value is beyond what {out.dtype} holds")
 
 
 def _quantise(x: Array, precision: str, planes: int) -> list[Array]:
@@ -213,13 +205,13 @@ def _scale(width: Array, levels: int, low: Array | float = 0.0) -> Array:
     """Scales of groups so wide, as bf16 bits, rounded up so that no integer exceeds its levels.
 
     Raises:
-        Unfit: NaN or infinity in the group, or the largest number that it would decode to is none of fp32.
+        Unholdable: NaN or infinity in the group, or the largest number that it would decode to is none of fp32.
     """
     drop = 23 - _SCALE_BITS
     bits = np.maximum(width / np.float32(levels), _TINY).view(np.uint32)
     rounded: Array = (((bits + ((1 << drop) - 1)) >> drop << drop) >> 16).astype(_U2)
     if not (np.isfinite(width).all() and np.isfinite(low + levels * _from_bf16(rounded)).all()):
-        raise Unfit("integers hold no NaN, no infinity, and no numbers at the very end of fp32's range")
+        raise Unholdable("integers hold no NaN, no infinity, and no numbers at the very end of fp32's range")
     return rounded
 
 

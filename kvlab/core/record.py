@@ -42,6 +42,7 @@ from torch import Tensor
 
 from kvlab.core import codecs, precisions
 from kvlab.core.keys import KEY_BYTES
+from kvlab.core.precisions import Unholdable
 from kvlab.core.seals import Broken, Pieces, Seal, Xxh3
 from kvlab.errors import ConfigError, InputError
 
@@ -50,6 +51,7 @@ VERSION: Final = 1
 KIND_BLOCK: Final = 1
 KIND_TEXT: Final = 2
 MAX_DIMS: Final = 8
+MAX_TENSOR_BYTES: Final = 1 << 30  # of a tensor as fp32: no reader allocates more, so no writer stores more
 HEADER = struct.Struct("<4s8BI8IQQ32s32s")
 HEADER_BYTES: Final = HEADER.size
 _HEAD = struct.Struct("<4s8BI8IQQ32s")  # all but the seal
@@ -81,10 +83,6 @@ class BadRecord(Exception):
         return self.reason == "checksum"
 
 
-class Unholdable(Exception):
-    """A tensor with values that the precision cannot hold. The cache drops the put and counts it."""
-
-
 @dataclass(frozen=True)
 class Format:
     """How records are written: precision (part of identity), codec and seal (not part of it)."""
@@ -113,7 +111,8 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
 
     Raises:
         InputError: a dtype or shape that no record of this precision holds.
-        Unholdable: a value too large for the precision, or NaN or infinity at int8 or int4.
+        Unholdable: a value too large for the precision, NaN or infinity at int8 or int4, or a tensor
+            that no reader would allocate.
     """
     if tensor.dtype not in _DTYPE_IDS:
         raise InputError(f"expected a tensor of float32, float16 or bfloat16, got {tensor.dtype}")
@@ -121,12 +120,12 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
         raise InputError(f"expected a tensor of 1 to {MAX_DIMS} dims, got {tuple(tensor.shape)}")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(f"expected a dense tensor with data, got {tensor.layout} on {tensor.device}")
+    if _tensor_bytes(tensor.shape) > MAX_TENSOR_BYTES:
+        raise Unholdable(f"a tensor of shape {tuple(tensor.shape)} is more than any reader allocates")
     if len(key) != KEY_BYTES:
         raise InputError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
     try:
         payload = codecs.pack(precisions.to_parts(tensor, fmt.precision, _PLANES[kind]), fmt.codec)
-    except precisions.Unfit as error:
-        raise Unholdable(str(error)) from error
     except ValueError as error:
         raise InputError(f"{fmt.precision}: {error}") from error
     dims = (*tensor.shape, *[0] * (MAX_DIMS - tensor.ndim))
@@ -150,8 +149,7 @@ def decode(
     shape: Sequence[int] | None,
     kind: int = KIND_BLOCK,
     out: Tensor | None = None,
-    max_bytes: int = 1 << 30,
-    share: bool = False,
+    max_bytes: int = MAX_TENSOR_BYTES,
 ) -> Tensor:
     """Turn a record back into its tensor.
 
@@ -162,13 +160,9 @@ def decode(
             records). The codec is read from the record: writers may differ in it.
         out: a tensor of `shape` to fill, of any strides and floating dtype. Without it a new
             tensor of the dtype that was encoded is made.
-        share: the caller gives `value` away, and the tensor of a raw record of its own dtype may
-            live in that memory instead of a copy. This takes a writable buffer that nobody else
-            uses. `bytes` are copied all the same: a store in this process may hold the same object,
-            and writing to the tensor would change what is stored.
 
     Returns:
-        `out`, or the new tensor. Without `share` it has no memory in common with `value`.
+        `out`, or the new tensor. It has no memory in common with `value`.
 
     Raises:
         BadRecord: with the reason; `out` may then hold anything.
@@ -205,10 +199,14 @@ def decode(
     dims = dims[:ndim]
     if shape is not None and dims != tuple(shape):
         raise BadRecord("dims")
-    # A dim of 0 must not hide the others: torch computes strides from them.
-    if out is None and 4 * math.prod(max(d, 1) for d in dims) > max_bytes:
+    if out is None and _tensor_bytes(dims) > max_bytes:
         raise BadRecord("overflow")
-    return _unpack(payload, codec, fmt.precision, _PLANES[kind], dims, DTYPES[dtype], out, share)
+    return _unpack(payload, codec, fmt.precision, _PLANES[kind], dims, DTYPES[dtype], out)
+
+
+def _tensor_bytes(dims: Sequence[int]) -> int:
+    """Of a tensor as fp32. A dim of 0 must not hide the others: torch computes strides from them."""
+    return 4 * math.prod(max(d, 1) for d in dims)
 
 
 def _unpack(
@@ -219,7 +217,6 @@ def _unpack(
     dims: tuple[int, ...],
     dtype: torch.dtype,
     out: Tensor | None,
-    share: bool,
 ) -> Tensor:
     try:
         layout = precisions.layout(precision, dims, planes)
@@ -227,12 +224,10 @@ def _unpack(
         raise BadRecord("dims") from None
     try:
         parts = codecs.unpack(payload, codec, layout)
-        if out is None and share and (own := precisions.in_place(parts, precision, dtype)) is not None:
-            return own
         out = torch.empty(dims, dtype=dtype) if out is None else out
         precisions.from_parts(parts, precision, planes, out)
     except ValueError:
         raise BadRecord("codec") from None
-    except precisions.Unfit:
+    except Unholdable:
         raise BadRecord("overflow") from None
     return out

@@ -147,7 +147,7 @@ class _Caches:
 
         def make(compress: bool) -> DistributedKVCache:
             return DistributedKVCache(
-                url=url,
+                store=url,
                 model=spec,
                 precision="fp32",
                 compress=compress,

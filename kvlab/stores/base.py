@@ -17,14 +17,12 @@ One suite, `tests/contracts/test_store.py`, holds every implementation to this t
 
 from __future__ import annotations
 
-import os
-import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from kvlab.errors import ConfigError, InputError
 
@@ -32,8 +30,7 @@ Value = bytes | memoryview | tuple[bytes | memoryview, ...]
 """What is put: bytes, or pieces whose concatenation is the value (a header and a payload, say)."""
 
 MAX_TTL_S = 100 * 365 * 86400  # what any server takes
-ABSENT = "absent"
-"""The miss reason of a key that is simply not there."""
+MAX_VALUE_BYTES = 64 << 20  # no store takes a larger value
 
 
 @dataclass
@@ -43,7 +40,7 @@ class StoreStats:
     Misses and drops count values. Faults count round trips that failed, those of `probe`,
     `touch_many` and `delete_many` included, which are no requests: when a store is down, an
     engine that probes first never gets as far as a miss. Redirects count keys that a server
-    of a cluster said another has; a few while slots move.
+    of a cluster said another has; a few while slots move. Reasons are those of `faults.Reason`.
     """
 
     requested: int = 0
@@ -76,7 +73,7 @@ class Store(ABC):
 
     @abstractmethod
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """Fetch values, in the order of `keys`; None for a miss.
 
@@ -85,7 +82,7 @@ class Store(ABC):
                 that part is returned; a value that does not fit is a miss ("too_big"). The
                 caller owns the buffers, and no later call touches them. Without it, each
                 value is a `bytes` of its own.
-            why: a list to which one word a key is added: the reason that a miss was counted
+            reasons: a list to which one word a key is added: the `Reason` that a miss was counted
                 under, "" for a hit.
         """
 
@@ -128,30 +125,6 @@ class Store(ABC):
         self.close()
 
 
-class Forkable(Protocol):
-    """What has locks or threads that the child of a fork must not inherit."""
-
-    def renew_after_fork(self) -> None:
-        """Called in the child, before anything else runs there: its threads are gone, their locks may be held."""
-
-
-_forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
-
-
-def renew_in_children(thing: Forkable) -> None:
-    """Have `thing.renew_after_fork` called in every process that is forked from this one."""
-    _forkables.add(thing)
-
-
-def _renew_all() -> None:
-    for thing in list(_forkables):
-        thing.renew_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
-
-
 def pieces(value: Value) -> tuple[bytes | memoryview, ...]:
     """A value as a tuple of pieces."""
     return value if isinstance(value, tuple) else (value,)
@@ -186,16 +159,28 @@ def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> No
         raise InputError("expected writable buffers, got a read-only one")
 
 
+def check_number(name: str, value: object, above: float, most: float, unit: str = "", whole: bool = False) -> None:
+    """Check a setting: a number above `above` and at most `most`. True and False are no numbers.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    kinds = int if whole else int | float
+    if isinstance(value, kinds) and not isinstance(value, bool) and above < value <= most:
+        return
+    what = "a whole number" if whole else "a number"
+    got = repr(value) if isinstance(value, int | float) else f"{type(value).__name__}"
+    raise ConfigError(f"expected {name} as {what} above {above} and at most {most:g}{unit and f' {unit}'}, got {got}")
+
+
 def check_ttl(ttl_s: float | None) -> None:
     """Check a lifetime in seconds; None is "keep until evicted".
 
     Raises:
         ConfigError: not a positive number, or more than a hundred years.
     """
-    if ttl_s is not None and not (isinstance(ttl_s, int | float) and 0 < ttl_s <= MAX_TTL_S):
-        raise ConfigError(
-            f"expected a positive TTL in seconds of at most 100 years, or None to keep until evicted, got {ttl_s!r}"
-        )
+    if ttl_s is not None:
+        check_number("a TTL (None keeps until evicted)", ttl_s, 0, MAX_TTL_S, "seconds")
 
 
 def place(value: bytes, out: memoryview | None) -> bytes | memoryview | None:

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from kvlab.stores.fork import reset_in_children
+
 
 class Breaker:
     """Closed, open, or half-open (one caller is trying). Safe to use from several threads.
@@ -35,10 +37,11 @@ class Breaker:
         self.failures = failures
         self.cooldown_s = cooldown_s
         self._clock = clock
-        self.renew()
+        self.reset_after_fork()
+        reset_in_children(self)
 
-    def renew(self) -> None:
-        """Start again as new: closed, and with a lock that no other process holds (after a fork)."""
+    def reset_after_fork(self) -> None:
+        """See `Forkable`. The child begins with a closed breaker."""
         self._lock = threading.Lock()
         self._in_a_row = 0
         self._opened_at: float | None = None

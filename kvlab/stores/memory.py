@@ -1,7 +1,7 @@
 """A store in this process: a dict with a lock. For tests, for learning, and as the model of the others.
 
 Entries expire by a clock that may be a fake one. Nothing is evicted: a bounded host tier
-belongs to `kvlab.cache.tiers`, eviction policies to `kvlab.core.policies`.
+belongs to the tiers above, eviction policies to `kvlab.core.policies`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvlab.stores.base import (
-    ABSENT,
     Health,
     Store,
     StoreStats,
@@ -22,8 +21,9 @@ from kvlab.stores.base import (
     check_ttl,
     joined,
     place,
-    renew_in_children,
 )
+from kvlab.stores.faults import Reason
+from kvlab.stores.fork import reset_in_children
 
 
 class MemoryStore(Store):
@@ -44,21 +44,24 @@ class MemoryStore(Store):
         self._ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[bytes, tuple[bytes, float]] = {}
-        self._lock = threading.Lock()
         self._stats = StoreStats()
         self._closed = False
-        renew_in_children(self)
+        self.reset_after_fork()
+        reset_in_children(self)
+
+    def __repr__(self) -> str:
+        return f"MemoryStore({len(self._entries)} values)"
 
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
-        """See `Store.get_many`. A hit also renews the entry's TTL."""
+        """See `Store.get_many`. A hit also refreshes the entry's TTL."""
         check_buffers(keys, out)
         with self._lock:
-            reasons: list[str] = []
-            got = [self._get(key, None if out is None else out[i], reasons) for i, key in enumerate(keys)]
-        if why is not None:
-            why += reasons
+            why: list[str] = []
+            got = [self._get(key, None if out is None else out[i], why) for i, key in enumerate(keys)]
+        if reasons is not None:
+            reasons += why
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
@@ -67,11 +70,11 @@ class MemoryStore(Store):
         with self._lock:
             self._stats.offered += len(keys)
             if self._closed:
-                self._stats.drops["closed"] += len(keys)
+                self._stats.drops[Reason.CLOSED] += len(keys)
                 return 0
             for key, value in zip(keys, values, strict=True):
                 data = joined(value)
-                self._entries[key] = (data, self._deadline())
+                self._entries[key] = (data, self._expires_at())
                 self._stats.stored += 1
                 self._stats.bytes_in += len(data)
             return len(keys)
@@ -87,7 +90,7 @@ class MemoryStore(Store):
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`."""
         with self._lock:
-            return [self._renew(key) for key in keys]
+            return [self._refresh(key) for key in keys]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
@@ -113,35 +116,37 @@ class MemoryStore(Store):
             self._entries.clear()
             self._closed = True
 
-    def renew_after_fork(self) -> None:
+    def reset_after_fork(self) -> None:
         """See `Forkable`. The child has a copy of the values."""
         self._lock = threading.Lock()
 
-    def _get(self, key: bytes, out: memoryview | None, reasons: list[str]) -> bytes | memoryview | None:
+    def _get(self, key: bytes, out: memoryview | None, why: list[str]) -> bytes | memoryview | None:
         self._stats.requested += 1
         value = self._alive(key)
         got = None if value is None else place(value, out)
-        reasons.append("closed" if self._closed else ABSENT if value is None else "too_big" if got is None else "")
         if value is None or got is None:
-            self._stats.misses[reasons[-1]] += 1
+            reason = Reason.CLOSED if self._closed else Reason.ABSENT if value is None else Reason.TOO_BIG
+            why.append(reason)
+            self._stats.misses[reason] += 1
             return None
-        self._entries[key] = (value, self._deadline())
+        why.append("")
+        self._entries[key] = (value, self._expires_at())
         self._stats.hits += 1
         self._stats.bytes_out += len(value)
         return got
 
-    def _renew(self, key: bytes) -> bool:
+    def _refresh(self, key: bytes) -> bool:
         value = self._alive(key)
         if value is not None:
-            self._entries[key] = (value, self._deadline())
+            self._entries[key] = (value, self._expires_at())
         return value is not None
 
     def _alive(self, key: bytes) -> bytes | None:
-        value, deadline = self._entries.get(key, (None, 0.0))
-        if value is not None and self._clock() >= deadline:
+        value, expires_at = self._entries.get(key, (None, 0.0))
+        if value is not None and self._clock() >= expires_at:
             del self._entries[key]
             return None
         return value
 
-    def _deadline(self) -> float:
+    def _expires_at(self) -> float:
         return float("inf") if self._ttl_s is None else self._clock() + self._ttl_s

@@ -14,11 +14,13 @@ from kvlab.stores.base import (
     StoreStats,
     Value,
     check_buffers,
+    check_number,
     check_pairs,
     joined,
     place,
-    renew_in_children,
 )
+from kvlab.stores.faults import Reason
+from kvlab.stores.fork import reset_in_children
 
 BATCH_BYTES = 4 << 20
 logger = logging.getLogger(__name__)
@@ -40,19 +42,23 @@ class WriteBehind(Store):
         max_bytes: of all values that wait, the batch being written included.
 
     Raises:
-        ConfigError: no store, but a URL, say.
+        ConfigError: no store, but a URL, say; or `max_bytes` is no positive whole number.
     """
 
     def __init__(self, store: Store, max_bytes: int = 64 << 20) -> None:
         if not isinstance(store, Store):
             raise ConfigError(f"expected a store, such as RedisStore(url), got {type(store).__name__}")
+        check_number("max_bytes", max_bytes, 0, 1 << 60, "bytes", whole=True)
         self.store = store
         self.max_bytes = max_bytes
         self._own = StoreStats()
         self._closed = False
         self._thread: threading.Thread
-        self.renew_after_fork()
-        renew_in_children(self)
+        self.reset_after_fork()
+        reset_in_children(self)
+
+    def __repr__(self) -> str:
+        return f"WriteBehind({self.store!r})"
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`. Copies the values and returns."""
@@ -64,10 +70,10 @@ class WriteBehind(Store):
                 older = self._waiting.get(key)
                 room = self.max_bytes - self._bytes + (0 if older is None else len(older))
                 if self._closed or len(data) > room:
-                    self._drop("closed" if self._closed else "queue_full")
+                    self._drop(Reason.CLOSED if self._closed else Reason.QUEUE_FULL)
                     continue
                 if older is not None:
-                    self._drop("collapsed")
+                    self._drop(Reason.COLLAPSED)
                     self._bytes -= len(older)
                     del self._waiting[key]  # the newer value waits at the end
                 self._waiting[key] = data
@@ -80,12 +86,12 @@ class WriteBehind(Store):
         return queued
 
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`."""
         check_buffers(keys, out)
         got: list[bytes | memoryview | None] = [None] * len(keys)
-        reasons = [""] * len(keys)
+        why = [""] * len(keys)
         asked = []
         with self._changed:
             for i, key in enumerate(keys):
@@ -96,18 +102,18 @@ class WriteBehind(Store):
                 got[i] = placed = place(value, None if out is None else out[i])
                 self._own.requested += 1
                 if placed is None:
-                    reasons[i] = "too_big"
-                    self._own.misses["too_big"] += 1
+                    why[i] = Reason.TOO_BIG
+                    self._own.misses[Reason.TOO_BIG] += 1
                 else:
                     self._own.hits += 1
                     self._own.bytes_out += len(value)
         if asked:
-            whys: list[str] = []
-            rest = self.store.get_many([keys[i] for i in asked], out and [out[i] for i in asked], whys)
-            for i, answer, reason in zip(asked, rest, whys, strict=True):
-                got[i], reasons[i] = answer, reason
-        if why is not None:
-            why += reasons
+            inner: list[str] = []
+            answers = self.store.get_many([keys[i] for i in asked], out and [out[i] for i in asked], inner)
+            for i, answer, reason in zip(asked, answers, inner, strict=True):
+                got[i], why[i] = answer, reason
+        if reasons is not None:
+            reasons += why
         return got
 
     def probe(self, keys: Sequence[bytes]) -> int:
@@ -138,7 +144,7 @@ class WriteBehind(Store):
                 if value is not None:
                     gone += 1
                     self._bytes -= len(value)
-                    self._drop("deleted")
+                    self._drop(Reason.DELETED)
             self._changed.wait_for(lambda: not self._writing.keys() & set(keys))
         return gone + self.store.delete_many(keys)
 
@@ -167,7 +173,7 @@ class WriteBehind(Store):
             self._thread.join()
         self.store.close()
 
-    def renew_after_fork(self) -> None:
+    def reset_after_fork(self) -> None:
         """See `Forkable`. The queue stays the parent's: it writes what is in it."""
         self._changed = threading.Condition()
         self._waiting: dict[bytes, bytes] = {}  # in order of arrival
@@ -178,7 +184,7 @@ class WriteBehind(Store):
     def _pending(self, key: bytes) -> bytes | None:
         return self._waiting.get(key, self._writing.get(key))
 
-    def _drop(self, reason: str) -> None:
+    def _drop(self, reason: Reason) -> None:
         self._own.offered += 1
         self._own.drops[reason] += 1
 
@@ -195,7 +201,7 @@ class WriteBehind(Store):
                 logger.exception("a store raised in put_many")
                 with self._changed:
                     for _ in self._writing:
-                        self._drop("error")
+                        self._drop(Reason.ERROR)
             with self._changed:
                 self._bytes -= sum(map(len, self._writing.values()))
                 self._writing = {}

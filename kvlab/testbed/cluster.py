@@ -1,185 +1,158 @@
-"""A Redis Cluster of our own for as long as something is measured: real nodes on loopback, replicas in sync.
+"""A Redis Cluster of real processes on loopback: masters that share the slots, with replicas in sync.
 
-with with_cluster() as cluster:
+with RedisCluster() as cluster:
     store = RedisStore(cluster.url)
-    cluster.kill(cluster.master_of(b"kv:some key"))
+    cluster.master_of(b"kv:some key").kill()
     cluster.wait_until_ok()  # its replica has taken over
-
-The functions on ports below make a cluster of any nodes that run; the tests form theirs with them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
 
 import redis
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 
 from kvlab.errors import KVLabError
-from kvlab.stores.redis.topology import SLOTS
-from kvlab.testbed.server import LocalRedis, free_port, with_redis
+from kvlab.testbed.server import HOST, RedisServer
 
-HOST = "127.0.0.1"
 READY_S = 60.0
 POLL_S = 0.05
-
-
-class LocalCluster:
-    """A running cluster. Nodes are named by their ports.
-
-    Attributes:
-        ports: of all nodes, those that were killed included.
-        url: the address of the whole cluster, with every node as a place to begin.
-    """
-
-    def __init__(self, nodes: Sequence[LocalRedis]) -> None:
-        self._nodes = {node.port: node for node in nodes}
-        self.ports = list(self._nodes)
-        self.url = cluster_url(self.ports)
-
-    def master_of(self, key: bytes) -> int:
-        """The node that serves a key now, as the first node that is up says. See `master_port`."""
-        return master_port(self.ports, key)
-
-    def roles(self) -> dict[int, str]:
-        """What each node is now: "master", "replica" or "down" (it does not answer)."""
-        states = {port: _state(port) for port in self.ports}
-        words = {"master": "master", "slave": "replica", "": "down"}
-        return {port: words[state["role"] if state else ""] for port, state in states.items()}
-
-    def kill(self, port: int) -> None:
-        """End a node at once, as a crash would (kill -9)."""
-        self._nodes[port].kill()
-
-    def paused(self, port: int) -> contextlib.AbstractContextManager[None]:
-        """A node hangs: its port still accepts, and nothing comes back. It goes on afterwards."""
-        return self._nodes[port].paused()
-
-    def wait_until_ok(self) -> None:
-        """See the function `wait_until_ok`."""
-        wait_until_ok(self.ports)
-
-
-@contextlib.contextmanager
-def with_cluster(masters: int = 3, replicas: int = 1, node_timeout_ms: int = 2000) -> Iterator[LocalCluster]:
-    """Start a Redis Cluster on free loopback ports; yield it when every replica is in sync; end it afterwards.
-
-    Slots whose master is gone do not stop the others (cluster-require-full-coverage no).
-
-    Args:
-        replicas: of each master.
-        node_timeout_ms: after so long without an answer a node counts as failing.
-
-    Raises:
-        KVLabError: redis-server is not installed, or the nodes do not come up and agree within a minute.
-    """
-    with contextlib.ExitStack() as stack:
-        options = *node_options(node_timeout_ms), "--cluster-require-full-coverage", "no"
-        count = masters * (1 + replicas)
-        nodes = [stack.enter_context(with_redis(*options, *bus_option())) for _ in range(count)]
-        cluster = LocalCluster(nodes)
-        form_cluster(cluster.ports, masters)
-        yield cluster
+DOWN = redis.ConnectionError, redis.TimeoutError
 
 
 def node_options(node_timeout_ms: int) -> tuple[str, ...]:
     """The options of every node. A replica begins to copy at once, not after Redis' usual five seconds."""
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms))
-    return *options, "--repl-diskless-sync-delay", "0"
+    return *options, "--cluster-require-full-coverage", "no", "--repl-diskless-sync-delay", "0"
 
 
-def bus_option() -> tuple[str, str]:
-    """A port of its own for what one node says to the others."""
-    return "--cluster-port", str(free_port())
+class RedisCluster:
+    """`masters` nodes that share the slots evenly, each with `replicas` replicas.
 
+    Slots whose master is gone do not stop the others (cluster-require-full-coverage no), as a cache wants it.
 
-def cluster_url(ports: Sequence[int]) -> str:
-    """The address of a cluster, all its nodes in it."""
-    return "redis-cluster://" + ",".join(f"{HOST}:{port}" for port in ports)
+    Args:
+        arguments: further options of every node, as on its command line.
+        replicas: of each master.
+        node_timeout_ms: after so long without an answer a node counts as failing (cluster-node-timeout).
 
-
-def form_cluster(ports: Sequence[int], masters: int) -> None:
-    """Join running nodes: the first `masters` share the slots evenly, the others follow them in turn. Waits for it.
-
-    Raises:
-        KVLabError: they do not agree within a minute.
+    Attributes:
+        nodes: the servers, the first masters first. They stay in this list when they are killed.
     """
-    bus = int(_client(ports[0]).config_get("cluster-port")["cluster-port"])
-    for port in ports[1:]:
-        _client(port).execute_command("CLUSTER", "MEET", HOST, ports[0], bus)
-    _wait(lambda: all(_knows(port) == len(ports) for port in ports), ports)
-    edges = [SLOTS * i // masters for i in range(masters + 1)]
-    for port, start, stop in zip(ports, edges, edges[1:], strict=False):
-        _client(port).execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
-    for i, port in enumerate(ports[masters:]):
-        name = _client(ports[i % masters]).execute_command("CLUSTER", "MYID")
-        _client(port).execute_command("CLUSTER", "REPLICATE", name)
-    wait_until_ok(ports)
+
+    def __init__(self, *arguments: str, masters: int = 3, replicas: int = 1, node_timeout_ms: int = 2000) -> None:
+        self._masters, self._count = masters, masters * (1 + replicas)
+        self._options = (*node_options(node_timeout_ms), *arguments)
+        self._stack = contextlib.ExitStack()
+        self.nodes: list[RedisServer] = []
+
+    @property
+    def url(self) -> str:
+        """Address of the whole cluster, with every node as a place to begin."""
+        return f"redis-cluster://{','.join(self.addresses)}"
+
+    @property
+    def addresses(self) -> list[str]:
+        """host:port of every node."""
+        return [f"{HOST}:{node.port}" for node in self.nodes]
+
+    def master_of(self, key: bytes) -> RedisServer:
+        """The node that serves a key now, as the first node says that is up.
+
+        Raises:
+            KVLabError: no node is up, or nobody serves the key's slot.
+        """
+        slot = key_slot(key)
+        for first, last, (_, port, *_), *_ in self._slots():
+            if first <= slot <= last:
+                return next(node for node in self.nodes if node.port == port)
+        raise KVLabError(f"nobody serves slot {slot}")
+
+    def roles(self) -> list[str]:
+        """What each node is now: "master", "replica" or "down" (it does not answer)."""
+        words = {"master": "master", "slave": "replica", "": "down"}
+        return [words[state["role"] if state else ""] for state in map(_state, self.nodes)]
+
+    def wait_until_ok(self) -> None:
+        """Wait until every node that is up says that all slots are served, and every replica is in sync.
+
+        Raises:
+            KVLabError: it is not so within a minute.
+        """
+        self._wait(lambda: all(map(_is_ok, self.nodes)))
+
+    def __enter__(self) -> Self:
+        with self._stack as stack:  # ends what was started if a later node does not come up
+            for _ in range(self._count):
+                self.nodes.append(stack.enter_context(RedisServer(*self._options, bus=True)))
+            self._form()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _form(self) -> None:
+        """Join running nodes: the first ones share the slots evenly, the others follow them, each the next one."""
+        first, *others = self.nodes
+        for node in others:
+            _client(node).execute_command("CLUSTER", "MEET", HOST, first.port, first.bus_port)
+        self._wait(lambda: all(_knows(node) == len(self.nodes) for node in self.nodes))
+        masters, replicas = self.nodes[: self._masters], self.nodes[self._masters :]
+        for i, node in enumerate(masters):
+            start, stop = (SLOTS * edge // self._masters for edge in (i, i + 1))
+            _client(node).execute_command("CLUSTER", "ADDSLOTSRANGE", start, stop - 1)
+        for i, node in enumerate(replicas):
+            name = _client(masters[i % self._masters]).execute_command("CLUSTER", "MYID")
+            _client(node).execute_command("CLUSTER", "REPLICATE", name)
+        self.wait_until_ok()
+
+    def _slots(self) -> Any:
+        """CLUSTER SLOTS as it comes from the wire, of the first node that is up."""
+        for node in self.nodes:
+            with contextlib.suppress(*DOWN):
+                client = _client(node)
+                client.response_callbacks.clear()
+                return client.execute_command("CLUSTER", "SLOTS")
+        raise KVLabError(f"none of the nodes {', '.join(self.addresses)} is up")
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + READY_S
+        while not ready():
+            if time.monotonic() > give_up:
+                states = [_state(node) for node in self.nodes]
+                raise KVLabError(f"the cluster does not come up within {READY_S:.0f} s: {states}")
+            time.sleep(POLL_S)
 
 
-def wait_until_ok(ports: Sequence[int]) -> None:
-    """Wait until every node that is up says that all slots are served, and every replica is in sync.
-
-    Raises:
-        KVLabError: it is not so within a minute.
-    """
-    _wait(lambda: all(map(_is_ok, ports)), ports)
+def _client(node: RedisServer) -> Any:
+    """A client that waits briefly and never retries."""
+    return node.client(socket_timeout=1, retry=None, protocol=2)
 
 
-def master_port(ports: Sequence[int], key: bytes) -> int:
-    """The port that serves a key, as the first of these nodes says that is up.
-
-    Raises:
-        KVLabError: no node is up, or nobody serves the key's slot.
-    """
-    slot = key_slot(key)
-    for first, last, (_, port, *_), *_ in _first_answer(ports, "CLUSTER", "SLOTS"):
-        if first <= slot <= last:
-            return int(port)
-    raise KVLabError(f"nobody serves slot {slot}")
-
-
-def _client(port: int) -> Any:
-    """A client that waits briefly, never retries, and gives answers as they come from the wire."""
-    return redis.Redis.from_url(f"redis://{HOST}:{port}", socket_timeout=1, retry=None, protocol=2)
-
-
-def _knows(port: int) -> int:
+def _knows(node: RedisServer) -> int:
     """How many nodes a node knows, itself included; a handshake is not yet an acquaintance."""
-    return sum("handshake" not in node["flags"] for node in _client(port).execute_command("CLUSTER NODES").values())
+    told = _client(node).execute_command("CLUSTER NODES").values()
+    return sum("handshake" not in other["flags"] for other in told)
 
 
-def _state(port: int) -> dict[str, Any] | None:
+def _state(node: RedisServer) -> dict[str, Any] | None:
     """What a node says of itself; None if it is down."""
     try:
-        return {**_client(port).execute_command("CLUSTER INFO"), **_client(port).info("replication")}
-    except (redis.ConnectionError, redis.TimeoutError):
+        return {**_client(node).execute_command("CLUSTER INFO"), **_client(node).info("replication")}
+    except DOWN:
         return None
 
 
-def _is_ok(port: int) -> bool:
-    state = _state(port)
+def _is_ok(node: RedisServer) -> bool:
+    state = _state(node)
     if state is None:
         return True
     served = state["cluster_state"] == "ok" and int(state["cluster_slots_ok"]) == SLOTS
-    return served and state.get("master_link_status", "up") == "up"
-
-
-def _first_answer(ports: Sequence[int], *command: str) -> Any:
-    for port in ports:
-        with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
-            client = _client(port)
-            client.response_callbacks.clear()
-            return client.execute_command(*command)
-    raise KVLabError(f"none of the nodes at {', '.join(map(str, ports))} is up")
-
-
-def _wait(ready: Callable[[], bool], ports: Sequence[int]) -> None:
-    give_up = time.monotonic() + READY_S
-    while not ready():
-        if time.monotonic() > give_up:
-            raise KVLabError(f"the cluster does not come up within {READY_S:.0f} s: {[_state(port) for port in ports]}")
-        time.sleep(POLL_S)
+    return served and bool(state.get("master_link_status", "up") == "up")

@@ -347,7 +347,7 @@ def test_keys_rotate_with_one_miss_a_record() -> None:
     assert loaded(after)[0] == 0
     assert after.get_cached_kv(TEXT, 0) is None
     assert checked(after) == Counter(key_id=2, gap=2)
-    assert after.save(TOKENS, KV) == after.stats().saved == 3
+    assert after.save(TOKENS, KV) == after.stats().stored == 3
     assert {stored(old.store, key)[12:16] for key in block_keys(old)} == {struct.pack("<I", 2)}
     assert loaded(after)[0] == loaded(during)[0] == 3 * B
 

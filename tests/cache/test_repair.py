@@ -46,7 +46,7 @@ def test_what_is_there_is_not_sent_again(spy: SpyStore) -> None:
     assert first.save(TOKENS, KV) == BLOCKS
     assert second.save(TOKENS, KV) == BLOCKS
     assert spy.put_keys == KEYS
-    assert (second.stats().saved, second.stats().kept, second.stats().bytes_written) == (0, BLOCKS, 0)
+    assert (second.stats().stored, second.stats().kept, second.stats().bytes_written) == (0, BLOCKS, 0)
 
 
 def test_only_the_holes_are_filled(spy: SpyStore) -> None:

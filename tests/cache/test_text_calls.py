@@ -222,7 +222,7 @@ def test_every_call_is_counted(cache: DistributedKVCache) -> None:
     cache.get_cached_kv(PREFIX, 0)
     stats = cache.stats()
     assert (stats.requested, stats.hits, stats.misses) == (3, 2, Counter(absent=1))
-    assert (stats.saved, stats.drops, stats.hit_rate) == (1, Counter(), 2 / 3)
+    assert (stats.stored, stats.drops, stats.hit_rate) == (1, Counter(), 2 / 3)
     assert stats.bytes_read == 2 * stats.bytes_written > 0
     assert cache.store.stats().bytes_in == stats.bytes_written
 
@@ -303,7 +303,7 @@ def test_eight_threads_get_what_they_put() -> None:
         thread.join()
     assert wrong == []
     stats = cache.stats()
-    assert (stats.requested, stats.hits, stats.saved) == (160, 160, 160)
+    assert (stats.requested, stats.hits, stats.stored) == (160, 160, 160)
 
 
 @pytest.mark.parametrize(

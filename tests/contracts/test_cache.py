@@ -256,7 +256,7 @@ def test_every_block_asked_for_is_counted_once(cache: KVCache, spec: KVSpec) -> 
     stats = cache.stats()
     assert (stats.requested, stats.hits, stats.misses) == (5, 3, Counter(absent=1, gap=1))
     assert stats.hit_rate == 3 / 5
-    assert (stats.saved, stats.drops) == (2, Counter())
+    assert (stats.stored, stats.drops) == (2, Counter())
     assert stats.bytes_read > stats.bytes_written > 0
 
 
@@ -369,7 +369,7 @@ def test_values_beyond_fp16_drop_their_block_and_those_after_it(spec: KVSpec, co
     kv[1, 0, 1, 20, 2] = 70000.0
     assert cache.save(tokens_of(64), kv) == 1
     stats = cache.stats()
-    assert (stats.saved, stats.drops) == (1, Counter(overflow=3))
+    assert (stats.stored, stats.drops) == (1, Counter(overflow=3))
     assert cache.match(tokens_of(64)) == 16
     assert torch.equal(loaded(cache, tokens_of(64), spec), kv[:, :, :, :16])
 

@@ -14,7 +14,7 @@ import redis
 
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
-from kvlab.stores.redis.connection import FakeLink
+from kvlab.stores.redis.pool import FakePool
 from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
 from tests.helpers import FakeClock
 from tests.servers import RedisServer
@@ -253,11 +253,11 @@ def test_every_request_and_offer_is_counted_once(store: Store) -> None:
 def test_each_miss_says_why(store: Store) -> None:
     store.put_many([b"a", b"b"], [b"one", b"three"])
     why = ["before"]
-    store.get_many([b"a", b"x"], why=why)
+    store.get_many([b"a", b"x"], reasons=why)
     store.get_many([b"b", b"a", b"x"], buffers(3, 3, 3), why)
     assert why == ["before", "", "absent", "too_big", "", "absent"]
     store.close()
-    store.get_many([b"a"], why=why)
+    store.get_many([b"a"], reasons=why)
     assert why[-1] == "closed"
 
 
@@ -387,8 +387,8 @@ class Aging:
 
 def plain_client(store: RedisStore) -> redis.Redis | redis.RedisCluster:
     """A client that sees what the store sees."""
-    link = store.nodes[0].link if store.nodes else None
-    if isinstance(link, FakeLink):
+    link = store.nodes[0].pool if store.nodes else None
+    if isinstance(link, FakePool):
         return link._client
     if store.url.startswith("redis-cluster"):
         return redis.RedisCluster.from_url(store.url.replace("redis-cluster", "redis").partition(",")[0])
@@ -617,7 +617,7 @@ def test_a_value_over_the_limit_is_dropped_and_counted(monkeypatch: pytest.Monke
 
 
 def test_bytes_in_flight_are_bounded_by_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlab.stores.redis.WINDOW_BYTES", 1000)
+    monkeypatch.setattr("kvlab.stores.redis.node.WINDOW_BYTES", 1000)
     sizes: list[int] = []
     send = RedisStore._set
 

@@ -261,7 +261,7 @@ def test_blocks_are_saved_for_every_token_that_was_fed(length: int, new: int, sa
     """The last new token was never fed to the model: its KV does not exist."""
     cache = fresh(SMALL)
     result = run(SMALL, words(length), new, cache)
-    assert result.saved_blocks == saved == cache.stats().saved
+    assert result.saved_blocks == saved == cache.stats().stored
     assert (result.prompt_tokens, len(result.tokens)) == (length, new)
     known = [*words(length), *result.tokens]
     assert cache.match(known) == saved * SMALL_BLOCK

@@ -1202,7 +1202,7 @@ def test_a_right_that_only_clusters_need_is_missing(book: Book, cluster: RedisCl
             row.seen = {"health": health.detail.partition(": ")[2], "misses": dict(store.stats().misses)}
             assert found == [right == "asking", False]
             assert right in denied(cluster)
-            # Without +asking this is "moved" as long as `Link.exchange` takes no notice of what ASKING was answered.
+            # Without +asking this is "moved" as long as `Pool.exchange` takes no notice of what ASKING was answered.
             assert store.stats().misses == Counter(auth=found.count(False))
             if right != "asking":
                 assert not health.ok and "auth" in health.detail and right in health.detail

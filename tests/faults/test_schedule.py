@@ -143,7 +143,7 @@ class Schedule:
             stats = cache.stats()
             stats.check()
             cache.store.stats().check()
-            assert stats.saved + stats.kept + stats.drops.total() == offered, stats
+            assert stats.stored + stats.kept + stats.drops.total() == offered, stats
 
     def pick(self) -> tuple[int, DistributedKVCache, Way]:
         number = self.random.randrange(2)

@@ -827,7 +827,7 @@ def test_row_37_a_herd_on_one_prefix(redis_server: RedisServer, book: Book) -> N
                 thread.join()
             assert good == [True] * each
             check_sums(mine)
-            results.put((mine.stats().saved, mine.stats().kept))
+            results.put((mine.stats().stored, mine.stats().kept))
 
     def herd(starts: list[Any], before: Callable[[], object]) -> tuple[int, int]:
         results = FORK.SimpleQueue()
@@ -983,8 +983,8 @@ def test_row_35_a_server_that_forgot_everything(how: str, clock: FakeClock, book
                 server.start()
             with under_fault(row):
                 assert cache.match(TOKENS) == load_all(cache) == 0
-            before = cache.stats().saved
-            assert cache.save(TOKENS, KV) == cache.stats().saved - before == BLOCKS
+            before = cache.stats().stored
+            assert cache.save(TOKENS, KV) == cache.stats().stored - before == BLOCKS
             assert load_all(cache) == BLOCKS
         assert cache.stats().misses == Counter(absent=3, gap=3 * (BLOCKS - 1))
         assert not cache.store.stats().faults and not cache.store.stats().drops
@@ -1032,7 +1032,7 @@ def test_row_38_two_tenants(redis_server: RedisServer, book: Book) -> None:
         assert b.stats().hits == 0 and b.stats().misses["absent"] == probes
         assert a.cache_kv("text", 0, kv, kv) and b.get_cached_kv("text", 0) is None
         row.seen = {"hits across": 0, "absent": probes, "AUC of the times": round(auc(times[True], times[False]), 3)}
-        assert b.save(victims[0], kv) == b.stats().saved == BLOCKS  # written anew: the other's are not these
+        assert b.save(victims[0], kv) == b.stats().stored == BLOCKS  # written anew: the other's are not these
         for each in (a, b):
             assert each.load(victims[0], 0, length, out) == length and torch.equal(out, kv)
         ours = set(redis_server.client().keys()) - theirs

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
 from kvlab.stores import RedisStore
-from kvlab.stores.redis.address import topology_of, without_password
+from kvlab.stores.redis.address import topology_of, shown
 from kvlab.stores.redis.cluster import Cluster
-from kvlab.stores.redis.connection import FakeLink, Link
+from kvlab.stores.redis.connection import FakePool, Pool
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.sentinel import Sentinel
-from kvlab.stores.redis.topology import Alone, Topology
+from kvlab.stores.redis.topology import SingleServer, Topology
 from tests.servers import ScriptedServer
 
 LONG_S = 30.0
@@ -28,7 +28,7 @@ def read(url: str, read_replicas: bool = False) -> Any:
     return topology_of(url, 4, read_replicas, time.monotonic)
 
 
-def facts(link: Link) -> dict[str, Any]:
+def facts(link: Pool) -> dict[str, Any]:
     """What a link was told that differs from one URL to the next."""
     ours = {"protocol", "decode_responses", "retry", "read_only", "driver_info"}
     return {name: value for name, value in link._settings.items() if name not in ours}
@@ -40,7 +40,7 @@ def seeds(url: str) -> list[dict[str, Any]]:
 
 def server(url: str, host: str = "10.0.0.9", port: int = 7000) -> dict[str, Any]:
     """A server that was not named in the URL, but learned of later."""
-    return facts(read(url)._make_node(host, port).link)
+    return facts(read(url)._make_node(host, port).pool)
 
 
 def at(host: str, port: int, **more: Any) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def at(host: str, port: int, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("url", "kind"),
     [
-        ("redis://h", Alone),
-        ("rediss://h", Alone),
-        ("unix:///tmp/no.sock", Alone),
-        ("fakeredis://", Alone),
-        ("fakeredis://name", Alone),
+        ("redis://h", SingleServer),
+        ("rediss://h", SingleServer),
+        ("unix:///tmp/no.sock", SingleServer),
+        ("fakeredis://", SingleServer),
+        ("fakeredis://name", SingleServer),
         ("redis-cluster://h", Cluster),
         ("rediss-cluster://h", Cluster),
         ("redis-sentinel://h/name", Sentinel),
@@ -64,13 +64,13 @@ def at(host: str, port: int, **more: Any) -> dict[str, Any]:
 )
 def test_each_scheme_means_one_kind_of_topology(url: str, kind: type[Topology]) -> None:
     topology = read(url)
-    assert type(topology) is kind and topology.many == (kind is not Alone)
-    if kind is Alone:
+    assert type(topology) is kind and topology.multi_node == (kind is not SingleServer)
+    if kind is SingleServer:
         (shard,) = topology.shards()
-        assert isinstance(shard.master.link, FakeLink if url.startswith("fake") else Link)
+        assert isinstance(shard.master.pool, FakePool if url.startswith("fake") else Pool)
     else:
         assert topology.shards() == []  # before anybody was asked
-        assert topology._make_node("h", 1).link._class.__name__ == ("_TLS" if url.startswith("rediss") else "_TCP")
+        assert topology._make_node("h", 1).pool._class.__name__ == ("_TLS" if url.startswith("rediss") else "_TCP")
         assert {link._class.__name__ for link in topology._seeds} == {"_TLS" if url.startswith("rediss") else "_TCP"}
 
 
@@ -192,15 +192,15 @@ def test_a_cluster_has_one_database_whatever_the_settings_say() -> None:
 @pytest.mark.parametrize("read_replicas", [False, True])
 def test_readonly_is_said_where_replicas_of_a_cluster_are_read(read_replicas: bool) -> None:
     cluster, sentinel = read("redis-cluster://a", read_replicas), read("redis-sentinel://a/main", read_replicas)
-    assert cluster._make_node("h", 1).link._settings["read_only"] is read_replicas
-    assert sentinel._make_node("h", 1).link._settings["read_only"] is False
+    assert cluster._make_node("h", 1).pool._settings["read_only"] is read_replicas
+    assert sentinel._make_node("h", 1).pool._settings["read_only"] is False
     assert [link._settings["read_only"] for link in cluster._seeds + sentinel._seeds] == [False, False]
 
 
 def test_the_bound_on_connections_holds_for_each_server() -> None:
     with ScriptedServer(lambda command: b"$-1\r\n") as scripted:
         node: Node = topology_of("redis-cluster://a", 3, False, time.monotonic)._make_node("127.0.0.1", scripted.port)
-        assert node.link._max == node._max_workers == 3
+        assert node.pool._max == node._max_workers == 3
 
 
 # --- what cannot work ---------------------------------------------------------------------------
@@ -266,25 +266,25 @@ SETTINGS = [
 @pytest.mark.parametrize("login", LOGINS)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("scheme", ["redis", "redis-cluster", "rediss-sentinel", "http"])
-def test_a_url_is_shown_without_passwords_and_with_its_host(scheme: str, login: str, settings: str) -> None:
-    shown = without_password(f"{scheme}://{login}host:1,other:2/main{settings}")
+def test_a_url_is_shown_showns_and_with_its_host(scheme: str, login: str, settings: str) -> None:
+    shown = shown(f"{scheme}://{login}host:1,other:2/main{settings}")
     assert "secret" not in shown and "host:1,other:2/main" in shown and shown.startswith(f"{scheme}://")
     assert shown.count("***") == 1 + bool(settings)
 
 
 def test_the_password_of_a_private_key_is_not_shown() -> None:
-    assert "secret" not in without_password("rediss://host:1?ssl_keyfile=key&ssl_password=secret")
+    assert "secret" not in shown("rediss://host:1?ssl_keyfile=key&ssl_password=secret")
 
 
 @pytest.mark.parametrize("setting", ["password", "sentinel_password"])
 @pytest.mark.parametrize("url", ["redis://host:1", "redis-cluster://a:1,b:2", "redis-sentinel://me:x@a:1/main"])
 def test_of_a_password_with_an_at_sign_nothing_is_shown(url: str, setting: str) -> None:
-    assert "secret" not in without_password(f"{url}?{setting}=p@secret")
+    assert "secret" not in shown(f"{url}?{setting}=p@secret")
 
 
 @pytest.mark.parametrize("url", ["redis://host:1", "redis-cluster://a:1,b:2", "redis-sentinel://me@a:1/main?db=1"])
-def test_a_url_without_password_is_shown_as_it_is(url: str) -> None:
-    assert without_password(url) == url
+def test_a_url_shown_is_shown_as_it_is(url: str) -> None:
+    assert shown(url) == url
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
-from kvlab.stores.redis.connection import GRACE_S, MAX_VALUE_BYTES, Deadline, FakeLink, Link, NoConnection, TooBig
-from kvlab.stores.redis.node import SHARE_OF_MEMORY, Node, Refused, reason_of, verdict_of
+from kvlab.stores.redis.connection import GRACE_S, MAX_VALUE_BYTES, Deadline, FakePool, Pool, NoConnection, TooBig
+from kvlab.stores.redis.node import SHARE_OF_MEMORY, Node, Refused, reason_of, works
 from kvlab.stores.redis.topology import Part
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
@@ -35,30 +35,30 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 def test_a_deadline_counts_down_and_passes(now: list[float]) -> None:
     deadline = Deadline(2.0)
-    assert (deadline.left(), deadline.passed) == (2.0, False)
+    assert (deadline.remaining_to_connect(), deadline.passed) == (2.0, False)
     now[0] += 1.5
-    assert (deadline.left(), deadline.passed) == (0.5, False)
+    assert (deadline.remaining_to_connect(), deadline.passed) == (0.5, False)
     for _ in range(2):
         now[0] += 0.5
         assert deadline.passed
         with pytest.raises(TimeoutError, match="deadline"):
-            deadline.left()
+            deadline.remaining_to_connect()
 
 
 def test_who_did_not_wait_for_the_deadline_to_pass_gets_a_moment_more_once(now: list[float]) -> None:
     deadline = Deadline(2.0)
     now[0] += 1.5
-    assert deadline.patience() == 0.5
+    assert deadline.remaining_to_receive() == 0.5
     now[0] += 7.0  # stood still
-    assert deadline.patience() == pytest.approx(GRACE_S) and deadline.passed
+    assert deadline.remaining_to_receive() == pytest.approx(GRACE_S) and deadline.passed
     now[0] += GRACE_S / 2
-    assert deadline.patience() == pytest.approx(GRACE_S / 2)
+    assert deadline.remaining_to_receive() == pytest.approx(GRACE_S / 2)
     now[0] += GRACE_S
     for _ in range(2):
         with pytest.raises(TimeoutError, match="deadline"):
-            deadline.patience()
+            deadline.remaining_to_receive()
     with pytest.raises(TimeoutError):
-        deadline.left()
+        deadline.remaining_to_connect()
 
 
 @pytest.mark.parametrize("waited", [False, True])
@@ -66,45 +66,45 @@ def test_who_was_abandoned_gets_no_moment_more(now: list[float], waited: bool) -
     deadline = Deadline(2.0)
     if waited:
         now[0] += 3.0
-        deadline.patience()
+        deadline.remaining_to_receive()
     deadline.abandon()
     with pytest.raises(TimeoutError):
-        deadline.patience()
+        deadline.remaining_to_receive()
 
 
 def test_a_copy_ends_at_the_same_moment_and_is_stretched_alone(now: list[float]) -> None:
     deadline = Deadline(2.0)
     now[0] += 1
     copy = deadline.copy()
-    assert copy.left() == deadline.left() == 1.0
+    assert copy.remaining_to_connect() == deadline.remaining_to_connect() == 1.0
     copy.extend(50_000_000)
-    assert (copy.left(), deadline.left()) == (2.0, 1.0)
+    assert (copy.remaining_to_connect(), deadline.remaining_to_connect()) == (2.0, 1.0)
     deadline.abandon()
-    assert deadline.passed and copy.left() == 2.0
+    assert deadline.passed and copy.remaining_to_connect() == 2.0
 
 
 def test_half_a_deadline_is_half_of_what_is_left(now: list[float]) -> None:
     deadline = Deadline(4.0)
-    assert deadline.half().left() == 2.0
+    assert deadline.half().remaining_to_connect() == 2.0
     now[0] += 2
     half = deadline.half()
-    assert (half.left(), half.half().left(), deadline.left()) == (1.0, 0.5, 2.0)
+    assert (half.remaining_to_connect(), half.half().remaining_to_connect(), deadline.remaining_to_connect()) == (1.0, 0.5, 2.0)
     now[0] += 3
     assert deadline.half().passed and half.passed
 
 
 def test_a_deadline_waits_for_the_last_of_others_and_never_ends_earlier(now: list[float]) -> None:
     deadline = Deadline(2.0)
-    deadline.wait_for([])
-    assert deadline.left() == 2.0
-    deadline.wait_for([Deadline(1.0), Deadline(5.0), Deadline(3.0)])
-    assert deadline.left() == 5.0
-    deadline.wait_for(iter([Deadline(4.0)]))
-    assert deadline.left() == 5.0
+    deadline.cover([])
+    assert deadline.remaining_to_connect() == 2.0
+    deadline.cover([Deadline(1.0), Deadline(5.0), Deadline(3.0)])
+    assert deadline.remaining_to_connect() == 5.0
+    deadline.cover(iter([Deadline(4.0)]))
+    assert deadline.remaining_to_connect() == 5.0
 
 
 def test_a_deadline_until_a_moment(now: list[float]) -> None:
-    assert Deadline.until(1001.5).left() == 1.5
+    assert Deadline.until(1001.5).remaining_to_connect() == 1.5
     assert Deadline.until(1000.0).passed and Deadline.until(-7.0).passed
 
 
@@ -167,12 +167,12 @@ def test_each_reply_has_one_reason(reply: Any, reason: str) -> None:
     ],
 )
 def test_what_faults_say_of_the_link(faults: list[Exception], verdict: bool | None) -> None:
-    assert verdict_of(faults) is verdict
+    assert works(faults) is verdict
 
 
 # --- work in threads ----------------------------------------------------------------------------
 def node(**settings: Any) -> Node:
-    return Node("name", Link("redis://127.0.0.1:1", 2), **{"workers": 2, **settings})
+    return Node("name", Pool("redis://127.0.0.1:1", 2), **{"workers": 2, **settings})
 
 
 def test_work_runs_in_threads_that_bear_the_servers_name() -> None:
@@ -252,20 +252,20 @@ def test_work_is_done_once_though_a_thread_could_not_be_started(monkeypatch: pyt
 
 def test_a_renewed_node_has_new_threads_locks_and_breakers_and_no_connections() -> None:
     with ScriptedServer(lambda command: b"$-1\r\n") as server:
-        made = Node("name", Link(server.url, 2), 2)
+        made = Node("name", Pool(server.url, 2), 2)
         assert made.exchange([(b"GET", b"a")], Deadline(LONG_S)) == [None]
         made.start(lambda: []).result()
-        (connection,) = made.link._idle
+        (connection,) = made.pool._idle
         for breaker in (made.breaker, made.write_breaker):
             for _ in range(3):
                 breaker.record(False)
-        with made._lock, made.breaker._lock, made.write_breaker._lock, made.link._lock:  # as others held them
+        with made._lock, made.breaker._lock, made.write_breaker._lock, made.pool._lock:  # as others held them
             made.renew()
-            assert made._workers is None and made.link._idle == []
+            assert made._workers is None and made.pool._idle == []
             assert (made.breaker.state, made.write_breaker.state) == ("closed", "closed")
             assert made.exchange([(b"GET", b"a")], Deadline(LONG_S)) == [None]
             assert made.start(lambda: [1]).result() == [1]
-        assert made.link._idle[0] is not connection
+        assert made.pool._idle[0] is not connection
         connection.disconnect()
 
 
@@ -284,9 +284,9 @@ def test_a_signal_in_the_middle_of_a_batch_leaves_no_thread_that_writes(monkeypa
             return ...
 
         cluster.twist = slow
-        exchange = Link.exchange
+        exchange = Pool.exchange
 
-        def interrupted(self: Link, commands: Any, deadline: Deadline, *others: Any, **more: Any) -> Any:
+        def interrupted(self: Pool, commands: Any, deadline: Deadline, *others: Any, **more: Any) -> Any:
             if threading.current_thread() is threading.main_thread():
                 heard.wait(LONG_S)
                 threading.Timer(0.1, held.set).start()
@@ -295,7 +295,7 @@ def test_a_signal_in_the_middle_of_a_batch_leaves_no_thread_that_writes(monkeypa
             late.append(deadline.passed)
             return replies
 
-        monkeypatch.setattr(Link, "exchange", interrupted)
+        monkeypatch.setattr(Pool, "exchange", interrupted)
         room = [memoryview(bytearray(32)) for _ in range(2)]
         with pytest.raises(Interrupted):
             store.get_many([A, B], room)
@@ -305,7 +305,7 @@ def test_a_signal_in_the_middle_of_a_batch_leaves_no_thread_that_writes(monkeypa
 def test_a_server_is_not_blamed_for_a_deadline_that_others_used_up() -> None:
     with SlotMap() as cluster, opened(cluster.url) as store:
         store.get_many([A, B])
-        parts = [Part(made, [at]) for at, made in enumerate(store.nodes[:2])]
+        parts = [SubBatch(made, [at]) for at, made in enumerate(store.nodes[:2])]
         cluster.forget()
 
         def work(made: Node, indices: Any, deadline: Deadline, asking: bool) -> Any:
@@ -324,11 +324,11 @@ def test_what_large_values_add_to_one_servers_time_is_the_calls() -> None:
         def work(made: Node, indices: Any, deadline: Deadline, asking: bool) -> Any:
             if made is store.nodes[1]:
                 deadline.extend(5_000_000_000)
-            return [deadline.left()]
+            return [deadline.remaining_to_connect()]
 
-        (first,), (second,), (third,) = store._at_once([Part(made, [0]) for made in store.nodes], work, deadline)
+        (first,), (second,), (third,) = store._at_once([SubBatch(made, [0]) for made in store.nodes], work, deadline)
         assert max(first, third) <= LONG_S < second  # each has its own
-        assert deadline.left() > LONG_S
+        assert deadline.remaining_to_connect() > LONG_S
 
 
 # --- the largest value --------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def clock() -> FakeClock:
 
 def asking_for_memory(says: Callable[[], bytes], clock: FakeClock) -> tuple[ScriptedServer, Callable[[], Any]]:
     server = ScriptedServer(lambda command: says())
-    made = Node("name", Link(server.url, 1), 1, clock)
+    made = Node("name", Pool(server.url, 1), 1, clock)
     return server, lambda: made.value_limit(Deadline(LONG_S))
 
 
@@ -385,7 +385,7 @@ def test_a_limit_that_nobody_tells_is_asked_for_again(said: bytes, reason: str, 
 
 
 def test_a_fake_server_has_no_limit_of_its_own() -> None:
-    assert Node("fake", FakeLink(None), 1).value_limit(Deadline(LONG_S)) == MAX_VALUE_BYTES
+    assert Node("fake", FakePool(None), 1).value_limit(Deadline(LONG_S)) == MAX_VALUE_BYTES
 
 
 def test_each_server_has_a_limit_of_its_own(clock: FakeClock) -> None:
@@ -425,7 +425,7 @@ def test_writes_that_one_server_refuses_stop_writes_there_alone(clock: FakeClock
 # --- one round trip -----------------------------------------------------------------------------
 def test_an_open_breaker_sends_nothing() -> None:
     with ScriptedServer(lambda command: b"$-1\r\n") as server:
-        made = Node("name", Link(server.url, 1), 1, FakeClock())
+        made = Node("name", Pool(server.url, 1), 1, FakeClock())
         for _ in range(3):
             made.breaker.record(False)
         replies = made.exchange([(b"GET", b"a"), (b"GET", b"b")], Deadline(LONG_S))
@@ -433,7 +433,7 @@ def test_an_open_breaker_sends_nothing() -> None:
 
 
 def test_the_breaker_learns_how_each_round_trip_went() -> None:
-    made = Node("name", Link(f"redis://127.0.0.1:{free_port()}", 1), 1, FakeClock())
+    made = Node("name", Pool(f"redis://127.0.0.1:{free_port()}", 1), 1, FakeClock())
     for faults in (1, 2, 3):
         assert [reason_of(reply) for reply in made.exchange([(b"GET", b"a")], Deadline(LONG_S))] == ["conn"]
         assert made.breaker.faults == faults

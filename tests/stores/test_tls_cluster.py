@@ -68,5 +68,5 @@ def test_a_cluster_over_tls_needs_no_more_than_the_rights_listed(nodes: list[Red
         assert not store.stats().misses and not store.stats().drops and not store.stats().faults
     with RedisStore(url.replace("secret", "wrong"), deadline_s=LONG_S) as store:
         why: list[str] = []
-        assert store.get_many(keys[:1], why=why) == [None] and why == ["auth"]
+        assert store.get_many(keys[:1], reasons=why) == [None] and why == ["auth"]
         assert "auth: " in store.health().detail and "wrong" not in store.health().detail

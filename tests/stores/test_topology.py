@@ -24,10 +24,10 @@ from redis.exceptions import AskError, MovedError
 
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.cluster import Cluster
-from kvlab.stores.redis.connection import Deadline, Link
+from kvlab.stores.redis.connection import Deadline, Pool
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.store import KEY_PREFIX, MAX_REDIRECTS
-from kvlab.stores.redis.topology import ASKER, KEEP_S, MAX_SERVERS, PAUSE_S, SLOTS, Learned, Part, Shard
+from kvlab.stores.redis.topology import Shard, SubBatch
 from tests.helpers import FakeClock
 from tests.servers import ScriptedServer, free_port
 
@@ -178,7 +178,7 @@ class Orderly(RedisStore):
     """Its calls let the thread that asks for a newer map finish first, so that it is certain who is asked for keys."""
 
     def _spread(self, names: Any, work: Any, deadline: Deadline, reading: bool = False) -> Any:
-        if names and not self._closed and isinstance(self._topology, Learned) and self._topology._known:
+        if names and not self._closed and isinstance(self._topology, Discovered) and self._topology._known:
             self._topology._refresh(deadline)
             wait_for_askers()
         return super()._spread(names, work, deadline, reading)
@@ -229,7 +229,7 @@ def test_split_has_each_index_once_with_the_server_of_its_slot(keys: list[bytes]
 
 def known_cluster(holes: set[int] = frozenset()) -> Cluster:  # type: ignore[assignment]
     """A map of four masters, in sixteen stripes; the holes are nobody's. Nothing is asked."""
-    made = Cluster([], lambda host, port: Node(f"{host}:{port}", Link("redis://h", 1), 1), False, time.monotonic)
+    made = Cluster([], lambda host, port: Node(f"{host}:{port}", Pool("redis://h", 1), 1), False, time.monotonic)
     shards = [Shard(made._node("10.0.0.1", 1 + i)) for i in range(4)]
     width = SLOTS // 16
     made._slots = [None if at // width in holes else shards[at // width % 4] for at in range(SLOTS)]
@@ -252,7 +252,7 @@ REPLIES = st.one_of(
 @given(replies=st.lists(REPLIES, max_size=30), start=st.integers(0, 5))
 def test_redirect_has_each_index_at_most_once_and_all_that_can_be_followed(replies: list[Any], start: int) -> None:
     topology = known_cluster()
-    part = Part(topology.shards()[0].master, range(start, start + len(replies)))
+    part = SubBatch(topology.shards()[0].master, range(start, start + len(replies)))
     before = list(topology._slots)
     found = topology.redirect(part, replies)
     placed = {i: (one.node.name, one.asking) for one in found for i in one.indices}
@@ -284,13 +284,13 @@ def test_each_server_gets_its_own_keys_and_the_batch_keeps_its_order(cluster: Sl
 
 def test_each_server_is_asked_once_for_all_of_its_keys(cluster: SlotMap, monkeypatch: pytest.MonkeyPatch) -> None:
     trips: list[int] = []
-    exchange = Link.exchange
+    exchange = Pool.exchange
 
-    def counted(self: Link, commands: Any, *others: Any, **more: Any) -> Any:
+    def counted(self: Pool, commands: Any, *others: Any, **more: Any) -> Any:
         trips.append(len(commands))
         return exchange(self, commands, *others, **more)
 
-    monkeypatch.setattr(Link, "exchange", counted)
+    monkeypatch.setattr(Pool, "exchange", counted)
     with opened(cluster.url, ttl_s=100) as store:
         keys = [key_of(at, number) for number in range(4) for at in range(3)]
         store.get_many(keys)
@@ -424,7 +424,7 @@ def test_two_servers_that_send_each_other_a_key_are_left_after_a_few_questions(c
     cluster.twist = lambda at, command: (to_b if at == 0 else to_a)(at, command)
     with opened(cluster.url) as store:
         why: list[str] = []
-        assert store.get_many([A, B], why=why) == [None, *values(B)] and why == ["moved", ""]
+        assert store.get_many([A, B], reasons=why) == [None, *values(B)] and why == ["moved", ""]
         questions = sum([c[:2] == [b"GET", name(A)] for at in range(3) for c in cluster.asked(at)])
         assert questions == MAX_REDIRECTS + 1
         stats = store.stats()
@@ -527,7 +527,7 @@ def test_a_redirect_to_a_dead_server_costs_its_keys_alone(cluster: SlotMap) -> N
         (b"-CLUSTERDOWN The cluster is down\r\n", "down"),
         (b"-CLUSTERDOWN Hash slot not served\r\n", "down"),
         (b"-LOADING Redis is loading the dataset in memory\r\n", "loading"),
-        (b"-MASTERDOWN Link with MASTER is down\r\n", "loading"),
+        (b"-MASTERDOWN Pool with MASTER is down\r\n", "loading"),
         (b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n", "moved"),
         (b"-NOPERM this user has no permissions\r\n", "auth"),
         (b"-NOAUTH Authentication required.\r\n", "auth"),
@@ -541,7 +541,7 @@ def test_what_one_server_refuses_costs_its_keys_alone(cluster: SlotMap, said: Sa
     cluster.twist = lambda at, command: said if at == 0 and command[0] == b"GET" else ...
     with opened(cluster.url) as store:
         why: list[str] = []
-        assert store.get_many([A, B, C], why=why) == [None, *values(B, C)]
+        assert store.get_many([A, B, C], reasons=why) == [None, *values(B, C)]
         assert why == [reason, "", ""] and store.stats().misses == Counter({reason: 1})
 
 
@@ -596,7 +596,7 @@ def test_the_map_is_asked_for_once_and_again_after_a_while(cluster: SlotMap, clo
         for _ in range(5):
             store.get_many([A, B, C])
         assert cluster.questions() == 1
-        clock.now += KEEP_S - 0.01
+        clock.now += MAP_AGE_S - 0.01
         store.get_many([A])
         assert cluster.questions() == 1
         clock.now += 0.01
@@ -657,12 +657,12 @@ def test_the_old_map_goes_on_while_nobody_tells_a_new_one(cluster: SlotMap, cloc
         store.get_many([A])
         cluster.said = said
         for _ in range(8):
-            clock.now += KEEP_S
+            clock.now += MAP_AGE_S
             assert store.get_many([A, B, C]) == values(A, B, C)
         assert store.stats().misses == Counter()
         cluster.said = ...
         cluster.lines = [(0, SLOTS - 1, 1)]
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         cluster.forget()
         assert store.get_many([A]) == values(A) and len(cluster.asked(1, b"GET")) == 1
 
@@ -676,7 +676,7 @@ def test_while_nobody_tells_one_thread_a_second_tries(
     with opened(cluster.url_of(0), clock=clock) as store:
         store.get_many([A])
         cluster.said = CLOSED
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         for _ in range(90):
             store.get_many([A])
             clock.now += 0.1
@@ -688,7 +688,7 @@ def test_a_question_that_nobody_answered_is_asked_again_after_the_pause(cluster:
     with opened(cluster.url_of(0), clock=clock) as store:
         store.get_many([A])
         cluster.said = CLOSED
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         store.get_many([A])
         cluster.said, cluster.lines = ..., [(0, SLOTS - 1, 1)]
         cluster.forget()
@@ -712,7 +712,7 @@ def test_a_question_that_was_interrupted_tells_nothing_and_blocks_nobody(
         store.get_many([A])
         store.get_many([A])
         with monkeypatch.context() as patch:
-            patch.setattr(Link, "ask", interrupted)
+            patch.setattr(Pool, "ask", interrupted)
             with pytest.raises(Interrupted):
                 store.get_many([A])
         assert store._topology._breaker.faults == 2
@@ -734,7 +734,7 @@ def test_healthy_servers_are_asked_for_the_map_before_faulty_ones(cluster: SlotM
         store.get_many([A, B, C])
         cluster.forget()
         for _ in range(10):
-            clock.now += KEEP_S
+            clock.now += MAP_AGE_S
             store.get_many([B])
         assert cluster.questions() == 10 and cluster.asked(0, b"CLUSTER") == []
 
@@ -831,7 +831,7 @@ def test_who_knows_a_map_waits_for_no_newer_one(
         store.get_many([A])
         many.twist = slow
         cluster.lines, watched.master = [(0, SLOTS - 1, 1)], [1, 1, 1]
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         for _ in range(5):
             assert store.get_many([A, B]) == values(A, B)
         assert asked.wait(LONG_S)
@@ -864,7 +864,7 @@ def test_after_a_hint_the_next_call_asks_in_half_of_its_time(
         cluster.lines = [(0, SLOTS - 1, 1)]
         clock.now += PAUSE_S
         assert store.put_many([A], [b"x"]) == 1
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         assert store.get_many([A]) == [b"x"]
         wait_for_askers()
         me = threading.current_thread().name
@@ -880,7 +880,7 @@ def test_without_a_thread_to_ask_the_old_map_goes_on(
     with opened(cluster.url, clock=clock) as store:
         store.get_many([A])
         cluster.lines = [(0, SLOTS - 1, 1)]
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more)
             assert store.get_many([A]) == values(A)
@@ -951,7 +951,7 @@ def test_a_map_that_is_nonsense_is_a_counted_miss(said: Said, reasons: set[str])
     with SlotMap(1) as cluster, opened(cluster.url, deadline_s=SHORT_S) as store:
         cluster.said = said
         why: list[str] = []
-        assert bounded(lambda: store.get_many([A, B], why=why)) == [None, None]
+        assert bounded(lambda: store.get_many([A, B], reasons=why)) == [None, None]
         assert set(why) <= reasons and store.put_many([A], [b"x"]) == store.probe([A]) == 0
         assert set(store.stats().faults) <= reasons
         health = bounded(store.health)
@@ -1021,7 +1021,7 @@ def test_a_map_of_more_servers_than_a_cluster_can_have_is_not_believed() -> None
     with SlotMap(1) as cluster, opened(cluster.url, deadline_s=SHORT_S) as store:
         cluster.said = resp([[0, 0, [HOST, 20_000 + i]] for i in range(MAX_SERVERS + 1)])
         why: list[str] = []
-        assert bounded(lambda: store.get_many([A], why=why)) == [None] and why == ["protocol"]
+        assert bounded(lambda: store.get_many([A], reasons=why)) == [None] and why == ["protocol"]
         assert store._topology._nodes == {}
 
 
@@ -1030,7 +1030,7 @@ def test_slots_that_nobody_serves_cost_their_keys_alone(cluster: SlotMap) -> Non
     cluster.lines = cluster.lines[:2]
     with opened(cluster.url) as store:
         why: list[str] = []
-        assert store.get_many([C, A, B], why=why) == [None, *values(A, B)] and why == ["down", "", ""]
+        assert store.get_many([C, A, B], reasons=why) == [None, *values(A, B)] and why == ["down", "", ""]
         assert store.put_many([A, C], [b"1", b"2"]) == 1
         assert (store.stats().misses, store.stats().drops) == (Counter(down=1), Counter(down=1))
         assert store.stats().faults == Counter(down=2)
@@ -1079,11 +1079,11 @@ def test_servers_that_have_left_are_let_go(cluster: SlotMap, clock: FakeClock) -
     with opened(cluster.url_of(1), clock=clock) as store:
         store.get_many([A, B, C])
         (gone,) = [node for node in store.nodes if node.name == cluster.address(0)]
-        assert [connection.is_connected for connection in gone.link._idle] == [True]
+        assert [connection.is_connected for connection in gone.pool._idle] == [True]
         cluster.lines[0] = (*THIRDS[0], 1)
-        clock.now += KEEP_S
+        clock.now += MAP_AGE_S
         assert store.get_many([A, B, C]) == values(A, B, C)
-        assert gone not in store.nodes and not any(c.is_connected for c in gone.link._idle)
+        assert gone not in store.nodes and not any(c.is_connected for c in gone.pool._idle)
         assert len(store._topology._nodes) == 2
 
 
@@ -1094,12 +1094,12 @@ def test_the_child_of_a_fork_waits_for_no_lock_of_its_parent(
 ) -> None:
     with opened((cluster if kind == "cluster" else watched).url, clock=clock) as store:
         assert store.get_many([A, B]) == values(A, B)
-        with store._topology._lock, store._topology._turns._free, store._topology._breaker._lock:
+        with store._topology._lock, store._topology._lease._free, store._topology._breaker._lock:
             child = os.fork()
             if child == 0:
                 try:
                     signal.alarm(round(LONG_S))  # ends a child that hangs
-                    clock.now += KEEP_S
+                    clock.now += MAP_AGE_S
                     good = store.get_many([A, B]) == values(A, B) and store.health().ok
                     os._exit(0 if good else 1)
                 except BaseException:
@@ -1112,7 +1112,7 @@ def test_close_lets_go_of_every_server(cluster: SlotMap) -> None:
     with opened(cluster.url) as store:
         store.get_many([A, B, C])
         nodes = store.nodes
-    assert len(nodes) == 3 and not any(c.is_connected for node in nodes for c in node.link._idle)
+    assert len(nodes) == 3 and not any(c.is_connected for node in nodes for c in node.pool._idle)
     asked = cluster.questions()
     assert store.get_many([A]) == [None] and store.put_many([A], [b"x"]) == 0 and not store.health().ok
     assert store.stats().misses == Counter(closed=1) and cluster.questions() == asked
@@ -1320,7 +1320,7 @@ def test_an_old_masters_refusals_bring_the_new_one(watched: Watched, clock: Fake
         clock.now += PAUSE_S
         assert store.put_many([A], [b"x"]) == 1 and store.get_many([A]) == [b"x"]
         assert [node.name for node in store.nodes] == [watched.address(1)] and sum(watched.questions()) == 2
-        assert not any(connection.is_connected for connection in old.link._idle)
+        assert not any(connection.is_connected for connection in old.pool._idle)
 
 
 def test_sentinels_that_disagree_are_asked_again_until_one_names_a_master_that_takes_writes(
@@ -1352,7 +1352,7 @@ def test_the_last_master_goes_on_while_no_sentinel_answers(watched: Watched, clo
         store.get_many([A])
         watched.twist = lambda at, command: CLOSED if at >= 3 else ...
         for _ in range(5):
-            clock.now += KEEP_S
+            clock.now += MAP_AGE_S
             assert store.get_many([A]) == values(A)
         assert not store.health().ok and "conn: " in store.health().detail
 

@@ -62,13 +62,13 @@ def _seconds(node_timeout_ms: int, freeze: bool, others: Counter[str]) -> float:
             stack.enter_context(cluster.paused(victim)) if freeze else cluster.kill(victim)
             begin = time.perf_counter()
             while True:
-                why: list[str] = []
-                got = store.get_many([keys[0], *rest], why=why)
+                reasons: list[str] = []
+                got = store.get_many([keys[0], *rest], reasons=reasons)
                 if any(value is not None and value != key for key, value in zip([keys[0], *rest], got, strict=True)):
                     raise KVLabError("a wrong value came back")
-                others.update(reason or "hit" for reason in why[1:])
+                others.update(reason or "hit" for reason in reasons[1:])
                 passed = time.perf_counter() - begin
-                if not why[0]:
+                if not reasons[0]:
                     return round(passed, 2)
                 if passed > GIVE_UP_S:
                     raise KVLabError(f"nobody took over within {GIVE_UP_S:.0f} s")

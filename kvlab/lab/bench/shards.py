@@ -138,7 +138,7 @@ def _round_trips(cluster: LocalCluster) -> dict[str, list[int]]:
     with _stored(cluster.url, keys, values) as store:
         counts: Counter[str] = Counter()
         for node in store.nodes:
-            node.exchange = _counting(node, counts)  # type: ignore[method-assign]
+            node.round_trip = _counting(node, counts)  # type: ignore[method-assign]
         trips = {"keys": [len(part) for part in _by_node(cluster, keys)]}
         out = _buffers(1 << 10)
         calls: dict[str, Callable[[], object]] = {
@@ -154,13 +154,13 @@ def _round_trips(cluster: LocalCluster) -> dict[str, list[int]]:
 
 
 def _counting(node: Node, counts: Counter[str]) -> Callable[..., Any]:
-    real = node.exchange
+    real = node.round_trip
 
-    def exchange(*args: Any, **settings: Any) -> Any:
+    def round_trip(*args: Any, **settings: Any) -> Any:
         counts[node.name] += 1
         return real(*args, **settings)
 
-    return exchange
+    return round_trip
 
 
 def _hung(cluster: LocalCluster) -> dict[str, Any]:

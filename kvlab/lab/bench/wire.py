@@ -26,7 +26,7 @@ from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
-from kvlab.stores.redis.address import without_password
+from kvlab.stores.url import shown
 from kvlab.stores.redis.store import KEY_PREFIX
 from kvlab.testbed.server import with_redis
 
@@ -62,7 +62,7 @@ def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
     try:
         return _run(url, scale)
     except (OSError, redis.RedisError) as error:
-        raise KVLabError(f"cannot measure {without_password(url or 'a server started here')}: {error}") from error
+        raise KVLabError(f"cannot measure {shown(url or 'a server started here')}: {error}") from error
 
 
 def _run(url: str | None, scale: float) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _run(url: str | None, scale: float) -> dict[str, Any]:
         elif urlsplit(url).scheme in TRANSPORTS:
             urls = [url]
         else:
-            raise KVLabError(f"expected redis://, rediss:// or unix:// to measure, got {without_password(url)!r}")
+            raise KVLabError(f"expected redis://, rediss:// or unix:// to measure, got {shown(url)!r}")
         first = TRANSPORTS[urlsplit(urls[0]).scheme]
         timings: list[Timings] = []
         rows = [_row(u, size, new, scale, timings) for u in urls for size in SIZES for new in (False, True)]

@@ -1,27 +1,32 @@
-"""What a store's URL means: which servers it names, and how they are reached."""
+"""Which servers a store's URL names, and how they are reached."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import redis
 
-from kvlab.errors import ConfigError
 from kvlab.stores.redis.cluster import Cluster
-from kvlab.stores.redis.connection import FakeLink, Link
 from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.sentinel import Sentinel
-from kvlab.stores.redis.topology import Alone, Topology
+from kvlab.stores.redis.topology import SingleServer, Topology
+from kvlab.stores.url import StoreURL, read, shown, unusable
 
-ALONE: Final = ("redis", "rediss", "unix", "fakeredis")
-MANY: Final = ("redis-cluster", "rediss-cluster", "redis-sentinel", "rediss-sentinel")
-_PARTS_OF_MANY: Final = re.compile(r"(rediss?)-(cluster|sentinel)://(?:(.*)@)?([^@/?]*)/?([^?]*)(?:\?(.*))?", re.DOTALL)
-_HOST: Final = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(:[0-9]+)?")
-_PORT: Final = {"cluster": 6379, "sentinel": 26379}
+FORMS: Final = {
+    "redis": "redis://host:port/database",
+    "rediss": "rediss://host:port/database",
+    "unix": "unix:///path/to.sock",
+    "fakeredis": "fakeredis:// or fakeredis://NAME",
+    "redis-cluster": "redis-cluster://host:port,host:port",
+    "rediss-cluster": "rediss-cluster://host:port,host:port",
+    "redis-sentinel": "redis-sentinel://host:port,host:port/NAME",
+    "rediss-sentinel": "rediss-sentinel://host:port,host:port/NAME",
+}
+"""Every scheme, and the form to write."""
 
 _fake_servers: dict[str, Any] = {}
 
@@ -30,110 +35,96 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     """The servers that `url` names. Connects to none of them.
 
     Raises:
-        ConfigError: no store can be reached by it.
+        ConfigError: no store can be reached by it, or it has no replicas to read.
     """
-    if not isinstance(url, str):
-        raise ConfigError(f"expected a store URL as text, got {type(url).__name__}")
-    scheme, _, rest = url.partition("://")
-    if scheme not in ALONE + MANY:
-        known = ", ".join(f"{known}://" for known in ALONE + MANY)
-        raise ConfigError(f"expected a store URL that begins with {known}, got {without_password(url)!r}")
-    if "," in rest.partition("?")[0].rpartition("@")[2] and scheme in ("redis", "rediss"):
-        raise _unusable(url, "several hosts are a cluster or sentinels: redis-cluster://…, redis-sentinel://…/NAME")
-    if scheme in ALONE:
-        return Alone(Node(without_password(url), _link(url, max_connections), max_connections, clock))
-    match = _PARTS_OF_MANY.fullmatch(url)
-    if match is None:
-        raise _unusable(url, f"expected {scheme}://host:port,host:port")
-    base, kind, login, hosts, path, query = match.groups(default="")
-    name, database = ("", path) if kind == "cluster" else path.partition("/")[::2]
-    if set(login) & set("/?#@") or "#" in query:
-        raise _unusable(
-            url, "special characters in users and passwords must be percent-encoded, and a login stands once"
-        )
-    if not all(hosts.split(",")) or "://" in rest.partition("?")[0] or re.search(r"\s", hosts):
-        raise _unusable(url, f"expected {scheme}://host:port,host:port")
-    wrong = next((host for host in hosts.split(",") if host and not _HOST.fullmatch(host)), None)
-    if wrong:
-        raise _unusable(url, f"expected host:port, got {wrong!r}")
-    if kind == "sentinel" and not name:
-        raise _unusable(url, f"expected what the sentinels call the master: {scheme}://host:port,host:port/NAME")
-    settings = dict(parse_qsl(query, keep_blank_values=True))
-    if kind == "cluster" and {database, settings.get("db", "")} - {"", "0"}:
-        raise _unusable(url, "a cluster has database 0 only")
-    watcher = [quote(settings.pop(f"sentinel_{key}", ""), safe="") for key in ("username", "password")]
+    told = read(url, FORMS)
+    base, _, kind = told.scheme.partition("-")
+    if kind:
+        return _several(told, base, kind, max_connections, read_replicas, clock)
+    if read_replicas:
+        raise unusable(url, "read_replicas is for redis-cluster:// and redis-sentinel://")
+    if base == "fakeredis":
+        return SingleServer(Node(shown(url), _fake_pool(told), max_connections, clock))
+    if base == "unix":
+        if told.authority or not re.fullmatch(r"/[^\s\0]+", told.path):
+            raise unusable(url, f"expected {FORMS[base]}")
+    else:
+        if "," in told.authority:
+            raise unusable(url, "several hosts are a cluster or sentinels: redis-cluster://…, redis-sentinel://…/NAME")
+        told.hosts(FORMS[base], 6379)
+        _database(told, told.path.removeprefix("/"))
+    return SingleServer(Node(shown(url), _pool(url, url, max_connections), max_connections, clock))
+
+
+def _several(
+    told: StoreURL, base: str, kind: str, max_connections: int, read_replicas: bool, clock: Callable[[], float]
+) -> Topology:
+    """Servers that tell which servers there are."""
+    url, form, settings = told.text, FORMS[told.scheme], dict(told.settings)
+    hosts = told.hosts(form, 6379 if kind == "cluster" else 26379)
+    name, database, watcher = "", told.path.removeprefix("/"), ["", ""]
+    if kind == "sentinel":  # sentinels have users and passwords of their own, and no databases
+        name, _, database = database.partition("/")
+        watcher = [quote(settings.pop(f"sentinel_{key}", ""), safe="") for key in ("username", "password")]
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise unusable(url, f"expected what the sentinels call the master: {form}")
+    elif {database, settings.get("db", "")} - {"", "0"}:
+        raise unusable(url, "a cluster has database 0 only")
+    _database(told, database)
 
     def node(host: str, port: int) -> Node:
-        at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        read_only = read_replicas and kind == "cluster"
-        server = _link(_joined(base, login, at, database, settings), max_connections, read_only, url)
-        return Node(f"{host}:{port}", server, max_connections, clock)
-
-    asker, asking = login, settings
-    if kind == "sentinel":  # sentinels have users and passwords of their own, and no databases
-        asker = ":".join(watcher) if any(watcher) else ""
-        asking = {key: value for key, value in settings.items() if key not in ("username", "password", "db")}
-    seeds = [_joined(base, asker, _with_port(host, _PORT[kind]), "", asking) for host in hosts.split(",")]
-    links = [_link(seed, max_connections=1, given=url) for seed in seeds]
-    node("localhost", 1)  # connects nowhere; what is wrong with login or database shows here
-    if kind == "cluster":
-        return Cluster(links, node, read_replicas, clock)
-    return Sentinel(name, links, node, read_replicas, clock)
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown and logged: whatever stands between user name and last @ may be secret."""
-    url = re.sub(r"([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", url, flags=re.IGNORECASE)  # misspelt ones too
-    before = "(?<=://)" if "://" in url else "^"
-    return re.sub(rf"{before}([^:@/]*):.*@", r"\1:***@", url)
-
-
-def _joined(base: str, login: str, at: str, database: str, settings: dict[str, str]) -> str:
-    """The URL of one of several servers."""
-    query = f"?{urlencode(settings)}" if settings else ""
-    return f"{base}://{login}{'@' if login else ''}{at}{'/' if database else ''}{database}{query}"
-
-
-def _with_port(host: str, port: int) -> str:
-    return host if ":" in host.rpartition("]")[2] else f"{host}:{port}"
-
-
-def _link(url: str, max_connections: int, read_only: bool = False, given: str = "") -> Link | FakeLink:
-    """Connections to one server; `given` is what the user wrote, if that was another URL."""
-    parts = _checked(url)
-    if parts.scheme == "fakeredis":
-        import fakeredis  # here: with a real server nobody needs it
-
-        server = (
-            _fake_servers.setdefault(parts.netloc, fakeredis.FakeServer()) if parts.netloc else fakeredis.FakeServer()
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        pool = _pool(
+            url,
+            _joined(base, told.login, place, database, settings),
+            max_connections,
+            read_replicas and kind == "cluster",
         )
-        return FakeLink(fakeredis.FakeRedis(server=server))
+        return Node(f"{host}:{port}", pool, max_connections, clock)
+
+    login, asking = told.login, settings
+    if kind == "sentinel":
+        login = ":".join(watcher) if any(watcher) else ""
+        asking = {key: value for key, value in settings.items() if key not in ("username", "password", "db")}
+    seeds = [_pool(url, _joined(base, login, host, "", asking), max_connections=1) for host in hosts]
+    node("localhost", 1)  # connects nowhere; what is wrong with login or settings shows here
+    if kind == "cluster":
+        return Cluster(seeds, node, read_replicas, clock)
+    return Sentinel(name, seeds, node, read_replicas, clock)
+
+
+def _database(told: StoreURL, database: str) -> None:
+    """Check what stands in the place of a database number."""
+    if not re.fullmatch(r"[0-9]{0,9}", database):
+        raise unusable(told.text, "expected a database number last")
+    if len({database, told.settings.get("db", "")} - {""}) > 1:
+        raise unusable(told.text, "it names two databases")
+
+
+def _joined(base: str, login: str, place: str, database: str, settings: dict[str, str]) -> str:
+    """The URL of one of several servers, as redis-py reads it."""
+    query = f"?{urlencode(settings)}" if settings else ""
+    return f"{base}://{login}{'@' if login else ''}{place}{'/' if database else ''}{database}{query}"
+
+
+def _fake_pool(told: StoreURL) -> FakePool:
+    import fakeredis  # here: with a real server nobody needs it
+
+    name = told.authority
+    if told.path or told.login or told.settings or not re.fullmatch(r"[A-Za-z0-9._-]*", name):
+        raise unusable(told.text, f"expected {FORMS['fakeredis']}")
+    server = _fake_servers.setdefault(name, fakeredis.FakeServer()) if name else fakeredis.FakeServer()
+    return FakePool(fakeredis.FakeRedis(server=server))
+
+
+def _pool(given: str, url: str, max_connections: int, read_only: bool = False) -> Pool:
+    """Connections to the server at `url`; `given` is what the user wrote."""
     try:
-        return Link(url, max_connections, read_only)
-    except (ValueError, TypeError, redis.RedisError) as error:
-        setting = re.search(r"unexpected keyword argument ('\w+')", str(error))
-        raise _unusable(given or url, f"there is no setting {setting[1]}" if setting else str(error)) from error
-
-
-def _checked(url: str) -> SplitResult:
-    """The parts of a single server's URL."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # parsed only when asked for
-    except ValueError as error:
-        # The parser's own words may show a part of the password that it took for the port.
-        why = "special characters in user and password must be percent-encoded" if "@" in url else str(error)
-        raise _unusable(url, why) from None
-    if parts.fragment:
-        raise _unusable(url, "a # must be percent-encoded: %23")
-    for setting, files in parse_qs(parts.query).items():
-        if setting in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(files[0]).exists():
-            raise _unusable(url, f"there is no file {files[0]!r} for {setting}")
-    database = parts.path.strip("/")
-    if parts.scheme in ("redis", "rediss") and database and not database.isdigit():
-        raise _unusable(url, "expected a database number after the host")
-    return parts
-
-
-def _unusable(url: str, why: str) -> ConfigError:
-    return ConfigError(f"not a usable store URL: {without_password(url)!r} ({why})")
+        return Pool(url, max_connections, read_only)
+    except (ValueError, TypeError, redis.RedisError) as error:  # its words may repeat a secret
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown:
+            raise unusable(given, f"there is no setting {unknown[1]!r}") from None
+        wrong = re.search(r"Invalid value for '(\w+)'", str(error))
+        which = f"the setting {wrong[1]!r}" if wrong else "a setting"
+        raise unusable(given, f"{which} has a value that it cannot have") from None

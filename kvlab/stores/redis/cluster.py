@@ -13,38 +13,41 @@ import redis
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError
 
-from kvlab.stores.redis.connection import Deadline, Reply
-from kvlab.stores.redis.node import Node, verdict_of
-from kvlab.stores.redis.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
+from kvlab.stores.deadline import Deadline
+from kvlab.stores.faults import Reason
+from kvlab.stores.redis.connection import Reply
+from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_telling
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.reasons import works
+from kvlab.stores.redis.topology import Shard, SubBatch
 
 _NO_NAME_YET: Final = b"?"  # where servers are to be known by names
 
 
-class Cluster(Learned):
+class Cluster(Discovered):
     """Sixteen thousand slots, shared among masters; a key's CRC16 says in which it is."""
 
-    trials = ((b"ASKING",),)
+    health_commands = ((b"ASKING",),)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._slots: list[Shard | None] = [None] * SLOTS
         self._by_master: dict[Node, Shard] = {}
 
-    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+    def split(
+        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
+    ) -> tuple[list[SubBatch], Reason | None]:
         """See `Topology`."""
-        why = self._learn(deadline)
-        self._turn += reading
-        slots, indices = self._slots, dict[Shard | None, list[int]]()
-        for i, key in enumerate(keys):
-            indices.setdefault(slots[key_slot(key)], []).append(i)
-        parts = dict[Node, list[int]]()
-        unserved = indices.pop(None, None)
-        for shard, its in indices.items():
-            if shard is not None:
-                parts.setdefault(self._pick(shard, reading), []).extend(its)
-        return [Part(node, its) for node, its in parts.items()], (why or "down") if unserved else ""
+        reason = self._learn(deadline)
+        self._next_replica += reading
+        slots, by_shard = self._slots, dict[Shard | None, list[int]]()
+        for i, name in enumerate(names):
+            by_shard.setdefault(slots[key_slot(name)], []).append(i)
+        unserved = by_shard.pop(None, None)
+        parts = [SubBatch(self._pick(shard, reading), indices) for shard, indices in by_shard.items() if shard]
+        return parts, (reason or Reason.DOWN) if unserved else None
 
-    def redirect(self, part: Part, replies: Sequence[Reply]) -> list[Part]:
+    def redirect(self, part: SubBatch, replies: Sequence[Reply]) -> list[SubBatch]:
         """See `Topology`."""
         parts = dict[tuple[Node, bool], list[int]]()
         for i, reply in zip(part.indices, replies, strict=True):
@@ -57,7 +60,7 @@ class Cluster(Learned):
                 if isinstance(reply, MovedError):
                     self._slots[reply.slot_id] = self._by_master.setdefault(node, Shard(node))
                 parts.setdefault((node, not isinstance(reply, MovedError)), []).append(i)
-        return [Part(node, its, asking) for (node, asking), its in parts.items()]
+        return [SubBatch(node, indices, asking) for (node, asking), indices in parts.items()]
 
     def unserved(self) -> int:
         """See `Topology`."""
@@ -70,25 +73,25 @@ class Cluster(Learned):
     def _ask(self, deadline: Deadline) -> None:
         errors: list[Exception] = []
         try:
-            for host, link, node in self._who_may_know():
+            for host, pool, node in self._who_may_know():
                 try:
-                    return self._believe(_ranges(link.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
+                    return self._believe(_ranges(pool.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
                 except Exception as error:
-                    error.add_note(f"from {link.at}")
+                    error.add_note(f"from {pool.address}")
                     errors.append(error)
                     if node is not None:
-                        node.breaker.record(verdict_of([error]))
+                        node.breaker.record(works([error]))
             raise most_telling(errors)
         finally:
             self._forget_unused()
 
     def _who_may_know(self) -> list[tuple[str, Any, Node | None]]:
-        """Host and link, masters without faults first. In random order: one may be cut off from the others."""
+        """Host and pool, masters without faults first. In random order: one may be cut off from the others."""
         masters = {shard.master for shard in self.shards()}
         with self._lock:
-            known = [(host, node.link, node) for (host, _), node in self._nodes.items()]
+            known = [(host, node.pool, node) for (host, _), node in self._nodes.items()]
         random.shuffle(known)
-        known.sort(key=lambda at: (at[2].breaker.faults, at[2] not in masters))
+        known.sort(key=lambda entry: (entry[2].breaker.faults, entry[2] not in masters))
         seeds = [(seed.host, seed, None) for seed in random.sample(self._seeds, len(self._seeds))]
         healthy = sum(not node.breaker.faults for _, _, node in known)
         return [*known[:healthy], *seeds, *known[healthy:]]
@@ -116,7 +119,7 @@ def _ranges(told: Any, host: str) -> list[tuple[int, int, list[tuple[str, int]]]
         host: of the server that says so; hosts that it does not name are this one.
 
     Raises:
-        ClusterDownError: nobody serves any slot, as a server says that is in no cluster.
+        ClusterDownError: no server has any slot, as a server says that is in no cluster.
         redis.InvalidResponse: it says something else.
     """
     ranges = []
@@ -132,7 +135,7 @@ def _ranges(told: Any, host: str) -> list[tuple[int, int, list[tuple[str, int]]]
             known = [at for at in servers if at[0] != _NO_NAME_YET]
             ranges.append((first, last, [address_of(at[0] or host.encode(), at[1]) for at in known]))
     if not ranges:
-        raise ClusterDownError("nobody serves any slot")
+        raise ClusterDownError("no server has any slot")
     if len({at for _, _, addresses in ranges for at in addresses}) > MAX_SERVERS:
         raise redis.InvalidResponse(f"expected at most {MAX_SERVERS} servers")
     return ranges

@@ -1,7 +1,8 @@
-"""One server as a store sees it: its connections, two breakers, and the largest value that it takes.
+"""One server, and all that concerns it: its connections, two breakers, the largest value, its health.
 
-A store has one node for each server it talks to, so that a server that hangs, is full or wants
-another password harms its own keys alone. Which node has a key is known to `topology`.
+A node does a server's whole share of a batch and gives back replies and faults. It counts nothing, and
+knows of no other server: what a batch comes to is put together by `store`, and `topology` knows which
+node has a key. A server that hangs, is full or wants another password harms its own keys alone.
 """
 
 from __future__ import annotations
@@ -10,79 +11,97 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import redis
-from redis.exceptions import AskError, ClusterDownError, TryAgainError
 
-from kvlab.stores.base import ABSENT
+from kvlab.stores.base import MAX_VALUE_BYTES, Value
 from kvlab.stores.breaker import Breaker
-from kvlab.stores.redis.connection import (
-    MAX_VALUE_BYTES,
-    Command,
-    Deadline,
-    FakeLink,
-    Link,
-    NoConnection,
-    Reply,
-    TooBig,
-)
+from kvlab.stores.deadline import Deadline
+from kvlab.stores.faults import Reason
+from kvlab.stores.fork import reset_in_children
+from kvlab.stores.redis.connection import Command, Reply
+from kvlab.stores.redis.pool import FakePool, Pool
+from kvlab.stores.redis.reasons import OF_ONE_KEY, Refused, reason_of, takes_writes, works
 
+WINDOW_BYTES: Final = 16 << 20  # more replies at once fall out of the server's cache: measured, docs/02
+WINDOW_KEYS: Final = 1024
 SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
 _LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
 
 
-class Refused(Exception):
-    """A command that was not sent; the text is the reason."""
+@dataclass(slots=True)
+class Batch:
+    """What one call of the store asks for, of whichever servers have the keys.
+
+    Attributes:
+        call: the method of `Node` that does a server's share.
+        names: keys as the servers see them.
+        commands: for "ask": one command a name, for the whole batch.
+        out: for "get": one buffer a name.
+        values, sizes: for "put": what is stored, and how many bytes each value has.
+        ttl_ms: for "put", how long values live; for "get", how long hits live from now on. None: for ever.
+    """
+
+    call: Literal["get", "put", "ask"]
+    names: Sequence[bytes]
+    commands: Sequence[Command] = ()
+    out: Sequence[memoryview] | None = None
+    values: Sequence[Value] = ()
+    sizes: Sequence[int] = ()
+    ttl_ms: int | None = None
 
 
-# First match wins: in redis-py an authentication error is a ConnectionError too, MASTERDOWN a CLUSTERDOWN.
-_REASONS: Final[tuple[tuple[type[BaseException], str], ...]] = (
-    (TooBig, "too_big"),
-    (NoConnection, "pool"),
-    (redis.AuthenticationError, "auth"),
-    (redis.exceptions.NoPermissionError, "auth"),
-    (redis.TimeoutError, "timeout"),
-    (TimeoutError, "timeout"),
-    (redis.BusyLoadingError, "loading"),
-    (redis.exceptions.MasterDownError, "loading"),
-    (ClusterDownError, "down"),
-    (AskError, "moved"),  # MOVED too
-    (TryAgainError, "moved"),
-    (redis.ReadOnlyError, "readonly"),
-    (redis.exceptions.OutOfMemoryError, "oom"),
-    (redis.exceptions.InvalidResponse, "protocol"),
-    (redis.ConnectionError, "conn"),
-    (OSError, "conn"),
-)
-_BY_WORD: Final = {"BUSY": "busy", "MISCONF": "misconf"}  # error replies that redis-py has no class for
-_LINK_FAULTS: Final = {"timeout", "conn", "protocol", "loading", "busy", "error"}
-NO_FAULT: Final = frozenset({ABSENT, "too_big", "response", "moved"})
-"""Reasons that are no failure of a round trip."""
-OF_ONE_KEY: Final = NO_FAULT | {"down"}
-"""Reasons that say nothing about the other keys of the same server."""
+@dataclass(slots=True)
+class Answer:
+    """One server's share of a batch, done.
+
+    Attributes:
+        replies: one for each index that was asked for, in that order.
+        faults: of each round trip that had some, their reasons.
+    """
+
+    replies: list[Reply]
+    faults: list[set[Reason]] = field(default_factory=list)
 
 
-def reason_of(reply: Reply) -> str:
-    """Why a reply is not the one hoped for: the counter that it belongs to."""
-    if isinstance(reply, Refused):
-        return str(reply)
-    if not isinstance(reply, BaseException):
-        return "protocol"
-    known = next((reason for kind, reason in _REASONS if isinstance(reply, kind)), None)
-    if known is None and isinstance(reply, redis.ResponseError):
-        known = _BY_WORD.get(str(reply).partition(" ")[0], "response")
-    return known or "error"
+class Job:
+    """A server's share of a batch in a thread of the server's, so that waiting for it delays no other server."""
 
+    def __init__(self, node: Node, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool) -> None:
+        self.deadline = deadline
+        self._node, self._batch, self._indices, self._asking = node, batch, indices, asking
+        self._begun = threading.Lock()  # taken once, by whoever does the work or sees to it that nobody will
+        self._done = threading.Event()
+        self._outcome: Answer | BaseException = Answer([Refused(Reason.TIMEOUT)] * len(indices))
 
-def verdict_of(faults: Sequence[Exception]) -> bool | None:
-    """Whether the link worked; None when that was not found out."""
-    reasons = {reason_of(fault) for fault in faults}
-    if "pool" in reasons:
-        return None
-    return not (reasons & _LINK_FAULTS or any(isinstance(fault, redis.AuthenticationError) for fault in faults))
+    def run(self) -> None:
+        """Do the work, unless it has begun elsewhere or was abandoned."""
+        if not self._begun.acquire(blocking=False):
+            return
+        try:
+            work = getattr(self._node, self._batch.call)
+            self._outcome = work(self._batch, self._indices, self.deadline, self._asking)
+        except BaseException as error:
+            self._outcome = error
+        self._done.set()
+
+    def result(self) -> Answer:
+        """Wait for the answer. Raises what the work raised."""
+        self._done.wait()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def abandon(self) -> None:
+        """Nobody wants the answer: after this call nothing writes into the caller's buffers."""
+        self.deadline.abandon()
+        if not self._begun.acquire(blocking=False):
+            self._done.wait()
+        self._done.set()
 
 
 class Node:
@@ -90,7 +109,7 @@ class Node:
 
     Args:
         name: host:port, a path, or what else tells it from others.
-        workers: how many calls may wait for it at the same moment, when they wait for others too.
+        max_workers: how many calls may wait for it at the same moment, when they wait for others too.
 
     Attributes:
         breaker: opens when the server does not answer.
@@ -98,85 +117,199 @@ class Node:
     """
 
     def __init__(
-        self, name: str, link: Link | FakeLink, workers: int, clock: Callable[[], float] = time.monotonic
+        self, name: str, pool: Pool | FakePool, max_workers: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name
-        self.link = link
+        self.pool = pool
         self.breaker = Breaker(clock=clock)
         self.write_breaker = Breaker(clock=clock)
         self._clock = clock
-        self._max_workers = workers
-        self._limit = MAX_VALUE_BYTES  # of a value, as long as `_limit_until`; fakeredis has no other
-        self._limit_until = math.inf if isinstance(link, FakeLink) else -math.inf
-        self.renew()
+        self._max_workers = max_workers
+        self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
+        self._limit = MAX_VALUE_BYTES  # of a value, until `_limit_expires_at`; fakeredis has no other
+        self._limit_expires_at = math.inf if isinstance(pool, FakePool) else -math.inf
+        self.reset_after_fork()
+        reset_in_children(self)
 
     def __repr__(self) -> str:
         return f"Node({self.name}, {self.breaker.state})"
 
-    def renew(self) -> None:
-        """Forget what the child of a fork must not share: connections, threads, held locks."""
+    def reset_after_fork(self) -> None:
+        """See `Forkable`."""
         self._lock = threading.Lock()
         self._workers: ThreadPoolExecutor | None = None
-        self.breaker.renew()
-        self.write_breaker.renew()
-        self.link.renew()
 
-    def exchange(
-        self,
-        commands: Sequence[Command],
-        deadline: Deadline,
-        out: Sequence[memoryview] | None = None,
-        asking: bool = False,
-    ) -> list[Reply]:
-        """One round trip, if the breaker lets it through; the breaker learns how it went. See `Link.exchange`."""
-        if not self.breaker.allow():
-            return [Refused("breaker")] * len(commands)
-        verdict: bool | None = None
+    # --- a share of a batch ---------------------------------------------------------------------
+    # `indices`, ascending, are those of the names that this server has. `asking`: their slots are on the
+    # way to it (ASK).
+    def start(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Job:
+        """Do a share in a thread of this server's; in the caller's own where none can be had."""
+        job = Job(self, batch, indices, deadline, asking)
         try:
-            replies = self.link.exchange(commands, deadline, out, asking)
-            faults = [reply for reply in replies if isinstance(reply, Exception)]
-            verdict = True if not faults else None if deadline.abandoned else verdict_of(faults)
-        finally:
-            self.breaker.record(verdict)
-        return replies
+            self._executor().submit(job.run)
+        except RuntimeError:  # no thread to be had, or the interpreter is ending
+            job.run()
+        return job
 
-    def value_limit(self, deadline: Deadline) -> int | Exception:
-        """The most bytes that a value may have here, asked for once a minute; else why that is not known."""
-        if self._clock() < self._limit_until:
+    def get(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
+        """Values, window by window; hits live as long again, in the same round trip."""
+        names, out = batch.names, batch.out
+        if len(indices) < len(names):
+            names, out = [names[i] for i in indices], None if out is None else [out[i] for i in indices]
+        answer = Answer([])
+        while len(answer.replies) < len(names):
+            at = len(answer.replies)
+            stop = at + self._read_window(at, len(names), out)
+            commands: list[Command] = [(b"GET", name) for name in names[at:stop]]
+            if batch.ttl_ms is not None:
+                commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[at:stop]]
+            replies = self.round_trip(commands, deadline, answer, out[at:stop] if out else None, asking)
+            values = replies[: stop - at]
+            if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[stop - at :]):
+                # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
+                values = [Refused(Reason.AUTH)] * (stop - at)
+            answer.replies += values
+            fault = _fault_of(values)
+            if fault is not None:  # nor would the server answer now
+                answer.replies += [Refused(fault)] * (len(names) - stop)
+            elif out is None:
+                self._value_bytes = max([len(v) for v in values if isinstance(v, bytes)], default=self._value_bytes)
+        return answer
+
+    def put(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
+        """Store values, window by window. One too large for the server is refused before a byte of it is sent."""
+        answer = Answer([Refused(Reason.TOO_BIG)] * len(indices))  # of those that no window takes
+        limit = self.value_limit(deadline, answer)
+        if not isinstance(limit, int):
+            answer.replies = [limit] * len(indices)
+            return answer
+        expiry = () if batch.ttl_ms is None else (b"PX", b"%d" % batch.ttl_ms)
+        for window in _windows([batch.sizes[i] for i in indices], limit):
+            chosen = [indices[at] for at in window]
+            deadline.extend(sum([batch.sizes[i] for i in chosen]))
+            commands: list[Command] = [(b"SET", batch.names[i], batch.values[i], *expiry) for i in chosen]
+            for at, reply in zip(window, self._set(commands, deadline, answer, asking), strict=True):
+                answer.replies[at] = reply
+        return answer
+
+    def ask(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
+        """One small command a name, in one round trip."""
+        answer = Answer([])
+        answer.replies = self.round_trip([batch.commands[i] for i in indices], deadline, answer, None, asking)
+        return answer
+
+    def value_limit(self, deadline: Deadline, answer: Answer) -> int | Exception:
+        """The most bytes that a value may have here, asked for once a minute; else why the server cannot say.
+
+        A server may keep its memory to itself (no `maxmemory` in INFO, no INFO at all): then every value up
+        to `MAX_VALUE_BYTES` is tried.
+        """
+        if self._clock() < self._limit_expires_at:
             return self._limit
-        (reply,) = self.exchange([(b"INFO", b"memory")], deadline)
-        found = re.search(rb"^maxmemory:(\d+)", reply, re.MULTILINE) if isinstance(reply, bytes) else None
-        if found is None:
-            return reply if isinstance(reply, Exception) else Refused("protocol")
-        share = int(found[1]) // SHARE_OF_MEMORY
+        (reply,) = self.round_trip([(b"INFO", b"memory")], deadline, answer)
+        if isinstance(reply, Exception) and not says_no(reply):
+            return reply
+        found = re.search(rb"^maxmemory:(\d{1,18})\b", reply, re.MULTILINE) if isinstance(reply, bytes) else None
+        share = int(found[1]) // SHARE_OF_MEMORY if found else 0
         self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
-        self._limit_until = self._clock() + _LIMIT_AGE_S
+        self._limit_expires_at = self._clock() + _LIMIT_AGE_S
         return self._limit
 
-    def start(self, work: Callable[[], list[Reply]]) -> Future[list[Reply]]:
-        """Do work for this server in a thread of its own, so that waiting for it delays no other server's keys."""
-        with self._lock:
-            if self._workers is None:
-                self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
-        done: Future[list[Reply]] = Future()
-        todo = [work]
-
-        def once() -> None:
-            try:
-                job = todo.pop()
-            except IndexError:
-                return
-            try:
-                done.set_result(job())
-            except BaseException as error:
-                done.set_exception(error)
-
-        try:
-            self._workers.submit(once)
-        except RuntimeError:  # no thread to be had, or the interpreter is ending; what was queued may still be taken
-            once()
-        return done
+    def try_all(self, commands: Sequence[Command], deadline: Deadline) -> list[Reply]:
+        """One round trip whatever the breaker says, for `health`; the breaker learns how it went."""
+        return self.round_trip(commands, deadline, Answer([]), always=True)
 
     def close(self) -> None:
         """Let go of the connections."""
-        self.link.close()
+        self.pool.close()
+
+    # --- one round trip -------------------------------------------------------------------------
+    def _set(self, commands: Sequence[Command], deadline: Deadline, answer: Answer, asking: bool) -> list[Reply]:
+        if not self.write_breaker.allow():
+            return [Refused(Reason.BREAKER)] * len(commands)
+        verdict: bool | None = None
+        try:
+            replies = self.round_trip(commands, deadline, answer, None, asking)
+            verdict = takes_writes(replies)
+        finally:
+            self.write_breaker.record(verdict)
+        return replies
+
+    def round_trip(
+        self,
+        commands: Sequence[Command],
+        deadline: Deadline,
+        answer: Answer,
+        out: Sequence[memoryview] | None = None,
+        asking: bool = False,
+        always: bool = False,
+    ) -> list[Reply]:
+        """One round trip, if the breaker lets it through; the breaker learns how it went. Faults go to `answer`."""
+        if not (always or self.breaker.allow()):
+            answer.faults.append({Reason.BREAKER})
+            return [Refused(Reason.BREAKER)] * len(commands)
+        verdict: bool | None = None
+        connection: Any = None
+        try:
+            connection = self.pool.take(deadline)
+            replies: list[Reply] = connection.exchange(commands, deadline, out, asking)
+            faults = [reply for reply in replies if isinstance(reply, Exception)]
+            if not faults:
+                verdict = True
+            elif not deadline.abandoned:
+                verdict = works(faults) if connection.ready else False
+                answer.faults.append({reason_of(fault) for fault in faults})
+        except Exception as error:  # no connection came free, or could be made
+            verdict = works([error])
+            answer.faults.append({reason_of(error)})
+            replies = [error] * len(commands)
+        finally:
+            if connection is not None:
+                self.pool.give_back(connection)
+            self.breaker.record(verdict)
+        return replies
+
+    def _read_window(self, start: int, stop: int, out: Sequence[memoryview] | None) -> int:
+        """How many keys to ask for at once."""
+        count, size = 0, 0
+        while start + count < stop and count < WINDOW_KEYS:
+            size += self._value_bytes if out is None else out[start + count].nbytes
+            if count and size > WINDOW_BYTES:
+                break
+            count += 1
+        return count
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
+            return self._workers
+
+
+def says_no(reply: Exception) -> bool:
+    """Whether the server answered, and its answer is that it does not do this command for this user."""
+    return isinstance(reply, redis.exceptions.NoPermissionError) or reason_of(reply) == Reason.RESPONSE
+
+
+def _fault_of(replies: Sequence[Reply]) -> Reason | None:
+    """What keeps a server from answering further commands, if anything does."""
+    for reply in replies:
+        if isinstance(reply, Exception) and (reason := reason_of(reply)) not in OF_ONE_KEY:
+            return reason
+    return None
+
+
+def _windows(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Positions of the values that fit `limit`, at most `WINDOW_BYTES` and `WINDOW_KEYS` together."""
+    window: list[int] = []
+    total = 0
+    for at, size in enumerate(sizes):
+        if size > limit:
+            continue
+        if window and (len(window) == WINDOW_KEYS or total + size > WINDOW_BYTES):
+            yield window
+            window, total = [], 0
+        window.append(at)
+        total += size
+    if window:
+        yield window

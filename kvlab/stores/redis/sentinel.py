@@ -11,12 +11,16 @@ from typing import Any
 
 import redis
 
-from kvlab.stores.redis.connection import Deadline, Link
-from kvlab.stores.redis.node import Node, reason_of
-from kvlab.stores.redis.topology import MAX_SERVERS, SLOTS, Learned, Part, Shard, address_of, is_list, most_telling
+from kvlab.stores.deadline import Deadline
+from kvlab.stores.faults import Reason
+from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_telling
+from kvlab.stores.redis.node import Node
+from kvlab.stores.redis.pool import Pool
+from kvlab.stores.redis.reasons import reason_of
+from kvlab.stores.redis.topology import Shard, SubBatch
 
 
-class Sentinel(Learned):
+class Sentinel(Discovered):
     """One master, followed by replicas; when it dies, sentinels make one of them the master.
 
     Args:
@@ -28,13 +32,15 @@ class Sentinel(Learned):
         self._name = name.encode()
         self._shard: Shard | None = None
 
-    def split(self, keys: Sequence[bytes], deadline: Deadline, reading: bool = False) -> tuple[list[Part], str]:
+    def split(
+        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
+    ) -> tuple[list[SubBatch], Reason | None]:
         """See `Topology`."""
-        why = self._learn(deadline)
+        reason = self._learn(deadline)
         if self._shard is None:
-            return [], why or "down"
-        self._turn += reading
-        return [Part(self._pick(self._shard, reading), range(len(keys)))], ""
+            return [], reason or Reason.DOWN
+        self._next_replica += reading
+        return [SubBatch(self._pick(self._shard, reading), range(len(names)))], None
 
     def unserved(self) -> int:
         """See `Topology`."""
@@ -50,14 +56,14 @@ class Sentinel(Learned):
             try:
                 self._shard = self._told_by(sentinel, deadline.half())
             except Exception as error:
-                error.add_note(f"from the sentinel at {sentinel.at}")
+                error.add_note(f"from the sentinel at {sentinel.address}")
                 errors.append(error)
                 continue
             self._keep_only([self._shard])
             return
         raise most_telling(errors)
 
-    def _told_by(self, sentinel: Link, deadline: Deadline) -> Shard:
+    def _told_by(self, sentinel: Pool, deadline: Deadline) -> Shard:
         where = sentinel.ask((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._name), deadline)
         if where is None:
             raise redis.ResponseError(f"Sentinel knows no master called {self._name.decode()!r}")
@@ -66,7 +72,7 @@ class Sentinel(Learned):
         master = self._node(*address_of(*where[:2]))
         return Shard(master, self._replicas_told_by(sentinel, deadline) if self._read_replicas else ())
 
-    def _replicas_told_by(self, sentinel: Link, deadline: Deadline) -> tuple[Node, ...]:
+    def _replicas_told_by(self, sentinel: Pool, deadline: Deadline) -> tuple[Node, ...]:
         """Those that work, by what the sentinel sees; none if it does not tell: then the master is read."""
         replicas: list[Node] = []
         try:
