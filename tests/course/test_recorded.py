@@ -1,12 +1,12 @@
 """Live where the program is there, a named machine's recording where it is not, the same shape both ways."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from kvlab.course import recorded
 from kvlab.course.recorded import live_or_recorded
-from kvlab.course.work import work_dir
 from kvlab.errors import ConfigError
 
 
@@ -39,20 +39,9 @@ def test_a_missing_recording_is_named(folder: Path) -> None:
 
 
 def test_the_notebooks_recordings_are_committed() -> None:
-    text = "\n".join(p.read_text() for p in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-    import re
-
-    for name in re.findall(r'live_or_recorded\(\\"(\w+)\\"', text):
+    text = "\n".join(p.read_text("utf-8") for p in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+    names = set(re.findall(r'(?:live_or|load)_record(?:ed|ing)\(\\"(\w+)\\"', text))
+    assert names == {file.stem for file in recorded.RECORDED.glob("*.json")}
+    for name in names:
         result, machine = recorded.load_recording(name)
         assert result and "cores" in machine
-
-
-def test_the_work_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("KVLAB_WORK", raising=False)
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert work_dir() == tmp_path / "work"
-    monkeypatch.chdir(tmp_path)
-    assert work_dir() == tmp_path
-    monkeypatch.setenv("KVLAB_WORK", "/elsewhere")
-    assert work_dir() == Path("/elsewhere")

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from kvlab.course import plots
 from kvlab.course.claims import CLAIMS
-from kvlab.course.page import Flow, Step, takeaway
 from kvlab.course.widgets import Explorer, Guesses, load_guesses
 
 PNG = b"\x89PNG"
@@ -77,21 +76,3 @@ def test_a_damaged_guess_file_counts_as_none(work: Path, content: str) -> None:
 def test_the_guess_widget_asks_every_claim_before_it_runs(work: Path) -> None:
     text = Guesses()._repr_mimebundle_()["text/plain"]
     assert all(claim.question in text for claim in CLAIMS)
-
-
-def test_a_flow_is_a_line_of_text_and_a_picture() -> None:
-    flow = Flow([Step("a", "x < y"), Step("b"), Step("c")], columns=2)
-    assert repr(flow) == "Figure: a -> b -> c"
-    assert flow.png().startswith(PNG)
-    assert flow.png() == flow.png() != Flow([Step("a"), Step("b"), Step("c")], columns=2).png()
-
-
-def test_a_takeaway_is_marked() -> None:
-    assert takeaway("It is 3.").data == "> **Takeaway.** It is 3."
-
-
-def test_a_plot_prints_its_caption(capsys: pytest.CaptureFixture[str]) -> None:
-    plots.use_style()
-    fig, _ = plots.new_figure("t")
-    plots.show(fig, "hit rate rises.")
-    assert capsys.readouterr().out.endswith("Figure: hit rate rises.\n")

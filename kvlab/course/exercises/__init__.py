@@ -1,4 +1,21 @@
-"""The exercises: how an answer is checked (`engine`), and what is asked (`sets`)."""
+"""The exercises: how an answer is checked (`engine`), what is asked (one module a lesson), where it is (`registry`).
 
-from kvlab.course.exercises.engine import *  # noqa: F403
-from kvlab.course.exercises.sets import *  # noqa: F403
+A notebook says `exercises.check(exercises.HIT_RATE, hit_rate)`: the constants of the lessons are
+attributes of this package.
+"""
+
+from kvlab.course.exercises.engine import Exercise, Verdict, Wrong, check, grade, keep, load_answers
+from kvlab.course.exercises.registry import ALL, BY_CONSTANT, find
+
+__all__ = ["ALL", "Exercise", "Verdict", "Wrong", "check", "find", "grade", "keep", "load_answers"]
+
+
+def __getattr__(constant: str) -> Exercise:
+    try:
+        return BY_CONSTANT[constant]
+    except KeyError:
+        raise AttributeError(f"no exercise is called {constant} (there are: {', '.join(BY_CONSTANT)})") from None
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *BY_CONSTANT]

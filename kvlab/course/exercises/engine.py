@@ -2,7 +2,7 @@
 
 A learner fills in a stub; one call checks it and gives back something that works:
 
-    hit_rate = exercises.check("hit_rate", hit_rate)
+    hit_rate = exercises.check(exercises.HIT_RATE, hit_rate)
 
 prints `○ not started`, `✘ got … expected … hint: …` or `✔ 4 of 4`, never raises, and
 returns the learner's function if it passed, else the reference, so that "Run all" always
@@ -12,7 +12,7 @@ accumulate, and `python -m kvlab demo --impl work/mykv.py` runs the learner's sy
 Hints come from typical wrong answers. An exercise lists them as functions: when the learner's
 results agree with those of a wrong answer, or both raise the same error on the same case, its
 hint fits. Tests run each wrong answer through the check and expect exactly its hint. The
-exercises themselves are in `sets`.
+exercises themselves are in `lesson_00`, `lesson_01` and so on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 
 from kvlab.course.work import work_dir
 from kvlab.errors import InputError
+from kvlab.lab.streams import accept_any_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -128,6 +129,7 @@ def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
 def check(exercise: Exercise, answer: F) -> F:
     """Print what `grade` finds, keep a right answer in `mykv.py`, and return the answer or else the reference."""
     verdict = grade(exercise, answer)
+    accept_any_text()  # not every terminal has a ✔
     print(verdict.text)
     if verdict.state != "right":
         print("  (the notebook goes on with the reference solution)")
@@ -143,13 +145,13 @@ def keep(exercise: Exercise, answer: Callable[..., Any]) -> str:
     if called != exercise.name:
         return f"not kept in mykv.py: the function is called {called}, expected {exercise.name}"
     try:
-        before = path.read_text() if path.exists() else HEADER
+        before = path.read_text("utf-8") if path.exists() else HEADER
         after = _replaced(before, exercise.name, inspect.getsource(answer))
         if not _stands_alone(exercise, after):
             return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(after)
-    except (OSError, TypeError, SyntaxError) as error:
+        path.write_text(after, "utf-8")
+    except (OSError, TypeError, ValueError, SyntaxError) as error:  # say, a mykv.py of another encoding
         return f"not kept in mykv.py: {error}"
     return "kept in mykv.py"
 
@@ -158,7 +160,7 @@ def _stands_alone(exercise: Exercise, module: str) -> bool:
     """Whether the answer in this text of a `mykv.py` is right without the notebook around it."""
     with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
         trial = Path(folder) / "mykv.py"
-        trial.write_text(module)
+        trial.write_text(module, "utf-8")
         try:
             return grade(exercise, getattr(load_answers(trial), exercise.name)).state == "right"
         except (AttributeError, InputError):
@@ -178,7 +180,7 @@ def load_answers(path: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever their code raises is theirs to mend
+    except (Exception, SystemExit) as error:  # whatever their code raises is theirs to mend
         raise InputError(f"{path} does not import: {type(error).__name__}: {error}") from error
     return module
 

@@ -1,0 +1,150 @@
+"""Exercises never raise; right answers are kept in mykv.py; wrong ones get the hint that fits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvlab.course import exercises
+from kvlab.course.exercises import check, grade, keep, load_answers
+from kvlab.errors import InputError
+
+ALL = {e.name: e for e in exercises.ALL}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    return tmp_path
+
+
+def test_a_stub_that_raises_is_not_started() -> None:
+    def stub(*_: object) -> None:
+        raise NotImplementedError
+
+    assert grade(exercises.HIT_RATE, stub).state == "todo"
+
+
+def test_an_answer_that_raises_is_told_and_not_raised() -> None:
+    verdict = grade(exercises.HIT_RATE, lambda *_: 1 // 0)
+    assert verdict.state == "wrong"
+    assert "ZeroDivisionError" in verdict.text
+
+
+def test_an_answer_that_writes_to_its_arguments_spoils_no_other_case() -> None:
+    def greedy(a: list[int], b: list[int], block_tokens: int) -> int:
+        result = exercises.CACHEABLE_PREFIX.reference(a, b, block_tokens)
+        a.clear()
+        return result
+
+    assert grade(exercises.CACHEABLE_PREFIX, greedy).state == "right"
+    assert grade(exercises.CACHEABLE_PREFIX, greedy).state == "right"
+
+
+def test_check_falls_back_to_the_reference(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = check(exercises.HIT_RATE, lambda *_: 0.5)
+    assert got is exercises.HIT_RATE.reference
+    assert "goes on with the reference" in capsys.readouterr().out
+    assert not (work / "mykv.py").exists()
+
+
+def test_right_answers_accumulate_and_replace_older_ones(work: Path) -> None:
+    for exercise in exercises.ALL:
+        assert keep(exercise, exercise.reference) == "kept in mykv.py"
+    text = (work / "mykv.py").read_text("utf-8")
+    assert keep(exercises.HIT_RATE, exercises.HIT_RATE.reference) == "kept in mykv.py"
+    assert (work / "mykv.py").read_text("utf-8") == text
+    answers = load_answers(work / "mykv.py")
+    for name, exercise in ALL.items():
+        assert grade(exercise, getattr(answers, name)).state == "right"
+
+
+def test_an_answer_that_leans_on_the_notebook_is_not_kept(work: Path) -> None:
+    source = "def hit_rate(p, c, b):\n    return solution(p, c, b)\n"
+    namespace = {"solution": exercises.HIT_RATE.reference}
+    file = work / "cell.py"
+    file.write_text(source, "utf-8")
+    exec(compile(source, str(file), "exec"), namespace)  # what a notebook cell is
+    assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
+    assert not (work / "mykv.py").exists()
+    keep(exercises.WEIGHTED_OWNER, exercises.WEIGHTED_OWNER.reference)
+    before = (work / "mykv.py").read_text("utf-8")
+    assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
+    assert (work / "mykv.py").read_text("utf-8") == before
+
+
+def test_a_function_of_another_name_is_not_kept_and_told_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def my_own(draws: dict[str, float], weights: dict[str, float]) -> str:
+        return exercises.WEIGHTED_OWNER.reference(draws, weights)
+
+    assert check(exercises.WEIGHTED_OWNER, my_own) is my_own
+    assert "the function is called my_own, expected weighted_owner" in capsys.readouterr().out
+    assert not (work / "mykv.py").exists()
+
+
+def test_an_error_gets_the_hint_of_the_wrong_answer_that_raises_it_and_no_other_error_does() -> None:
+    hint = next(w.hint for w in exercises.RING_OWNER.wrong if "% len" in w.hint)
+
+    def falls_off(points: list[int], owners: list[str], at: int) -> str:
+        return owners[sum(point < at for point in points)]
+
+    def other(points: list[int], owners: list[str], at: int) -> str:
+        return owners[points.index(at)]
+
+    text = grade(exercises.RING_OWNER, falls_off).text
+    assert text.endswith(f"IndexError: list index out of range\n  hint: {hint}")
+    assert grade(exercises.RING_OWNER, other).text.endswith(f"hint: {exercises.RING_OWNER.hint}")
+
+
+def test_loading_answers_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found none"):
+        load_answers(tmp_path / "none.py")
+    (tmp_path / "bad.py").write_text("import does_not_exist")
+    with pytest.raises(InputError, match="does not import"):
+        load_answers(tmp_path / "bad.py")
+
+
+def test_an_answer_file_that_ends_the_program_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mykv.py").write_text("raise SystemExit", "utf-8")
+    with pytest.raises(InputError, match="does not import: SystemExit"):
+        load_answers(tmp_path / "mykv.py")
+
+
+def test_an_answer_file_of_another_encoding_is_left_alone(work: Path) -> None:
+    (work / "mykv.py").write_bytes("# grün\n".encode("latin-1"))
+    assert keep(exercises.HIT_RATE, exercises.HIT_RATE.reference).startswith("not kept in mykv.py: 'utf-8'")
+    assert (work / "mykv.py").read_bytes() == "# grün\n".encode("latin-1")
+
+
+HAS_SIGNS = '''\
+def cacheable_prefix(a, b, block_tokens):
+    """The prefix that can be cached: ≤ both, größer als nichts … 前"""
+    same = [x == y for x, y in zip(a, b)] + [False]
+    return same.index(False) // block_tokens * block_tokens
+'''
+CHECK = """\
+import sys
+from pathlib import Path
+from kvlab.course import exercises
+answers = exercises.load_answers(sys.argv[1])
+assert exercises.check(exercises.CACHEABLE_PREFIX, answers.cacheable_prefix) is answers.cacheable_prefix
+exercises.check(exercises.HIT_RATE, lambda *_: chr(0x2718))
+assert answers.cacheable_prefix.__doc__ in (Path(sys.argv[1]).parent / "work" / "mykv.py").read_bytes().decode()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "cp1252"])
+def test_marks_and_answers_with_signs_in_any_terminal(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "answers.py").write_text(HAS_SIGNS, "utf-8")
+    environment = {
+        **os.environ,
+        **{"KVLAB_WORK": str(tmp_path / "work"), "PYTHONIOENCODING": encoding},
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # open() without an encoding is ASCII here
+    }
+    command = [sys.executable, "-c", CHECK, tmp_path / "answers.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, encoding=encoding)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "00.1 cacheable_prefix: 5 of 5\n  kept in mykv.py" in run.stdout
+    assert run.stdout[0] == ("✔" if encoding == "utf-8" else "\\")
