@@ -32,10 +32,11 @@ from kvlab.core.keys import KVSpec
 from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
-from tests.cluster import RedisCluster
-from tests.helpers import build_model
-from tests.sentinel import RedisSentinel
-from tests.servers import RedisServer, make_certs, valkey_program
+from kvlab.testbed.certs import make_certs
+from kvlab.testbed.cluster import RedisCluster
+from kvlab.testbed.sentinel import RedisSentinel
+from kvlab.testbed.server import RedisServer, valkey_program
+from tests.harness.helpers import build_model
 
 hypothesis.settings.register_profile(
     "kvlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -203,7 +204,6 @@ def valkey_server(shared_valkey: RedisServer) -> RedisServer:
 @pytest.fixture(scope="session")
 def shared_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One server with TLS for all tests that do not harm it; use `tls_server`."""
-    pytest.importorskip("cryptography", reason="certificates need it: pip install 'kvlab[secure]'")
     with RedisServer(tls=make_certs(tmp_path_factory.mktemp("certs"))) as server:
         yield server
 

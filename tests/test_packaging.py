@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.servers import RedisServer, free_port
+from kvlab.testbed.server import RedisServer
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -188,13 +188,11 @@ def test_the_scripts_in_the_compose_file_are_shell(name):
 
 
 @pytest.mark.redis
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
 @pytest.mark.parametrize("name", ["redis", "cluster-1", "primary"])
 def test_a_server_takes_the_options(name):
     options = {option: value for option, value in server_options(name).items() if option != "dir"}
     words = [word for option, value in options.items() for word in (f"--{option}", value)]
-    bus = ["--cluster-port", str(free_port())] if name == "cluster-1" else []
-    with RedisServer(*words, *bus) as server:
+    with RedisServer(*words, bus=name == "cluster-1") as server:
         client = server.client()
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "allkeys-lfu"}
         assert client.info("cluster")["cluster_enabled"] == (name == "cluster-1")

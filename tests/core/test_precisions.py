@@ -18,7 +18,7 @@ from kvlab.core import precisions, record
 from kvlab.core.codecs import CODECS
 from kvlab.core.record import KIND_BLOCK, KIND_TEXT, Format, Unholdable
 from kvlab.errors import InputError
-from tests.helpers import KEY, encoded, reason_of, resealed, same_bits
+from tests.harness.helpers import KEY, encoded, reason_of, resealed, same_bits
 
 INTEGERS = ("int8", "int4")
 TINY = 2.0**-126

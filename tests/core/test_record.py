@@ -25,7 +25,7 @@ from kvlab.core.record import BadRecord, Format, Unholdable
 from kvlab.core.seals import AesGcm, Xxh3
 from kvlab.errors import ConfigError, InputError
 from tests.core.make_golden import GOLDEN, GOLDEN_FORMATS, GOLDEN_KEY, golden_tensor
-from tests.helpers import (
+from tests.harness.helpers import (
     BITS,
     KEY,
     REASONS,

@@ -21,7 +21,7 @@ from kvlab.core.record import KIND_TEXT, Format
 from kvlab.core.seals import AesGcm, Broken, Xxh3
 from kvlab.errors import ConfigError
 from tests.core.make_golden import GOLDEN, GOLDEN_KEY, golden_tensor
-from tests.helpers import KEY, encoded, flipped, reason_of, resealed, same_bits, tampered
+from tests.harness.helpers import KEY, encoded, flipped, reason_of, resealed, same_bits, tampered
 
 MASTER = {i: bytes([i]) * 32 for i in (1, 2, 3)}
 SHAPE = tuple(golden_tensor().shape)

@@ -11,7 +11,7 @@ import pytest
 from kvlab.course import doctor
 from kvlab.course.doctor import MISSING, OK, PROBLEM, Check, checks, run
 from kvlab.errors import ModelError
-from tests.servers import RedisServer
+from kvlab.testbed.server import RedisServer
 
 NEEDED = ["Python", "packages", "Jupyter kernel", "widgets", "model"]
 

@@ -17,7 +17,7 @@ from kvlab.engine.generate import fill_from
 from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import MemoryStore
-from tests.helpers import build_model, flipped, small_spec
+from tests.harness.helpers import build_model, flipped, small_spec
 
 LENGTHS = (1, 7, 16, 63, 64, 65, 100, 127, 128, 129, 150, 192, 193, 256, 300, 31)
 SMALL_BLOCK = 16

@@ -29,7 +29,7 @@ from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import KVSpec
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.stores import RedisStore
-from kvlab.testbed.server import LocalRedis, with_redis
+from kvlab.testbed.server import RedisServer
 
 B, BLOCKS, PROMPTS = 16, 8, 40
 SPEC = KVSpec(layers=4, heads=2, head_dim=32, dtype=torch.float32, fingerprint=b"soak" * 8)
@@ -107,8 +107,8 @@ def _rss_mib() -> float:
 
 def run(seconds: float, processes: int = 8, threads: int = 8, deadline_s: float = 5.0) -> dict[str, Any]:
     """`processes` times `threads` threads; what they saw together, and what the server did."""
-    with with_redis("--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru") as server:
-        jobs = [(str(server), threads, seconds, deadline_s)] * processes
+    with RedisServer("--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru") as server:
+        jobs = [(server.url, threads, seconds, deadline_s)] * processes
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             pending = pool.starmap_async(work, jobs)
             watched = _watch(server, pending)
@@ -132,10 +132,8 @@ def run(seconds: float, processes: int = 8, threads: int = 8, deadline_s: float 
     }
 
 
-def _watch(server: LocalRedis, pending: Any) -> dict[str, Any]:
-    import redis
-
-    client = redis.Redis.from_url(server)
+def _watch(server: RedisServer, pending: Any) -> dict[str, Any]:
+    client = server.client()
     connections, used = [], []
     while not pending.ready():
         connections.append(client.info("clients")["connected_clients"] - 1)

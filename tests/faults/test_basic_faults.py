@@ -23,8 +23,9 @@ from kvlab.core.keys import Namespace, text_key
 from kvlab.core.record import Format
 from kvlab.engine import generate
 from kvlab.stores import RedisStore, Store
-from tests.helpers import blank, build_model, exact_kv, flipped, joined, small_spec, tampered
-from tests.servers import RedisServer, ScriptedServer, free_port
+from kvlab.testbed.server import RedisServer, free_port
+from tests.harness.helpers import blank, build_model, exact_kv, flipped, joined, small_spec, tampered
+from tests.harness.scripted import ScriptedServer
 
 B, BLOCKS = 16, 4
 SPEC = small_spec()

@@ -27,8 +27,9 @@ from kvlab.engine import generate
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.topology import Shard
-from kvlab.testbed.cluster import bus_option, node_options
-from tests.cluster import RedisCluster
+from kvlab.testbed.cluster import RedisCluster, node_options
+from kvlab.testbed.sentinel import NAME, RedisSentinel
+from kvlab.testbed.server import RedisServer
 from tests.faults.conftest import Book
 from tests.faults.test_basic_faults import wait_for
 from tests.faults.test_value_faults import monitored
@@ -46,9 +47,7 @@ from tests.faults.test_wire_faults import (
     read_while_standing_still,
 )
 from tests.faults.test_wire_faults import value_of as uncached_value_of
-from tests.helpers import build_model
-from tests.sentinel import NAME, RedisSentinel
-from tests.servers import RedisServer
+from tests.harness.helpers import build_model
 
 pytestmark = pytest.mark.cluster
 
@@ -64,7 +63,7 @@ value_of = functools.cache(lambda key: uncached_value_of(key, SIZE))
 @pytest.fixture(scope="module")
 def harmed() -> Iterator[RedisCluster]:
     """Three masters with a replica each, whose faults stop no other shard; use `cluster`."""
-    with RedisCluster(3, 1, 2000, "--cluster-require-full-coverage", "no") as made:
+    with RedisCluster() as made:
         yield made
 
 
@@ -97,8 +96,7 @@ def heal(cluster: RedisCluster) -> None:
 def awake(nodes: Iterable[RedisServer]) -> None:
     for node in nodes:
         node.cont()
-        assert node._process is not None
-        if node._process.poll() is not None:
+        if not node.running:
             node.start()
 
 
@@ -521,7 +519,7 @@ def test_three_masters_without_replicas(book: Book) -> None:
             injected="3 masters, kill -9 of one; cluster-require-full-coverage yes, then no",
             expected="yes: all keys miss, down and conn; no: two thirds hit",
         ) as row,
-        RedisCluster(3, 0, 2000) as cluster,
+        RedisCluster("--cluster-require-full-coverage", "yes", replicas=0) as cluster,
         RedisStore(cluster.url, deadline_s=D) as store,
     ):
         put_all(store, KEYS)
@@ -680,7 +678,7 @@ def test_a_node_comes_and_goes(book: Book, cluster: RedisCluster) -> None:
             injected="a fourth master gets 3 slots, gives them back, is forgotten and killed, under load",
             expected="no misses; it is a node of the store for as long as it has slots",
         ) as row,
-        RedisServer(*node_options(2000), *bus_option(), *EMPTY_STAYS_MASTER) as newcomer,
+        RedisServer(*node_options(2000), *EMPTY_STAYS_MASTER, bus=True) as newcomer,
         RedisStore(cluster.url, deadline_s=D) as store,
     ):
         source, *others = masters(cluster)

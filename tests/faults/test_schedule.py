@@ -27,10 +27,10 @@ from kvlab.core import record
 from kvlab.core.keys import KVSpec, Namespace, text_key
 from kvlab.core.record import Format
 from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.testbed.server import RedisServer
 from tests.faults.conftest import Book
-from tests.faults.injector import FlakyStore
-from tests.helpers import blank, exact_kv, flipped, joined
-from tests.servers import RedisServer
+from tests.harness.flaky import FlakyStore
+from tests.harness.helpers import blank, exact_kv, flipped, joined
 
 SEEDS = [int(os.environ["KVLAB_SEED"])] if "KVLAB_SEED" in os.environ else [1, 2, 3]
 STEPS = {"plain": 10_000, "injector": 4_000}  # of each seed

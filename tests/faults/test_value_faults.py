@@ -34,6 +34,7 @@ from kvlab.core.record import Format
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.connection import MAX_VALUE_BYTES
 from kvlab.testbed.proxy import FaultProxy
+from kvlab.testbed.server import RedisServer, free_port
 from tests.faults.conftest import Book, Row
 from tests.faults.test_basic_faults import (
     BLOCKS,
@@ -54,8 +55,7 @@ from tests.faults.test_basic_faults import (
     wait_for,
     within,
 )
-from tests.helpers import FakeClock, blank, encoded, exact_kv, flipped, small_spec, tampered
-from tests.servers import RedisServer, free_port
+from tests.harness.helpers import FakeClock, blank, encoded, exact_kv, flipped, small_spec, tampered
 
 pytestmark = pytest.mark.redis
 

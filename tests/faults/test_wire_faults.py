@@ -32,6 +32,7 @@ from kvlab.core import record
 from kvlab.core.record import Format
 from kvlab.stores import RedisStore, Store
 from kvlab.testbed.proxy import FaultProxy
+from kvlab.testbed.server import RedisServer
 from tests.faults.conftest import Book, Row
 from tests.faults.test_basic_faults import (
     BLOCKS,
@@ -48,8 +49,8 @@ from tests.faults.test_basic_faults import (
     load_all,
     wait_for,
 )
-from tests.helpers import FakeClock, blank, joined
-from tests.servers import RedisServer, ScriptedServer
+from tests.harness.helpers import FakeClock, blank, joined
+from tests.harness.scripted import ScriptedServer
 
 Result = TypeVar("Result")
 

@@ -22,7 +22,7 @@ from kvlab.lab.bench import hash as bench_hash
 from kvlab.lab.bench import shards as bench_shards
 from kvlab.lab.bench import wire as bench_wire
 from kvlab.stores.redis.store import COMMANDS
-from tests.servers import RedisServer
+from kvlab.testbed.server import RedisServer
 
 
 def test_bench_hash_reports_every_block_size() -> None:

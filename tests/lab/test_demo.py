@@ -8,7 +8,7 @@ import pytest
 from kvlab.cli import main
 from kvlab.lab import demo
 from kvlab.lab.timing import time_rounds
-from tests.servers import RedisServer
+from kvlab.testbed.server import RedisServer
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from kvlab.engine import generate
 from kvlab.lab import quality
 from kvlab.model import Llama, Tokenizer
-from tests.helpers import build_model
+from tests.harness.helpers import build_model
 
 
 def words(count: int) -> list[int]:

@@ -13,7 +13,7 @@ from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, attention
 from kvlab.model.fingerprint import spec_of
 from kvlab.model.llama import RMSNorm, RopeScaling, rope_frequencies
-from tests.helpers import build_model
+from tests.harness.helpers import build_model
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
 from kvlab.stores import RedisStore
-from kvlab.stores.redis.address import topology_of, shown
+from kvlab.stores.redis.address import shown, topology_of
 from kvlab.stores.redis.cluster import Cluster
 from kvlab.stores.redis.connection import FakePool, Pool
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.sentinel import Sentinel
 from kvlab.stores.redis.topology import SingleServer, Topology
-from tests.servers import ScriptedServer
+from tests.harness.scripted import ScriptedServer
 
 LONG_S = 30.0
 

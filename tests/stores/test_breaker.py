@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from kvlab.stores.breaker import Breaker
-from tests.helpers import FakeClock
+from tests.harness.helpers import FakeClock
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
-from kvlab.stores.redis.connection import GRACE_S, MAX_VALUE_BYTES, Deadline, FakePool, Pool, NoConnection, TooBig
+from kvlab.stores.redis.connection import GRACE_S, MAX_VALUE_BYTES, Deadline, FakePool, NoConnection, Pool, TooBig
 from kvlab.stores.redis.node import SHARE_OF_MEMORY, Node, Refused, reason_of, works
 from kvlab.stores.redis.topology import Part
-from tests.helpers import FakeClock
-from tests.servers import ScriptedServer, free_port
+from kvlab.testbed.server import free_port
+from tests.harness.helpers import FakeClock
+from tests.harness.scripted import ScriptedServer
 from tests.stores.test_topology import LONG_S, A, B, SlotMap, opened, resp, values
 
 MINUTE_S = 60.0

@@ -13,9 +13,11 @@ import redis
 
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.store import COMMANDS, KEY_PREFIX, WINDOW_BYTES
+from kvlab.testbed.certs import make_certs
+from kvlab.testbed.cluster import RedisCluster
 from kvlab.testbed.proxy import FaultProxy
-from tests.cluster import RedisCluster
-from tests.servers import RedisServer, ScriptedServer, make_certs
+from kvlab.testbed.server import RedisServer
+from tests.harness.scripted import ScriptedServer
 
 LONG_S = 30.0  # no machine is so busy
 VALUE = os.urandom(200_000)

@@ -15,7 +15,8 @@ import redis
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.store import CLUSTER_COMMANDS, COMMANDS
 from kvlab.stores.redis.topology import SLOTS
-from tests.servers import RedisServer, free_port, make_certs
+from kvlab.testbed.certs import make_certs
+from kvlab.testbed.server import RedisServer, free_port
 
 READY_S = 60.0
 LONG_S = 30.0

@@ -28,8 +28,9 @@ from kvlab.stores.redis.connection import Deadline, Pool
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.store import KEY_PREFIX, MAX_REDIRECTS
 from kvlab.stores.redis.topology import Shard, SubBatch
-from tests.helpers import FakeClock
-from tests.servers import ScriptedServer, free_port
+from kvlab.testbed.server import free_port
+from tests.harness.helpers import FakeClock
+from tests.harness.scripted import ScriptedServer
 
 LONG_S = 30.0  # no machine is so busy
 SHORT_S = 0.4  # for calls that are to run out of time

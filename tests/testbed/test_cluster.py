@@ -1,4 +1,4 @@
-"""The cluster that a notebook cell starts: it serves, survives the death of a master, and ends with its block."""
+"""The cluster is real: slots are shared, replicas follow, one takes over from a master that died, all end together."""
 
 from __future__ import annotations
 
@@ -6,31 +6,43 @@ import pytest
 import redis
 
 from kvlab.errors import KVLabError
-from kvlab.testbed.cluster import with_cluster
+from kvlab.testbed.cluster import RedisCluster
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_replica_takes_over_and_all_nodes_end_with_the_block() -> None:
-    with with_cluster(node_timeout_ms=1000) as cluster:
-        assert cluster.url == "redis-cluster://" + ",".join(f"127.0.0.1:{port}" for port in cluster.ports)
-        assert sorted(cluster.roles().values()) == ["master"] * 3 + ["replica"] * 3
-        victim = cluster.master_of(b"kv:a")
-        redis.Redis(port=victim).set("kv:a", "value")
-        assert redis.Redis(port=victim).wait(1, 5000) == 1
-        with cluster.paused(victim):
-            assert cluster.roles()[victim] == "down"
+    with RedisCluster(node_timeout_ms=1000) as cluster:
+        assert cluster.url == "redis-cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes)
+        assert cluster.roles() == ["master"] * 3 + ["replica"] * 3
+        client = redis.RedisCluster(host="127.0.0.1", port=cluster.nodes[0].port, protocol=2)
+        keys = [f"kv:{i}".encode() for i in range(60)]
+        for key in keys:
+            client.set(key, b"value of " + key)
+        assert {cluster.master_of(key).port for key in keys} == {node.port for node in cluster.nodes[:3]}
+        client.wait(1, 5000, target_nodes=redis.RedisCluster.PRIMARIES)
+        victim = cluster.master_of(keys[0])
+        with victim.paused():
+            assert cluster.roles()[cluster.nodes.index(victim)] == "down"
         cluster.wait_until_ok()
-        cluster.kill(cluster.master_of(b"kv:a"))
+        cluster.master_of(keys[0]).kill()
         cluster.wait_until_ok()
-        assert sorted(cluster.roles().values()) == ["down", "master", "master", "master", "replica", "replica"]
-        assert redis.Redis(port=cluster.master_of(b"kv:a")).get("kv:a") == b"value"
-    for port in cluster.ports:
+        assert sorted(cluster.roles()) == ["down", "master", "master", "master", "replica", "replica"]
+        again = redis.RedisCluster(host="127.0.0.1", port=cluster.master_of(keys[0]).port, protocol=2)
+        assert [again.get(key) for key in keys] == [b"value of " + key for key in keys]
+    for node in cluster.nodes:
         with pytest.raises(redis.ConnectionError):
-            redis.Redis(port=port, retry=None).ping()
+            node.client(retry=None).ping()
+
+
+@pytest.mark.cluster
+def test_a_cluster_of_which_nobody_is_up_says_so(redis_cluster: RedisCluster) -> None:
+    assert redis_cluster.master_of(b"kv:a") in redis_cluster.nodes[:3]
+    with pytest.raises(KVLabError, match="none of the nodes"):
+        RedisCluster().master_of(b"kv:a")
 
 
 def test_it_says_how_to_install_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(KVLabError, match="apt-get install redis-server"), with_cluster():
+    with pytest.raises(KVLabError, match="apt-get install redis-server"), RedisCluster():
         pass

@@ -18,7 +18,7 @@ from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.store import KEY_PREFIX
-from kvlab.testbed.cluster import with_cluster
+from kvlab.testbed.cluster import RedisCluster
 
 NODE_TIMEOUTS_MS = (1000, 2000, 5000, 15000)  # the last is Redis' default
 REPEATS = 3
@@ -52,14 +52,14 @@ def run(repeats: int = REPEATS) -> dict[str, Any]:
 
 def _seconds(node_timeout_ms: int, freeze: bool, others: Counter[str]) -> float:
     keys = [os.urandom(32) for _ in range(KEYS)]
-    with with_cluster(node_timeout_ms=node_timeout_ms) as cluster, RedisStore(cluster.url) as store:
+    with RedisCluster(node_timeout_ms=node_timeout_ms) as cluster, RedisStore(cluster.url) as store:
         if store.put_many(keys, keys) != KEYS:
             raise KVLabError(f"the store did not take a value: {dict(store.stats().drops)}")
         time.sleep(0.5)  # the replicas copy
         victim = cluster.master_of(KEY_PREFIX + keys[0])
-        rest = [key for key in keys if cluster.master_of(KEY_PREFIX + key) != victim]
+        rest = [key for key in keys if cluster.master_of(KEY_PREFIX + key) is not victim]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(cluster.paused(victim)) if freeze else cluster.kill(victim)
+            stack.enter_context(victim.paused()) if freeze else victim.kill()
             begin = time.perf_counter()
             while True:
                 reasons: list[str] = []

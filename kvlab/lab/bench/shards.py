@@ -24,8 +24,8 @@ from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.store import KEY_PREFIX
-from kvlab.testbed.cluster import LocalCluster, with_cluster
-from kvlab.testbed.server import with_redis
+from kvlab.testbed.cluster import RedisCluster
+from kvlab.testbed.server import HOST, RedisServer
 
 SIZES = (16 << 10, 64 << 10, 192 << 10, 1 << 20)
 RECORDS = 256
@@ -61,9 +61,9 @@ def run(scale: float = 1.0) -> dict[str, Any]:
         KVLabError: no redis-server, or a value that was stored did not come back.
     """
     timings: list[Timings] = []
-    with with_redis() as alone, with_cluster(MASTERS, replicas=0, node_timeout_ms=NODE_TIMEOUT_MS) as cluster:
-        rows = [_row(str(alone), cluster, size, scale, timings) for size in SIZES]
-        lookup = _lookup(str(alone), cluster, scale, timings)
+    with RedisServer() as alone, RedisCluster(masters=MASTERS, replicas=0, node_timeout_ms=NODE_TIMEOUT_MS) as cluster:
+        rows = [_row(alone.url, cluster, size, scale, timings) for size in SIZES]
+        lookup = _lookup(alone.url, cluster, scale, timings)
         trips = _round_trips(cluster)
         hung = _hung(cluster)
     return {
@@ -79,13 +79,13 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def _row(alone: str, cluster: LocalCluster, size: int, scale: float, timings: list[Timings]) -> dict[str, Any]:
+def _row(alone: str, cluster: RedisCluster, size: int, scale: float, timings: list[Timings]) -> dict[str, Any]:
     keys, out = _keys(RECORDS), _buffers(size)
     values = [memoryview(os.urandom(size))] * RECORDS
     with _stored(cluster.url, keys, values) as many, _stored(alone, keys, values) as one:
         parts = _by_node(cluster, keys)
         names = [KEY_PREFIX + key for key in keys]
-        client = redis.RedisCluster.from_url(f"redis://127.0.0.1:{cluster.ports[0]}")
+        client = redis.RedisCluster.from_url(cluster.nodes[0].url)
 
         def in_turn() -> None:
             for part in parts:
@@ -117,7 +117,7 @@ def _row(alone: str, cluster: LocalCluster, size: int, scale: float, timings: li
     }
 
 
-def _lookup(alone: str, cluster: LocalCluster, scale: float, timings: list[Timings]) -> dict[str, Any]:
+def _lookup(alone: str, cluster: RedisCluster, scale: float, timings: list[Timings]) -> dict[str, Any]:
     keys = _keys(LOOKUP_KEYS)
     values = [memoryview(b"small")] * LOOKUP_KEYS
     with _stored(cluster.url, keys, values) as many, _stored(alone, keys, values) as one:
@@ -132,7 +132,7 @@ def _lookup(alone: str, cluster: LocalCluster, scale: float, timings: list[Timin
     return {"keys": LOOKUP_KEYS, **both, "probe_vs_one": times.ratio("one", "many"), "aa_ratio": times.aa_ratio}
 
 
-def _round_trips(cluster: LocalCluster) -> dict[str, list[int]]:
+def _round_trips(cluster: RedisCluster) -> dict[str, list[int]]:
     """How often each node is spoken to for one call, and with how many keys."""
     keys, values = _keys(RECORDS), [memoryview(bytes(1 << 10))] * RECORDS
     with _stored(cluster.url, keys, values) as store:
@@ -149,7 +149,7 @@ def _round_trips(cluster: LocalCluster) -> dict[str, list[int]]:
         for name, call in calls.items():
             counts.clear()
             call()
-            trips[name] = [counts[f"127.0.0.1:{port}"] for port in cluster.ports]
+            trips[name] = [counts[address] for address in cluster.addresses]
     return trips
 
 
@@ -163,14 +163,14 @@ def _counting(node: Node, counts: Counter[str]) -> Callable[..., Any]:
     return round_trip
 
 
-def _hung(cluster: LocalCluster) -> dict[str, Any]:
+def _hung(cluster: RedisCluster) -> dict[str, Any]:
     """Loads of all records, one after the other, while a node is stopped."""
     keys, values = _keys(RECORDS), [memoryview(bytes(16 << 10))] * RECORDS
     with _stored(cluster.url, keys, values, HUNG_DEADLINE_S) as store:
         victim = cluster.master_of(KEY_PREFIX + keys[0])
         lost = max(len(part) for part in _by_node(cluster, keys) if 0 in part)
         calls, hits, before = [], [], store.stats().misses
-        with cluster.paused(victim):
+        with victim.paused():
             for _ in range(HUNG_CALLS):
                 begin = time.perf_counter()
                 hits.append(sum(value is not None for value in store.get_many(keys)))
@@ -182,7 +182,7 @@ def _hung(cluster: LocalCluster) -> dict[str, Any]:
             "call_ms": [round(ms, 1) for ms in calls],
             "hits": hits,
             "misses": dict(store.stats().misses - before),
-            "open_breakers": ["hung" if name == f"127.0.0.1:{victim}" else "other" for name in opened],
+            "open_breakers": ["hung" if name == f"{HOST}:{victim.port}" else "other" for name in opened],
         }
 
 
@@ -197,10 +197,10 @@ def _stored(
         store.delete_many(keys)
 
 
-def _by_node(cluster: LocalCluster, keys: Sequence[bytes]) -> list[list[int]]:
-    """Numbers of the keys that each master has, in the order of the cluster's ports."""
+def _by_node(cluster: RedisCluster, keys: Sequence[bytes]) -> list[list[int]]:
+    """Numbers of the keys that each master has, in the order of the cluster's nodes."""
     owners = [cluster.master_of(KEY_PREFIX + key) for key in keys]
-    return [[i for i, owner in enumerate(owners) if owner == port] for port in cluster.ports]
+    return [[i for i, owner in enumerate(owners) if owner is node] for node in cluster.nodes]
 
 
 def _load(store: RedisStore, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:

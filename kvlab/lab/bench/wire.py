@@ -28,7 +28,7 @@ from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
 from kvlab.stores.url import shown
 from kvlab.stores.redis.store import KEY_PREFIX
-from kvlab.testbed.server import with_redis
+from kvlab.testbed.server import RedisServer
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
 BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves so much; four times that where keys stay
@@ -68,8 +68,8 @@ def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
 def _run(url: str | None, scale: float) -> dict[str, Any]:
     with ExitStack() as stack:
         if url is None:
-            server = stack.enter_context(with_redis())
-            urls = [str(server), server.unix_url]
+            server = stack.enter_context(RedisServer())
+            urls = [server.url, server.unix_url]
         elif urlsplit(url).scheme in TRANSPORTS:
             urls = [url]
         else:

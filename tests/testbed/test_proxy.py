@@ -1,39 +1,22 @@
-"""The fault tests' own tools do what they say: the proxy's faults happen, its counts are right, servers follow."""
+"""The proxy's faults happen, its counts are right, and it leaves nothing behind."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import random
 import socket
-import ssl
-import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import redis
 
 from kvlab.testbed.proxy import FaultProxy, Splitter
-from tests.servers import CERTS_SCRIPT, RedisServer, ScriptedServer, free_port, make_certs, read_command
-
-WORDS = [b"$3\r\none\r\n", b"+two\r\n", b"*2\r\n:3\r\n*1\r\n$5\r\nth\r\nr\r\n", b"$-1\r\n"]
-LONG = b"$300000\r\n" + bytes(300_000) + b"\r\n"
-GET = b"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n"
-
-
-def reply(command: list[bytes]) -> bytes | None:
-    """`GET n` gives one of the words, `LONG` a long value, `ALL` every word, `END` ends the connection."""
-    name, *arguments = command
-    if name == b"GET":
-        return WORDS[int(arguments[0])] if arguments[0].isdigit() else b"$-1\r\n"
-    return {b"LONG": LONG, b"ALL": b"".join(WORDS), b"SET": b"+OK\r\n"}.get(name)
+from kvlab.testbed.server import RedisServer, free_port
+from tests.harness.scripted import ScriptedServer
+from tests.harness.talk import LONG, WORDS, ask, command, reply, take, take_all
 
 
 @pytest.fixture
@@ -61,37 +44,6 @@ def quiet(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -
 
 def dial(proxy: FaultProxy, timeout_s: float = 5.0) -> socket.socket:
     return socket.create_connection(("127.0.0.1", proxy.port), timeout_s)
-
-
-def command(*words: bytes) -> bytes:
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
-
-
-def ask(connection: socket.socket, *words: bytes) -> bytes:
-    """Send a command, take as many bytes as its answer has."""
-    connection.sendall(command(*words))
-    return take(connection, len(reply(list(words)) or b""))
-
-
-def take(connection: socket.socket, n: int) -> bytes:
-    """n bytes, or what comes before the end."""
-    got = b""
-    while len(got) < n and (data := connection.recv(n - len(got))):
-        got += data
-    return got
-
-
-def take_all(connection: socket.socket) -> tuple[bytes, str]:
-    """What comes until the end, and which end that is."""
-    got = b""
-    try:
-        while data := connection.recv(1 << 16):
-            got += data
-    except ConnectionResetError:
-        return got, "reset"
-    except TimeoutError:
-        return got, "open"
-    return got, "end"
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -437,94 +389,3 @@ def test_redis_speaks_through_the_proxy(redis_server: RedisServer) -> None:
             assert pipeline.execute() == [None] * 100
         assert proxy.exchanges() == 2
         client.close()
-
-
-# --- servers -------------------------------------------------------------------------------------
-def test_a_script_answers_each_command(server: ScriptedServer) -> None:
-    value = bytes(range(256)) * 1000 + b"\r\n*1\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
-        parts = command(b"CLIENT", b"SETINFO", b"lib-name", b"x") + command(b"SET", b"k", value) + b"GET 1\r\n"
-        for at in range(0, len(parts), 50_001):
-            connection.sendall(parts[at : at + 50_001])
-        expected = b"+OK\r\n+OK\r\n" + WORDS[1]
-        assert take(connection, len(expected)) == expected
-        connection.sendall(command(b"END"))
-        assert take_all(connection) == (b"", "end")
-    assert server.commands == [[b"SET", b"k", value], [b"GET", b"1"], [b"END"]]
-
-
-def test_a_client_library_follows_a_script() -> None:
-    with ScriptedServer(reply) as server:
-        client = redis.Redis.from_url(server.url, protocol=2)
-        assert (client.get("0"), client.get("3"), client.set("k", "v")) == (b"one", None, True)
-        client.close()
-
-
-@pytest.mark.parametrize("stream", [b"", GET[:1], GET[:3], GET[:6], GET[:-1], b"*1\r\n$"])
-def test_half_a_command_is_none(stream: bytes) -> None:
-    assert read_command(io.BytesIO(stream)) == []
-
-
-@pytest.mark.redis
-def test_options_of_the_server_survive_a_restart() -> None:
-    with RedisServer("--maxmemory", "3mb", debug=True) as server:
-        for _ in range(2):
-            client = server.client()
-            assert client.config_get("maxmemory") == {"maxmemory": "3145728"}
-            assert client.execute_command("DEBUG", "SLEEP", "0") == b"OK"
-            client.close()
-            server.kill()
-            server.start()
-
-
-@pytest.mark.valkey
-def test_valkey_is_valkey(valkey_server: RedisServer) -> None:
-    with valkey_server.client() as client:
-        assert client.info("server")["server_name"] == "valkey"
-
-
-# --- certificates --------------------------------------------------------------------------------
-@pytest.mark.redis
-def test_a_certificate_holds_for_its_hosts_and_no_other(tls_server: RedisServer) -> None:
-    strict = ssl.create_default_context(cafile=str(tls_server._tls.ca))
-    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 does of itself
-    for host, holds in {"localhost": True, "127.0.0.1": True, "::1": True, "example.org": False}.items():
-        with socket.create_connection(("127.0.0.1", tls_server.tls_port), 5) as plain:
-            if holds:
-                strict.wrap_socket(plain, server_hostname=host).close()
-            else:
-                with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
-                    strict.wrap_socket(plain, server_hostname=host)
-
-
-@pytest.mark.redis
-def test_tls_works_also_through_the_proxy_and_only_with_our_authority(tls_server: RedisServer) -> None:
-    with FaultProxy(tls_server.tls_port) as proxy:
-        for url in (tls_server.tls_url, tls_server._tls.url(proxy.port)):
-            with redis.Redis.from_url(url) as client:
-                assert client.ping()
-        stranger = redis.Redis.from_url(f"rediss://127.0.0.1:{proxy.port}", retry=None)
-        with stranger, pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
-            stranger.ping()
-
-
-def test_certificates_are_for_tests(tmp_path: Path) -> None:
-    x509 = pytest.importorskip("cryptography.x509")
-    (tmp_path / "test-redis.key").write_text("older, and open to all")
-    certs = make_certs(tmp_path)
-    assert {stat.S_IMODE(key.stat().st_mode) for key in (certs.key, certs.ca_key)} == {0o600}
-    for path in (certs.ca, certs.cert):
-        end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-        assert timedelta(days=29) < end - datetime.now(UTC) <= timedelta(days=30)
-
-
-def test_the_script_says_how_to_use_what_it_made(tmp_path: Path) -> None:
-    x509 = pytest.importorskip("cryptography.x509")
-    call = [sys.executable, str(CERTS_SCRIPT), str(tmp_path / "new"), "--host", "cache.lan", "--host", "10.0.0.7"]
-    said = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
-    ca = tmp_path / "new" / "test-ca.crt"
-    assert said[0].startswith("redis-server --port 0 --tls-port 6380 ") and f"--tls-ca-cert-file {ca}" in said[0]
-    assert said[1] == f"rediss://cache.lan:6380?ssl_ca_certs={ca}"
-    made = x509.load_pem_x509_certificate((tmp_path / "new" / "test-redis.crt").read_bytes())
-    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(name.value) for name in names] == ["localhost", "127.0.0.1", "::1", "cache.lan", "10.0.0.7"]

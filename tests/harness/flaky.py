@@ -1,0 +1,179 @@
+"""A store that cannot be trusted, in the same process: what it does wrong follows from its seed.
+
+    store = FlakyStore(RedisStore(server.url), seed=1, p=0.1)
+    cache = DistributedKVCache(store=store, …)
+    store.did        # Counter(lost=12, flip=3, cut=5, …)
+    store.p = 0      # from now on it behaves
+
+It never raises and never waits: proxies and stopped servers do that better. Equal seeds and equal calls give
+equal faults; with several threads the order of the calls decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from kvlab.stores import Health, Store, StoreStats, Value
+from kvlab.stores.base import check_buffers, check_pairs, joined
+
+DAMAGES = ("flip", "cut", "swap", "foreign")
+REMEMBERED = 64  # values of other keys to swap with
+
+
+class FlakyStore(Store):
+    """Passes calls on to another store; each value, key or answer goes wrong with probability `p`.
+
+    What goes wrong:
+        lost: a value that is there is a miss ("lost").
+        dropped: a put does not take place ("dropped"). What was there before stays.
+        flip, cut, swap, foreign: a value comes back with a flipped bit, shortened, as that of another key, or as
+            bytes that are no record; or is put like that, and stays so (put_flip, put_cut, …).
+        probe, touch: a lie about how many keys or which keys are there.
+        undeleted: a delete does not take place.
+
+    Args:
+        inner: what it stands in front of; closed together with this.
+        seed: of everything random here.
+        p: 0 is a store that behaves.
+
+    Attributes:
+        did: how often it did what.
+    """
+
+    def __init__(self, inner: Store, seed: int = 0, p: float = 0.1) -> None:
+        self.inner, self.p = inner, p
+        self.did: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._seen: dict[bytes, bytes] = {}  # values by key, oldest first
+        self._stats = StoreStats()
+        self._lock = threading.RLock()
+
+    def get_many(
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
+    ) -> list[bytes | memoryview | None]:
+        """See `Store.get_many`."""
+        check_buffers(keys, out)
+        reasons: list[str] = []
+        got = self.inner.get_many(keys, out, reasons)
+        with self._lock:
+            for i, value in enumerate(got):
+                if value is not None:
+                    got[i], reasons[i] = self._spoilt_answer(keys[i], value, None if out is None else out[i])
+            misses = Counter(filter(None, reasons))
+            self._stats.requested += len(keys)
+            self._stats.misses += misses
+            self._stats.hits += len(keys) - misses.total()
+            self._stats.bytes_out += sum(len(value) for value in got if value is not None)
+        if why is not None:
+            why += reasons
+        return got
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+        """See `Store.put_many`."""
+        check_pairs(keys, values, "value")
+        sent: dict[bytes, bytes] = {}  # of a key put twice the last value counts, as in any store
+        with self._lock:
+            dropped = 0
+            for key, value in zip(keys, values, strict=True):
+                if self._strikes("dropped"):
+                    dropped += 1
+                    continue
+                sent[key] = self._spoilt(key, joined(value), "put_") if self._strikes() else joined(value)
+                self._remember(key, joined(value))
+        before = self.inner.stats().drops
+        stored = self.inner.put_many(list(sent), list(sent.values()))
+        with self._lock:
+            twice = len(keys) - dropped - len(sent)
+            drops = self.inner.stats().drops - before  # right for one writer at a time; the sum is right for all
+            if stored + drops.total() != len(sent):
+                drops = Counter(inner=len(sent) - stored)
+            self._stats.offered += len(keys)
+            self._stats.stored += stored
+            self._stats.bytes_in += sum(map(len, sent.values())) if stored == len(sent) else 0
+            self._stats.drops += drops + Counter(dropped=dropped, collapsed=twice)
+        return stored
+
+    def probe(self, keys: Sequence[bytes]) -> int:
+        """See `Store.probe`."""
+        told = self.inner.probe(keys)
+        with self._lock:
+            return self._random.randint(0, len(keys)) if self._strikes("probe") else told
+
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """See `Store.touch_many`."""
+        told = self.inner.touch_many(keys)
+        with self._lock:
+            return [there != self._strikes("touch") for there in told]
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """See `Store.delete_many`."""
+        with self._lock:
+            kept = [key for key in keys if not self._strikes("undeleted")]
+        return self.inner.delete_many(kept)
+
+    def health(self) -> Health:
+        """See `Store.health`: that of the inner store."""
+        return self.inner.health()
+
+    def stats(self) -> StoreStats:
+        """See `Store.stats`: as its caller sees it. Faults are those of the inner store."""
+        with self._lock:
+            made = copy.deepcopy(self._stats)
+        made.faults = self.inner.stats().faults
+        return made
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self.inner.close()
+
+    def _strikes(self, what: str = "") -> bool:
+        """Whether something goes wrong here. Draws a number even if nothing can: the rest of the run stays the same."""
+        wrong = self._random.random() < self.p
+        if wrong and what:
+            self.did[what] += 1
+        return wrong
+
+    def _spoilt_answer(
+        self, key: bytes, value: bytes | memoryview, out: memoryview | None
+    ) -> tuple[bytes | memoryview | None, str]:
+        whole = bytes(value)
+        self._remember(key, whole)
+        if self._strikes("lost"):
+            return None, "lost"
+        if not self._strikes():
+            return value, ""
+        whole = self._spoilt(key, whole, "")
+        if out is None:
+            return whole, ""
+        room = out.cast("B")
+        if len(whole) > len(room):
+            return None, "too_big"
+        room[: len(whole)] = whole
+        return room[: len(whole)], ""
+
+    def _spoilt(self, key: bytes, value: bytes, when: str) -> bytes:
+        """A value as it should not be; never the value itself."""
+        how = self._random.choice(DAMAGES)
+        others = [other for other, its in self._seen.items() if other != key and its != value]
+        if (how == "swap" and not others) or (how in ("flip", "cut") and not value):
+            how = "foreign"
+        self.did[when + how] += 1
+        if how == "flip":
+            at = self._random.randrange(len(value))
+            return value[:at] + bytes([value[at] ^ (1 << self._random.randrange(8))]) + value[at + 1 :]
+        if how == "cut":
+            return value[: self._random.randrange(len(value))]
+        if how == "swap":
+            return self._seen[self._random.choice(others)]
+        length = self._random.choice((1, 100, 128, len(value), len(value) + 1, 10_000))
+        return b"foreign " + self._random.randbytes(length)
+
+    def _remember(self, key: bytes, value: bytes) -> None:
+        self._seen.pop(key, None)
+        self._seen[key] = value
+        if len(self._seen) > REMEMBERED:
+            del self._seen[next(iter(self._seen))]
