@@ -23,10 +23,8 @@ def open_store(url: str, **settings: Any) -> Store:
     Raises:
         ConfigError: no store has such a URL, or a setting that the store does not have.
     """
-    kind: type[MemoryStore | RedisStore] = RedisStore
-    if url == "memory://":
-        kind = MemoryStore
-    else:
+    kind: type[MemoryStore | RedisStore] = MemoryStore if url == "memory://" else RedisStore
+    if kind is RedisStore:
         settings = {"url": url, **settings}
     try:
         return kind(**settings)

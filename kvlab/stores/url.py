@@ -17,6 +17,19 @@ from urllib.parse import parse_qsl
 
 from kvlab.errors import ConfigError
 
+FORMS: Final = {
+    "memory": "memory://",
+    "redis": "redis://host:port/database",
+    "rediss": "rediss://host:port/database",
+    "unix": "unix:///path/to.sock",
+    "fakeredis": "fakeredis:// or fakeredis://NAME",
+    "redis-cluster": "redis-cluster://host:port,host:port",
+    "rediss-cluster": "rediss-cluster://host:port,host:port",
+    "redis-sentinel": "redis-sentinel://host:port,host:port/NAME",
+    "rediss-sentinel": "rediss-sentinel://host:port,host:port/NAME",
+}
+"""Every scheme, and the form to write."""
+
 _URL: Final = re.compile(r"([a-z-]+)://(?:(.*)@)?([^/?@]*)([^?@]*)(?:\?(.*))?", re.DOTALL)
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_.])?)(?::([0-9]*))?")
 _ESCAPED: Final = re.compile(r"(?:[^%\s/?#@]|%[0-9A-Fa-f]{2})*")
@@ -43,7 +56,7 @@ class StoreURL:
     path: str
     settings: dict[str, str]
 
-    def hosts(self, form: str, default_port: int) -> tuple[str, ...]:
+    def hosts(self, default_port: int) -> tuple[str, ...]:
         """host:port each, with the port that was left out.
 
         Raises:
@@ -51,7 +64,7 @@ class StoreURL:
         """
         places = self.authority.split(",")
         if not all(places) or re.search(r"\s", self.authority) or self.text.partition("?")[0].count("://") > 1:
-            raise unusable(self.text, f"expected {form}")
+            raise unusable(self.text, f"expected {FORMS[self.scheme]}")
         return tuple(self._with_port(place, default_port) for place in places)
 
     def _with_port(self, place: str, default: int) -> str:
@@ -64,19 +77,16 @@ class StoreURL:
         return f"{match[1]}:{default if match[2] is None else int(match[2])}"
 
 
-def read(text: str, forms: dict[str, str]) -> StoreURL:
+def read(text: str) -> StoreURL:
     """The parts of a URL.
 
-    Args:
-        forms: the schemes that are known, and the form to write for each.
-
     Raises:
-        ConfigError: it is no text, has another scheme, or parts that cannot stand there.
+        ConfigError: it is no text, has an unknown scheme, or parts that cannot stand there.
     """
     if not isinstance(text, str):
         raise ConfigError(f"expected a store URL as text, got {type(text).__name__}")
-    if "://" not in text or text.partition("://")[0] not in forms:
-        raise ConfigError(_unknown_scheme(text, forms))
+    if "://" not in text or text.partition("://")[0] not in FORMS:
+        raise ConfigError(_unknown_scheme(text))
     match = _URL.fullmatch(text)
     if "#" in text or match is None:
         raise unusable(text, "special characters in users, passwords and settings must be percent-encoded: a # is %23")
@@ -90,7 +100,7 @@ def read(text: str, forms: dict[str, str]) -> StoreURL:
     if len(settings) < len(pairs):
         raise unusable(text, "a setting stands twice")
     for name in settings.keys() & set(_BEFORE):
-        raise unusable(text, f"{name} is no setting: {forms[scheme]}")
+        raise unusable(text, f"{name} is no setting: {FORMS[scheme]}")
     for name in _FILES:
         if name in settings and not Path(settings[name]).exists():
             raise unusable(text, f"there is no file {settings[name]!r} for {name}")
@@ -165,11 +175,11 @@ def _shown_setting(setting: str) -> str:
     return f"{key}{equals}{value if harmless or not value else '***'}"
 
 
-def _unknown_scheme(text: str, forms: dict[str, str]) -> str:
+def _unknown_scheme(text: str) -> str:
     if re.search(r"password\s*=", text, re.IGNORECASE):  # what clouds hand out for other clients
         return (
             "expected a store URL, got a connection string of another client; "
             "write rediss://:PASSWORD@HOST:PORT, with the password percent-encoded"
         )
-    known = ", ".join(f"{scheme}://" for scheme in forms)
+    known = ", ".join(f"{scheme}://" for scheme in FORMS)
     return f"expected a store URL that begins with {known}, got {shown(text)!r}"

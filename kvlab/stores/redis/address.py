@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import redis
@@ -14,19 +14,7 @@ from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.sentinel import Sentinel
 from kvlab.stores.redis.topology import SingleServer, Topology
-from kvlab.stores.url import StoreURL, read, shown, unusable
-
-FORMS: Final = {
-    "redis": "redis://host:port/database",
-    "rediss": "rediss://host:port/database",
-    "unix": "unix:///path/to.sock",
-    "fakeredis": "fakeredis:// or fakeredis://NAME",
-    "redis-cluster": "redis-cluster://host:port,host:port",
-    "rediss-cluster": "rediss-cluster://host:port,host:port",
-    "redis-sentinel": "redis-sentinel://host:port,host:port/NAME",
-    "rediss-sentinel": "rediss-sentinel://host:port,host:port/NAME",
-}
-"""Every scheme, and the form to write."""
+from kvlab.stores.url import FORMS, StoreURL, read, shown, unusable
 
 _fake_servers: dict[str, Any] = {}
 
@@ -37,7 +25,7 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     Raises:
         ConfigError: no store can be reached by it, or it has no replicas to read.
     """
-    told = read(url, FORMS)
+    told = read(url)
     base, _, kind = told.scheme.partition("-")
     if kind:
         return _several(told, base, kind, max_connections, read_replicas, clock)
@@ -45,13 +33,15 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         raise unusable(url, "read_replicas is for redis-cluster:// and redis-sentinel://")
     if base == "fakeredis":
         return SingleServer(Node(shown(url), _fake_pool(told), max_connections, clock))
+    if base == "memory":
+        raise unusable(url, "a MemoryStore, which open_store makes")
     if base == "unix":
         if told.authority or not re.fullmatch(r"/[^\s\0]+", told.path):
             raise unusable(url, f"expected {FORMS[base]}")
     else:
         if "," in told.authority:
             raise unusable(url, "several hosts are a cluster or sentinels: redis-cluster://…, redis-sentinel://…/NAME")
-        told.hosts(FORMS[base], 6379)
+        told.hosts(6379)
         _database(told, told.path.removeprefix("/"))
     return SingleServer(Node(shown(url), _pool(url, url, max_connections), max_connections, clock))
 
@@ -61,7 +51,7 @@ def _several(
 ) -> Topology:
     """Servers that tell which servers there are."""
     url, form, settings = told.text, FORMS[told.scheme], dict(told.settings)
-    hosts = told.hosts(form, 6379 if kind == "cluster" else 26379)
+    hosts = told.hosts(6379 if kind == "cluster" else 26379)
     name, database, watcher = "", told.path.removeprefix("/"), ["", ""]
     if kind == "sentinel":  # sentinels have users and passwords of their own, and no databases
         name, _, database = database.partition("/")

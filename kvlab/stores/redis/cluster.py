@@ -19,7 +19,7 @@ from kvlab.stores.redis.connection import Reply
 from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_telling
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.reasons import works
-from kvlab.stores.redis.topology import Shard, SubBatch
+from kvlab.stores.redis.topology import Shard, Split, SubBatch
 
 _NO_NAME_YET: Final = b"?"  # where servers are to be known by names
 
@@ -34,9 +34,7 @@ class Cluster(Discovered):
         self._slots: list[Shard | None] = [None] * SLOTS
         self._by_master: dict[Node, Shard] = {}
 
-    def split(
-        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
-    ) -> tuple[list[SubBatch], Reason | None]:
+    def split(self, names: Sequence[bytes], deadline: Deadline, reading: bool = False) -> Split:
         """See `Topology`."""
         reason = self._learn(deadline)
         self._next_replica += reading

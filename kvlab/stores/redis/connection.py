@@ -19,11 +19,10 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection, DefaultParser, parse_url
+from redis.connection import AbstractConnection, DefaultParser
 from redis.retry import Retry
 
 from kvlab.stores.base import MAX_VALUE_BYTES, Value, pieces
@@ -314,29 +313,12 @@ class _Unix(Connection, redis.UnixDomainSocketConnection): ...
 
 CLASSES: Final[dict[str, Any]] = {"redis": _TCP, "rediss": _TLS, "unix": _Unix}
 """The connection class of each URL scheme."""
-
-
-def settings_of(url: str, read_only: bool = False) -> dict[str, Any]:
-    """What a connection class is made with, so that it speaks as this module expects, whatever the URL says.
-
-    Raises:
-        ValueError: redis-py cannot read a setting of the URL.
-    """
-    settings = parse_url(url)  # type: ignore[no-untyped-call]
-    settings.pop("connection_class", None)
-    return {
-        **settings,
-        "protocol": 2,  # what `read_reply` speaks
-        "decode_responses": False,
-        "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
-        "read_only": read_only,
-        "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
-    }
-
-
-def class_of(url: str) -> Any:
-    """The connection class of a URL."""
-    return CLASSES[urlsplit(url).scheme]
+SETTINGS: Final[dict[str, Any]] = {  # so that it speaks as this module expects, whatever the URL says
+    "protocol": 2,  # what `read_reply` speaks
+    "decode_responses": False,
+    "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
+    "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
+}
 
 
 def _asked(commands: Sequence[Command]) -> Iterator[Command]:

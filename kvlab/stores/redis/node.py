@@ -11,7 +11,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -40,10 +40,11 @@ class Batch:
     Attributes:
         call: the method of `Node` that does a server's share.
         names: keys as the servers see them.
-        commands: for "ask": one command a name, for the whole batch.
+        commands: for "ask": small ones.
         out: for "get": one buffer a name.
         values, sizes: for "put": what is stored, and how many bytes each value has.
         ttl_ms: for "put", how long values live; for "get", how long hits live from now on. None: for ever.
+        always: also while the breaker is open, which learns how it went: for `health`.
     """
 
     call: Literal["get", "put", "ask"]
@@ -53,6 +54,7 @@ class Batch:
     values: Sequence[Value] = ()
     sizes: Sequence[int] = ()
     ttl_ms: int | None = None
+    always: bool = False
 
 
 @dataclass(slots=True)
@@ -146,7 +148,10 @@ class Node:
         """Do a share in a thread of this server's; in the caller's own where none can be had."""
         job = Job(self, batch, indices, deadline, asking)
         try:
-            self._executor().submit(job.run)
+            with self._lock:
+                if self._workers is None:
+                    self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
+            self._workers.submit(job.run)
         except RuntimeError:  # no thread to be had, or the interpreter is ending
             job.run()
         return job
@@ -156,23 +161,24 @@ class Node:
         names, out = batch.names, batch.out
         if len(indices) < len(names):
             names, out = [names[i] for i in indices], None if out is None else [out[i] for i in indices]
-        answer = Answer([])
-        while len(answer.replies) < len(names):
-            at = len(answer.replies)
-            stop = at + self._read_window(at, len(names), out)
-            commands: list[Command] = [(b"GET", name) for name in names[at:stop]]
+        sizes = (self._value_bytes if out is None else out[i].nbytes for i in range(len(names)))
+        answer, fault = Answer([]), None
+        for window in _windows(sizes, math.inf):
+            start, stop = window[0], window[-1] + 1
+            if fault is not None:  # nor would the server answer now
+                answer.replies += [Refused(fault)] * len(window)
+                continue
+            commands: list[Command] = [(b"GET", name) for name in names[start:stop]]
             if batch.ttl_ms is not None:
-                commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[at:stop]]
-            replies = self.round_trip(commands, deadline, answer, out[at:stop] if out else None, asking)
-            values = replies[: stop - at]
-            if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[stop - at :]):
+                commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[start:stop]]
+            replies = self.round_trip(commands, deadline, answer, out[start:stop] if out else None, asking)
+            values = replies[: len(window)]
+            if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(window) :]):
                 # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
-                values = [Refused(Reason.AUTH)] * (stop - at)
+                values = [Refused(Reason.AUTH)] * len(window)
             answer.replies += values
             fault = _fault_of(values)
-            if fault is not None:  # nor would the server answer now
-                answer.replies += [Refused(fault)] * (len(names) - stop)
-            elif out is None:
+            if out is None:
                 self._value_bytes = max([len(v) for v in values if isinstance(v, bytes)], default=self._value_bytes)
         return answer
 
@@ -193,9 +199,9 @@ class Node:
         return answer
 
     def ask(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
-        """One small command a name, in one round trip."""
-        answer = Answer([])
-        answer.replies = self.round_trip([batch.commands[i] for i in indices], deadline, answer, None, asking)
+        """Small commands, in one round trip."""
+        answer, commands = Answer([]), [batch.commands[i] for i in indices]
+        answer.replies = self.round_trip(commands, deadline, answer, None, asking, batch.always)
         return answer
 
     def value_limit(self, deadline: Deadline, answer: Answer) -> int | Exception:
@@ -209,15 +215,12 @@ class Node:
         (reply,) = self.round_trip([(b"INFO", b"memory")], deadline, answer)
         if isinstance(reply, Exception) and not says_no(reply):
             return reply
+        answer.faults.clear()  # it was asked, and it said no: that is no fault
         found = re.search(rb"^maxmemory:(\d{1,18})\b", reply, re.MULTILINE) if isinstance(reply, bytes) else None
         share = int(found[1]) // SHARE_OF_MEMORY if found else 0
         self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
         self._limit_expires_at = self._clock() + _LIMIT_AGE_S
         return self._limit
-
-    def try_all(self, commands: Sequence[Command], deadline: Deadline) -> list[Reply]:
-        """One round trip whatever the breaker says, for `health`; the breaker learns how it went."""
-        return self.round_trip(commands, deadline, Answer([]), always=True)
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -269,22 +272,6 @@ class Node:
             self.breaker.record(verdict)
         return replies
 
-    def _read_window(self, start: int, stop: int, out: Sequence[memoryview] | None) -> int:
-        """How many keys to ask for at once."""
-        count, size = 0, 0
-        while start + count < stop and count < WINDOW_KEYS:
-            size += self._value_bytes if out is None else out[start + count].nbytes
-            if count and size > WINDOW_BYTES:
-                break
-            count += 1
-        return count
-
-    def _executor(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._workers is None:
-                self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
-            return self._workers
-
 
 def says_no(reply: Exception) -> bool:
     """Whether the server answered, and its answer is that it does not do this command for this user."""
@@ -299,7 +286,7 @@ def _fault_of(replies: Sequence[Reply]) -> Reason | None:
     return None
 
 
-def _windows(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+def _windows(sizes: Iterable[int], limit: float) -> Iterator[list[int]]:
     """Positions of the values that fit `limit`, at most `WINDOW_BYTES` and `WINDOW_KEYS` together."""
     window: list[int] = []
     total = 0

@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from redis.connection import parse_url
+
 from kvlab.stores.base import joined, place
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.fork import reset_in_children
-from kvlab.stores.redis.connection import Command, Reply, TooBig, class_of, pack, settings_of
+from kvlab.stores.redis.connection import CLASSES, SETTINGS, Command, Reply, TooBig, pack
 
 
 class NoConnection(Exception):
@@ -39,8 +41,9 @@ class Pool:
 
     def __init__(self, url: str, max_connections: int, read_only: bool = False) -> None:
         self._max = max_connections
-        self._class = class_of(url)
-        self._settings = settings_of(url, read_only)
+        self._class = CLASSES[url.partition("://")[0]]
+        self._settings: dict[str, Any] = {**parse_url(url), **SETTINGS, "read_only": read_only}  # type: ignore[no-untyped-call]
+        self._settings.pop("connection_class", None)
         self.host = str(self._settings.get("host") or "localhost")
         self.address = f"{self.host}:{self._settings.get('port', 6379)}"
         self.secrets = tuple(str(self._settings[s]) for s in ("password", "ssl_password") if self._settings.get(s))

@@ -54,19 +54,12 @@ _BY_WORD: Final = {  # the first words of error replies that redis-py has no cla
     "NOMASTERLINK": Reason.LOADING,
 }
 _FULL: Final = "max number of clients"  # with more words behind it in a cluster
-_LINK_FAULTS: Final = {
-    *(Reason.TIMEOUT, Reason.CONN, Reason.PROTOCOL, Reason.LOADING, Reason.BUSY, Reason.ERROR),
-}
+_LINK_FAULTS: Final = frozenset(["timeout", "conn", "protocol", "loading", "busy", "error"])
 NO_FAULT: Final = frozenset({Reason.ABSENT, Reason.TOO_BIG, Reason.RESPONSE, Reason.MOVED})
 """Reasons that are no failure of a round trip."""
 OF_ONE_KEY: Final = NO_FAULT | {Reason.DOWN}
 """Reasons that say nothing about the other keys of the same server."""
-HINTS: Final = frozenset(
-    {
-        *(Reason.MOVED, Reason.DOWN, Reason.READONLY, Reason.CONN),
-        *(Reason.TIMEOUT, Reason.PROTOCOL, Reason.LOADING, Reason.BREAKER),
-    }
-)
+HINTS: Final = frozenset(["moved", "down", "readonly", "conn", "timeout", "protocol", "loading", "breaker"])
 """Reasons that may mean that another server has the keys now."""
 
 

@@ -17,7 +17,7 @@ from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.pool import Pool
 from kvlab.stores.redis.reasons import reason_of
-from kvlab.stores.redis.topology import Shard, SubBatch
+from kvlab.stores.redis.topology import Shard, Split, SubBatch
 
 
 class Sentinel(Discovered):
@@ -32,9 +32,7 @@ class Sentinel(Discovered):
         self._name = name.encode()
         self._shard: Shard | None = None
 
-    def split(
-        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
-    ) -> tuple[list[SubBatch], Reason | None]:
+    def split(self, names: Sequence[bytes], deadline: Deadline, reading: bool = False) -> Split:
         """See `Topology`."""
         reason = self._learn(deadline)
         if self._shard is None:

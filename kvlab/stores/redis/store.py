@@ -37,9 +37,9 @@ from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 from kvlab.stores.redis.address import topology_of
-from kvlab.stores.redis.connection import Command, Reply
+from kvlab.stores.redis.connection import Reply
 from kvlab.stores.redis.discovery import SLOTS
-from kvlab.stores.redis.health import Finding, examine, health_name
+from kvlab.stores.redis.health import Finding, finding, health_name, trials
 from kvlab.stores.redis.node import Answer, Batch, Job, Node
 from kvlab.stores.redis.reasons import NO_FAULT, Refused, in_words, is_ok, is_value, reason_of
 from kvlab.stores.redis.topology import Shard, SubBatch
@@ -116,6 +116,8 @@ class RedisStore(Store):
         self._topology = topology_of(url, max_connections, read_replicas, clock)
         self.url = url
         self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
+        # Tells a server that a key was used, for its TTL or for its eviction; the reply is 1 if it is there.
+        self._touch = (b"TOUCH",) if self._ttl_ms is None else (b"PEXPIRE", b"%d" % self._ttl_ms)
         self._deadline_s = deadline_s
         self._read_replicas = read_replicas
         # A server that is alone cannot send its keys elsewhere: MOVED is a fault of its URL.
@@ -183,19 +185,16 @@ class RedisStore(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`. Keys of a server that does not answer are not there."""
-        names = [KEY_PREFIX + key for key in keys]
-        replies = self._ask(names, [(b"EXISTS", name) for name in names], reading=True)
+        replies = self._ask([KEY_PREFIX + key for key in keys], b"EXISTS", reading=True)
         return next((i for i, there in enumerate(replies) if there != 1), len(keys))
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`. False for keys of a server that does not answer."""
-        names = [KEY_PREFIX + key for key in keys]
-        return [reply == 1 for reply in self._ask(names, list(map(self._touch, names)))]
+        return [reply == 1 for reply in self._ask([KEY_PREFIX + key for key in keys], *self._touch)]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Those of a server that does not answer are not counted."""
-        names = [KEY_PREFIX + key for key in keys]
-        return sum(reply == 1 for reply in self._ask(names, [(b"DEL", name) for name in names]))
+        return sum(reply == 1 for reply in self._ask([KEY_PREFIX + key for key in keys], b"DEL"))
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -234,29 +233,25 @@ class RedisStore(Store):
                 moved += self._topology.redirect(part, answer.replies)
             if not moved:
                 break
-            self._count_redirects(moved, follow)
+            with self._lock:
+                self._stats.redirects += sum([len(part.indices) for part in moved]) if follow else 0
+                self._stats.faults.update([] if follow else [Reason.MOVED])
             parts = moved
         return replies
 
-    def _ask(self, names: Sequence[bytes], commands: Sequence[Command], reading: bool = False) -> list[Reply]:
+    def _ask(self, names: Sequence[bytes], verb: bytes, *arguments: bytes, reading: bool = False) -> list[Reply]:
         """The replies to one small command a name. Counts as no request."""
-        return self._answer(Batch("ask", names, commands), Deadline(self._deadline_s), reading)
+        batch = Batch("ask", names, [(verb, name, *arguments) for name in names])
+        return self._answer(batch, Deadline(self._deadline_s), reading)
 
     def _refresh_on_masters(self, names: Sequence[bytes], replies: list[Reply], deadline: Deadline) -> None:
         """Tell masters what replicas have given: it was used."""
+        verb, *arguments = self._touch
         hits = [i for i, reply in enumerate(replies) if is_value(reply)]
-        used = [names[i] for i in hits]
-        for i, reply in zip(
-            hits, self._answer(Batch("ask", used, list(map(self._touch, used))), deadline), strict=True
-        ):
+        batch = Batch("ask", [names[i] for i in hits], [(verb, names[i], *arguments) for i in hits])
+        for i, reply in zip(hits, self._answer(batch, deadline), strict=True):
             if isinstance(reply, redis.exceptions.NoPermissionError):  # as in `Node.get`
                 replies[i] = Refused(Reason.AUTH)
-
-    def _touch(self, name: bytes) -> Command:
-        """Tells the server that a key was used, for its TTL or for its eviction; the reply is 1 if it is there."""
-        if self._ttl_ms is None:
-            return (b"TOUCH", name)
-        return (b"PEXPIRE", name, b"%d" % self._ttl_ms)
 
     def _count_faults(self, reasons: set[Reason]) -> None:
         """Count a round trip that failed, and take it as a hint that keys may have moved."""
@@ -264,13 +259,6 @@ class RedisStore(Store):
         if counted := reasons - self._no_fault:
             with self._lock:
                 self._stats.faults[min(counted)] += 1
-
-    def _count_redirects(self, parts: Sequence[SubBatch], follow: int) -> None:
-        with self._lock:
-            if follow:
-                self._stats.redirects += sum([len(part.indices) for part in parts])
-            else:
-                self._stats.faults[Reason.MOVED] += 1
 
     # --- health ---------------------------------------------------------------------------------
     def health(self) -> Health:
@@ -316,38 +304,26 @@ class RedisStore(Store):
             name_of |= {part.node: names[part.indices[0]] for part in self._topology.split(names, deadline)[0]}
             if name_of.keys() >= masters:
                 break
-        known = [shard.master for shard in shards if shard.master in name_of]
-        findings: dict[Node, Finding] = {}
-        threads = []
-        for node in known:
-            arguments = (node, name_of[node], deadline.copy(), findings)
-            threads.append(threading.Thread(target=self._examine, args=arguments, daemon=True))
-            try:
-                threads[-1].start()
-            except RuntimeError:  # no thread to be had, or the interpreter is ending
-                threads.pop()
-                self._examine(*arguments)
-        for thread in threads:
-            thread.join()
-        return [findings[node] for node in known]
-
-    def _examine(self, node: Node, name: bytes, deadline: Deadline, findings: dict[Node, Finding]) -> None:
-        found = examine(node, name, deadline, self._touch(name), self._topology.health_commands)
-        which = f"{node.name}: " if self._topology.multi_node and found.wrong else ""
-        findings[node] = Finding(f"{which}{found.wrong}", found.note)
+        alone, more = not self._topology.multi_node, self._topology.health_commands
+        jobs = []
+        for node in [shard.master for shard in shards if shard.master in name_of]:
+            tried = trials(node, name_of[node], self._touch, more)
+            batch = Batch("ask", (), tried, always=True)
+            jobs.append((node, tried, node.start(batch, range(len(tried)), deadline.copy())))
+        findings = []
+        for node, tried, job in jobs:
+            found = finding(node, tried, job.result().replies, alone, deadline)
+            which = "" if alone or not found.wrong else f"{node.name}: "
+            findings.append(Finding(f"{which}{found.wrong}", found.note))
+        return findings
 
 
 def _answers(batch: Batch, parts: Sequence[SubBatch], deadline: Deadline) -> list[Answer]:
-    """The shares of all servers, in the order of `parts`."""
+    """The shares of all servers at the same time: the first in this thread, each other in one of its server's."""
     if deadline.passed:  # others took all of the time: not these servers' fault
         return [Answer([Refused(Reason.TIMEOUT)] * len(part.indices)) for part in parts]
     if len(parts) == 1:  # no other server to wait for
         return [getattr(parts[0].node, batch.call)(batch, parts[0].indices, deadline, parts[0].asking)]
-    return _at_once(batch, parts, deadline)
-
-
-def _at_once(batch: Batch, parts: Sequence[SubBatch], deadline: Deadline) -> list[Answer]:
-    """The shares of several servers: the first in this thread, each other in one of its server's."""
     ends = [deadline.copy() for _ in parts]
     jobs: list[Job] = []
     answers: list[Answer] = []

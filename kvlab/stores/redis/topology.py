@@ -35,6 +35,10 @@ class SubBatch:
     asking: bool = False
 
 
+Split = tuple[list[SubBatch], Reason | None]
+"""A batch divided among servers, and why some names are in no part of it: None if all are."""
+
+
 class Topology(ABC):
     """Which node has a key. Safe to use from several threads.
 
@@ -51,34 +55,29 @@ class Topology(ABC):
         self.faults: Counter[str] = Counter()
 
     @abstractmethod
-    def split(
-        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
-    ) -> tuple[list[SubBatch], Reason | None]:
+    def split(self, names: Sequence[bytes], deadline: Deadline, reading: bool = False) -> Split:
         """Divide a batch among the nodes.
 
         Args:
             names: keys as the servers see them.
             reading: a replica will do.
-
-        Returns:
-            the sub-batches, and why names are in none of them; None if all are in one.
         """
 
     @abstractmethod
     def shards(self) -> list[Shard]:
         """All shards that are known."""
 
-    @abstractmethod
     def ask(self, deadline: Deadline) -> list[Shard]:
         """All shards, asked for now.
 
         Raises:
             Exception: no server tells.
         """
+        return self.shards()
 
-    @abstractmethod
     def unserved(self) -> int:
         """How many slots no server has."""
+        return 0
 
     def hint(self, reasons: Iterable[Reason]) -> None:
         """What became of a round trip: it may mean that the map is old."""
@@ -102,23 +101,13 @@ class SingleServer(Topology):
         super().__init__()
         self._node = node
 
-    def split(
-        self, names: Sequence[bytes], deadline: Deadline, reading: bool = False
-    ) -> tuple[list[SubBatch], Reason | None]:
+    def split(self, names: Sequence[bytes], deadline: Deadline, reading: bool = False) -> Split:
         """See `Topology`."""
         return [SubBatch(self._node, range(len(names)))], None
 
     def shards(self) -> list[Shard]:
         """See `Topology`."""
         return [Shard(self._node)]
-
-    def ask(self, deadline: Deadline) -> list[Shard]:
-        """See `Topology`. There is nothing to ask."""
-        return self.shards()
-
-    def unserved(self) -> int:
-        """See `Topology`."""
-        return 0
 
     def close(self) -> None:
         """See `Topology`."""
