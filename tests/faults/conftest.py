@@ -1,85 +1,120 @@
-"""The book of faults: each fault test writes one row, and `KVLAB_RECORD=1` keeps them in docs/results/faults.json.
-
-def test_a_hung_server(book, own_server):
-    with book(4, "hung server", injected="SIGSTOP", expected="timeout, then breaker") as row:
-        ...
-        row.seen, row.added_ms = dict(store.stats().misses), 251.0
-
-A row is written only when its test passed: what is in the file was seen.
-"""
+"""Fixtures of the fault tests: the book, servers and clusters that a test may harm, a cache that has saved."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+import redis
 
-from kvlab.lab.machine import describe_machine, versions
+from kvlab.cache import DistributedKVCache
+from kvlab.stores import RedisStore
+from kvlab.testbed.cluster import RedisCluster
+from kvlab.testbed.proxy import FaultProxy
+from kvlab.testbed.sentinel import RedisSentinel
+from kvlab.testbed.server import RedisServer
+from tests.faults.book import Book, Row, open_book, record
+from tests.faults.clusters import agree, ask_sentinel, awake, client_at, heal, masters
+from tests.faults.kit import BLOCKS, KV, LONG_S, TOKENS, cache_over, check_sums, wait_for
+from tests.faults.tiny import prompt
+from tests.harness.helpers import FakeClock
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
-ROWS = pytest.StashKey[list["Row"]]()
-
-
-@dataclass
-class Row:
-    """One fault: its number in the plan, what was done, what should and what did come of it.
-
-    `added_ms` is the time that all calls under the fault took together.
-    """
-
-    row: int
-    fault: str
-    injected: str
-    expected: str
-    seen: Any = None
-    ok: bool = False
-    added_ms: float | None = None
-
-
-Book = Callable[..., contextlib.AbstractContextManager[Row]]
+ROWS = pytest.StashKey[list[Row]]()
 
 
 @pytest.fixture
 def book(request: pytest.FixtureRequest) -> Book:
-    """Opens a row; it is kept when the block ends without an error."""
-
-    @contextlib.contextmanager
-    def open_row(row: int, fault: str, *, injected: str, expected: str) -> Iterator[Row]:
-        made = Row(row, fault, injected, expected)
-        yield made
-        assert made.seen is not None, "a fault test must say what it saw"
-        made.ok = True
-        request.config.stash.setdefault(ROWS, []).append(made)
-
-    return open_row
+    """Opens a row of the test's number; it is kept when the block ends without an error."""
+    numbers = [mark.kwargs["number"] for mark in request.node.iter_markers("fault")]
+    return open_book(numbers, request.config.stash.setdefault(ROWS, []))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Put this run's rows in the place of older ones of the same fault."""
+    """Keep this run's rows, if that was asked for."""
     new = session.config.stash.get(ROWS, [])
-    if not (new and os.environ.get("KVLAB_RECORD")):
-        return
-    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = {(r["row"], r["fault"]): r for r in old} | {(r.row, r.fault): _rounded(r) for r in new}
-    content = {"rows": [rows[k] for k in sorted(rows)], "machine": describe_machine(), "versions": versions()}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    if new and os.environ.get("KVLAB_RECORD"):
+        record(new)
 
 
-def _rounded(row: Row) -> dict[str, Any]:
-    plain: dict[str, Any] = _plain(asdict(row))
-    return plain | {"added_ms": None if row.added_ms is None else round(row.added_ms, 1)}
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server that the test may stop and kill."""
+    with RedisServer() as server:
+        yield server
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    if isinstance(value, dict):
-        return {", ".join(map(str, k)) if isinstance(k, tuple) else str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> redis.Redis:
+    """Somebody else who may write to the same server."""
+    return redis_server.client()
+
+
+@pytest.fixture
+def cache(redis_server: RedisServer, clock: FakeClock) -> Iterator[DistributedKVCache]:
+    """A cache that has saved all blocks."""
+    with cache_over(RedisStore(redis_server.url, deadline_s=LONG_S, clock=clock)) as made:
+        assert made.save(TOKENS, KV) == BLOCKS
+        yield made
+        check_sums(made)
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[FaultProxy]:
+    """The way to a server that is well."""
+    with FaultProxy(redis_server.port, seed=1) as made:
+        prompt(made)
+        yield made
+
+
+@pytest.fixture(scope="package")
+def harmed() -> Iterator[RedisCluster]:
+    """Three masters with a replica each, whose faults stop no other shard; use `cluster`."""
+    with RedisCluster() as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(harmed: RedisCluster) -> Iterator[RedisCluster]:
+    """An empty cluster in its right mind. A test may stop and kill what it likes, and leave it so."""
+    heal(harmed)
+    for port in masters(harmed):
+        client_at(port).flushall()  # which also lets replicas be known: one that has copied nothing is not told of
+    wait_for(lambda: agree(harmed), 60)
+    yield harmed
+
+
+@pytest.fixture(scope="package")
+def groups() -> Iterator[list[RedisSentinel]]:
+    """The group that is in use, if any; use `group`."""
+    with contextlib.ExitStack() as stack:
+        used: list[RedisSentinel] = []
+        yield used
+        for each in used:
+            stack.push(each)
+
+
+@pytest.fixture
+def group(groups: list[RedisSentinel]) -> RedisSentinel:
+    """A master with two replicas, all in sync, and three sentinels. A test may kill nodes, and hang anything."""
+    if not groups:
+        groups.append(RedisSentinel().__enter__())
+    made = groups[0]
+    awake([*made.nodes, *made.sentinels])
+    agreed = lambda: {int(ask_sentinel(s, "GET-MASTER-ADDR-BY-NAME")[1]) for s in made.sentinels}  # noqa: E731
+    wait_for(lambda: len(agreed()) == 1, 60)
+    (master,) = agreed()
+    for node in made.nodes:  # what the sentinels would do too, after eight seconds
+        client = client_at(node.port)
+        told = client.info("replication")
+        if node.port != master and (told["role"] == "master" or told["master_port"] != master):
+            client.replicaof("127.0.0.1", master)
+    made.wait_until_ok()
+    client_at(master).flushall()
+    return made

@@ -1,4 +1,4 @@
-"""Row 40: random steps, ten thousand and more a seed, against a dict that says what must be there.
+"""Fault 40: random steps, ten thousand and more a seed, against a dict that says what must be there.
 
 Two caches share a Redis, each with its own idea of what it saw damaged. Around them blocks are saved and
 loaded, damaged, expired, evicted, flushed; connections are closed, the server is killed and restarted, the
@@ -26,9 +26,9 @@ from kvlab.cache import DistributedKVCache
 from kvlab.core import record
 from kvlab.core.keys import KVSpec, Namespace, text_key
 from kvlab.core.record import Format
-from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.stores import RedisStore, Store
 from kvlab.testbed.server import RedisServer
-from tests.faults.conftest import Book
+from tests.faults.book import Book
 from tests.harness.flaky import FlakyStore
 from tests.harness.helpers import blank, exact_kv, flipped, joined
 
@@ -378,10 +378,11 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.mark.redis
 @pytest.mark.slow
+@pytest.mark.fault(number=40)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_schedule_agrees_with_a_dict(seed: int, server: RedisServer, book: Book) -> None:
     injected = "save, load, match, texts, damage, expiry, eviction, flush, restart, closed connections, clock jumps"
-    with book(40, f"random schedule, seed {seed}", injected=injected, expected="as the dict says, all sums") as row:
+    with book(f"random schedule, seed {seed}", injected=injected, expected="as the dict says, all sums") as row:
         seen, row.added_ms = {}, 0.0
         for part, steps in STEPS.items():
             schedule = Schedule(seed, server, flaky=part == "injector")
@@ -402,39 +403,12 @@ def test_a_random_schedule_agrees_with_a_dict(seed: int, server: RedisServer, bo
         row.seen = seen
 
 
-# --- the injector itself ------------------------------------------------------------------------------
-def _drive(store: Store) -> list[object]:
-    keys = [bytes([i]) * 32 for i in range(20)]
-    said: list[object] = []
-    for turn in range(20):
-        why: list[str] = []
-        said += [store.put_many(keys, [bytes([turn, i]) * 50 for i in range(20)]), store.probe(keys)]
-        out = [memoryview(bytearray(200)) for _ in keys] if turn % 2 else None
-        said += [[value if value is None else bytes(value) for value in store.get_many(keys, out, why)], why]
-        said += [store.touch_many(keys), store.delete_many(keys[turn % 5 :: 5])]
-        store.stats().check()
-    return said
-
-
-def test_the_injector_does_the_same_for_the_same_seed() -> None:
-    one, same, other = (FlakyStore(MemoryStore(), seed, 0.3) for seed in (5, 5, 6))
-    first = _drive(one)
-    assert first == _drive(same) and one.did == same.did and one.stats() == same.stats()
-    assert first != _drive(other)
-    every = {"lost", "dropped", "probe", "touch", "undeleted"} | {"flip", "cut", "swap", "foreign"}
-    assert every | {"put_flip", "put_cut", "put_swap", "put_foreign"} == one.did.keys()
-
-
-def test_an_injector_that_does_nothing_is_the_store_behind_it() -> None:
-    assert _drive(FlakyStore(MemoryStore(), 5, 0.0)) == _drive(MemoryStore())
-
-
+# --- it must be able to fail, or it proves nothing ---------------------------------------------------
 @pytest.mark.redis
 @pytest.mark.parametrize("flaky", [False, True])
 def test_a_schedule_finds_a_reader_that_does_not_compare_keys(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch, flaky: bool
 ) -> None:
-    """It must be able to fail, or it proves nothing."""
     real = record.decode
 
     def careless(value: Any, key: bytes, *rest: Any, **options: Any) -> Tensor:

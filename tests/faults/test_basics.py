@@ -1,4 +1,4 @@
-"""What a cache does when its Redis is down, slow, strange, or holds what nobody should trust.
+"""What a cache does when its Redis is down, slow, strange, or holds what nobody should trust: without the book.
 
 Always: no exception, no wrong tensor, every block a hit or a miss with a reason, and a save repairs.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,29 @@ from kvlab.core.record import Format
 from kvlab.engine import generate
 from kvlab.stores import RedisStore, Store
 from kvlab.testbed.server import RedisServer, free_port
-from tests.harness.helpers import blank, build_model, exact_kv, flipped, joined, small_spec, tampered
+from tests.faults.kit import (
+    BLOCKS,
+    KEYS,
+    KV,
+    LOST,
+    OTHER_KV,
+    OTHER_TOKENS,
+    RECORD,
+    SPEC,
+    TIMEOUT_S,
+    TOKENS,
+    B,
+    Bomb,
+    cache_over,
+    check_is_no_help,
+    check_works_again,
+    heal_breakers,
+    load_all,
+    wait_for,
+    within,
+)
+from tests.harness.helpers import build_model, exact_kv, flipped, joined, tampered
 from tests.harness.scripted import ScriptedServer
-
-B, BLOCKS = 16, 4
-SPEC = small_spec()
-TOKENS = list(range(100, 100 + B * BLOCKS))
-KV = exact_kv(SPEC, B * BLOCKS)
-OTHER_TOKENS, OTHER_KV = TOKENS[::-1], exact_kv(SPEC, B * BLOCKS, seed=9)
-KEYS = Namespace(SPEC.fingerprint, "fp32", b"", B).keys(TOKENS)
-LOST = 1  # the block that is spoilt
-TIMEOUT_S = 0.5
-
-
-def cache_over(store: Store, compress: bool = False) -> DistributedKVCache:
-    """A cache whose keys are `KEYS`."""
-    return DistributedKVCache(precision="fp32", compress=compress, store=store, model=SPEC, block_tokens=B)
-
-
-def load_all(cache: DistributedKVCache) -> int:
-    """Load the whole request; what is said to be there must be right. Returns the number of blocks."""
-    out = blank(SPEC, B * BLOCKS)
-    end = cache.load(TOKENS, 0, B * BLOCKS, out)
-    assert torch.equal(out[:, :, :, :end], KV[:, :, :, :end])
-    cache.stats().check()
-    cache.store.stats().check()
-    return end // B
 
 
 @pytest.fixture(params=["fakeredis", pytest.param("redis", marks=pytest.mark.redis)])
@@ -60,31 +56,12 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
         yield made
 
 
-@pytest.fixture
-def own_server() -> Iterator[RedisServer]:
-    """A server that the test may stop and kill."""
-    with RedisServer() as server:
-        yield server
-
-
-# --- values that are no record of this block ----------------------------------------------------
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
-        return open, (str(self.sentinel), "w")
-
-
 def saved_by_torch(value: object, **options: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file, **options)
     return file.getvalue()
 
 
-RECORD = joined(record.encode(KV[:, :, :, LOST * B : (LOST + 1) * B], KEYS[LOST], Format()))
 FOREIGN = joined(record.encode(KV[:, :, :, :B], KEYS[0], Format()))
 BLOCK = KV[:, :, :, :B].clone()
 BAD_VALUES = {
@@ -274,48 +251,6 @@ def test_generation_repairs_what_it_finds_broken(store: Store) -> None:
     cache.stats().check()
 
 
-# --- servers that are not there -----------------------------------------------------------------
-def check_is_no_help(cache: DistributedKVCache, reason: str) -> None:
-    """Every call is answered, nothing comes back, and the store's counters say why."""
-    before = cache.store.stats()
-    calls = (lambda: cache.match(TOKENS), lambda: load_all(cache), lambda: cache.save(TOKENS, KV))
-    for call in (*calls, lambda: cache.store.delete_many(KEYS)):
-        heal_breakers(cache)  # each call as if it were the first
-        assert call() == 0
-    after = cache.store.stats()
-    assert after.misses - before.misses == Counter({reason: BLOCKS})
-    assert after.drops - before.drops == Counter({reason: BLOCKS})
-    assert after.hits == before.hits
-    health = cache.health()
-    assert not health.ok and f" {reason}: " in health.detail and "\n" not in health.detail
-    heal_breakers(cache)
-
-
-def heal_breakers(cache: DistributedKVCache) -> None:
-    """Forget earlier faults; how breakers work has tests of its own."""
-    assert isinstance(cache.store, RedisStore)
-    cache.store.nodes[0].breaker.renew()
-    cache.store.nodes[0].write_breaker.renew()
-
-
-def check_works_again(cache: DistributedKVCache) -> None:
-    """Saved blocks come back, and each under its own tokens."""
-    assert cache.save(TOKENS, KV) == BLOCKS
-    assert cache.save(OTHER_TOKENS, OTHER_KV) == BLOCKS
-    assert load_all(cache) == BLOCKS
-    out = blank(SPEC, B * BLOCKS)
-    assert cache.load(OTHER_TOKENS, 0, B * BLOCKS, out) == B * BLOCKS
-    assert torch.equal(out, OTHER_KV)
-    assert cache.health().ok
-
-
-def within(seconds: float, call: Callable[[], object]) -> None:
-    """Run it; it must not take longer. A hang bound, not a measurement."""
-    begin = time.monotonic()
-    call()
-    assert time.monotonic() - begin < seconds
-
-
 def test_a_redis_that_is_not_there_is_only_misses() -> None:
     port = free_port()
     cache = DistributedKVCache("127.0.0.1", port, "fp32", False, model=SPEC, block_tokens=B)
@@ -391,13 +326,6 @@ def test_a_frozen_redis_is_bounded_misses_until_it_wakes(own_server: RedisServer
     cache.close()
 
 
-def wait_for(there: Callable[[], bool], seconds: float = 30) -> None:
-    give_up = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < give_up, "it never came back"
-        time.sleep(0.05)
-
-
 @pytest.mark.redis
 def test_answers_that_come_too_late_are_never_taken_for_others(own_server: RedisServer) -> None:
     """A frozen server answers old questions when it wakes; the connection must not be used again."""
@@ -414,7 +342,6 @@ def test_answers_that_come_too_late_are_never_taken_for_others(own_server: Redis
     store.close()
 
 
-# --- servers that refuse ------------------------------------------------------------------------
 @pytest.mark.redis
 @pytest.mark.parametrize("login", ["", ":wrong@", "nobody:wrong@"])
 def test_a_wrong_password_is_one_line_in_health(login: str) -> None:
@@ -487,7 +414,6 @@ def test_a_read_only_replica_reads(own_server: RedisServer) -> None:
     cache.close()
 
 
-# --- servers that talk nonsense -----------------------------------------------------------------
 NONSENSE = {
     "HTTP": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "protocol"),
     "zeros": (bytes(64) + b"\r\n", "protocol"),
