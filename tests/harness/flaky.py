@@ -53,23 +53,23 @@ class FlakyStore(Store):
         self._lock = threading.RLock()
 
     def get_many(
-        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, why: list[str] | None = None
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`."""
         check_buffers(keys, out)
-        reasons: list[str] = []
-        got = self.inner.get_many(keys, out, reasons)
+        whys: list[str] = []
+        got = self.inner.get_many(keys, out, whys)
         with self._lock:
             for i, value in enumerate(got):
                 if value is not None:
-                    got[i], reasons[i] = self._spoilt_answer(keys[i], value, None if out is None else out[i])
-            misses = Counter(filter(None, reasons))
+                    got[i], whys[i] = self._spoilt_answer(keys[i], value, None if out is None else out[i])
+            misses = Counter(filter(None, whys))
             self._stats.requested += len(keys)
             self._stats.misses += misses
             self._stats.hits += len(keys) - misses.total()
             self._stats.bytes_out += sum(len(value) for value in got if value is not None)
-        if why is not None:
-            why += reasons
+        if reasons is not None:
+            reasons += whys
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:

@@ -170,8 +170,8 @@ class SpyStore(Store):
         self.inner = inner
         self.put_keys: list[bytes] = []
 
-    def get_many(self, keys: Any, out: Any = None, why: Any = None) -> list[bytes | memoryview | None]:
-        return self.inner.get_many(keys, out, why)
+    def get_many(self, keys: Any, out: Any = None, reasons: Any = None) -> list[bytes | memoryview | None]:
+        return self.inner.get_many(keys, out, reasons)
 
     def put_many(self, keys: Any, values: list[Value]) -> int:
         self.put_keys += keys

@@ -40,7 +40,7 @@ from kvlab.stores.redis.address import topology_of
 from kvlab.stores.redis.connection import Reply
 from kvlab.stores.redis.discovery import SLOTS
 from kvlab.stores.redis.health import Finding, finding, health_name, trials
-from kvlab.stores.redis.node import Answer, Batch, Job, Node
+from kvlab.stores.redis.node import Answer, Batch, Job, Node, says_no
 from kvlab.stores.redis.reasons import NO_FAULT, Refused, in_words, is_ok, is_value, reason_of
 from kvlab.stores.redis.topology import Shard, SubBatch
 from kvlab.stores.url import shown
@@ -190,7 +190,11 @@ class RedisStore(Store):
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`. False for keys of a server that does not answer."""
-        return [reply == 1 for reply in self._ask([KEY_PREFIX + key for key in keys], *self._touch)]
+        names = [KEY_PREFIX + key for key in keys]
+        replies = self._ask(names, *self._touch)
+        if self._ttl_ms is None and any(isinstance(reply, Exception) and says_no(reply) for reply in replies):
+            replies = self._ask(names, b"EXISTS")  # a user who may only read: what is used goes unnoticed
+        return [reply == 1 for reply in replies]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Those of a server that does not answer are not counted."""
@@ -250,7 +254,7 @@ class RedisStore(Store):
         hits = [i for i, reply in enumerate(replies) if is_value(reply)]
         batch = Batch("ask", [names[i] for i in hits], [(verb, names[i], *arguments) for i in hits])
         for i, reply in zip(hits, self._answer(batch, deadline), strict=True):
-            if isinstance(reply, redis.exceptions.NoPermissionError):  # as in `Node.get`
+            if self._ttl_ms and isinstance(reply, redis.exceptions.NoPermissionError):  # as in `Node.get`
                 replies[i] = Refused(Reason.AUTH)
 
     def _count_faults(self, reasons: set[Reason]) -> None:
