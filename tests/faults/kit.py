@@ -92,8 +92,8 @@ def check_is_no_help(cache: DistributedKVCache, reason: str) -> None:
 def heal_breakers(cache: DistributedKVCache) -> None:
     """Forget earlier faults; how breakers work has tests of its own."""
     assert isinstance(cache.store, RedisStore)
-    cache.store.nodes[0].breaker.renew()
-    cache.store.nodes[0].write_breaker.renew()
+    cache.store.nodes[0].breaker.reset_after_fork()
+    cache.store.nodes[0].write_breaker.reset_after_fork()
 
 
 def check_works_again(cache: DistributedKVCache) -> None:

@@ -133,8 +133,6 @@ MALFORMED: dict[str, tuple[bytes, bytes, str]] = {
     "+QUEUED for SET": (b"SET", b"+QUEUED\r\n", "protocol"),
     "null for SET": (b"SET", b"$-1\r\n", "protocol"),
     "a value for SET": (b"SET", b"$2\r\nOK\r\n", "protocol"),
-    "null for INFO": (b"INFO", b"$-1\r\n", "protocol"),
-    "nonsense for INFO": (b"INFO", b"$3\r\nabc\r\n", "protocol"),
     "+OK for EXISTS": (b"EXISTS", b"+OK\r\n", "protocol"),
     "-1 for EXISTS": (b"EXISTS", b":-1\r\n", "protocol"),
     "too long for a number": (b"EXISTS", b":" + b"1" * 30 + b"\r\n", "protocol"),
@@ -164,7 +162,7 @@ def test_an_answer_that_is_none(book: Book, clock: FakeClock, name: str) -> None
         fault, before, accepted = Fault(row, deadline_s), store.stats(), proxy.accepted
         if command == b"EXISTS":
             assert fault(lambda: cache.match(TOKENS)) == 0
-        elif command in (b"SET", b"INFO"):
+        elif command == b"SET":
             assert fault(lambda: store.put_many(KEYS, RECORDS)) == 0
             assert store.stats().drops == Counter({reason: BLOCKS})
         else:
@@ -181,6 +179,23 @@ def test_an_answer_that_is_none(book: Book, clock: FakeClock, name: str) -> None
             assert reason == "response" or proxy.accepted > accepted, "the connection was used again"
         assert cache.save(OTHER_TOKENS, OTHER_KV) == BLOCKS
         assert load_some(cache, OTHER_TOKENS, OTHER_KV) == BLOCKS
+
+
+@pytest.mark.fault(number=28)
+@pytest.mark.parametrize("name", ["null", "nonsense"])
+def test_an_info_that_says_nothing_stops_no_write(book: Book, name: str) -> None:
+    tiny, answer = Tiny(), {"null": b"$-1\r\n", "nonsense": b"$3\r\nabc\r\n"}[name]
+    tiny.bad[b"INFO"] = answer
+    with (
+        book(
+            f"malformed: {name} for INFO", injected=f"INFO is answered {answer!r}", expected="stored; no fault"
+        ) as row,
+        Scripted(tiny) as server,
+        RedisStore(server.url, deadline_s=PATIENT_S) as store,
+    ):
+        assert Fault(row, PATIENT_S)(lambda: store.put_many(KEYS, RECORDS)) == BLOCKS
+        assert not store.stats().faults and store.get_many(KEYS) == RECORDS
+        row.seen = {"stored": BLOCKS}
 
 
 @pytest.mark.fault(number=28)
