@@ -169,7 +169,9 @@ def check_number(name: str, value: object, above: float, most: float, unit: str 
     if isinstance(value, kinds) and not isinstance(value, bool) and above < value <= most:
         return
     what = "a whole number" if whole else "a number"
-    got = repr(value) if isinstance(value, int | float) else f"{type(value).__name__}"
+    got = repr(value) if isinstance(value, bool | float) else type(value).__name__
+    if type(value) is int:
+        got = str(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
     raise ConfigError(f"expected {name} as {what} above {above} and at most {most:g}{unit and f' {unit}'}, got {got}")
 
 

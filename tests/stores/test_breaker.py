@@ -101,7 +101,7 @@ def test_a_clock_that_stands_still_or_is_far_off_keeps_it_safe(clock: FakeClock)
     assert breaker.allow()
 
 
-def test_ready_says_what_allow_would_and_takes_no_turn(breaker: Breaker, clock: FakeClock) -> None:
+def test_ready_says_what_allow_would_and_changes_nothing(breaker: Breaker, clock: FakeClock) -> None:
     fail(breaker, 2)
     assert breaker.ready
     fail(breaker, 1)
@@ -132,7 +132,7 @@ def test_faults_are_those_in_a_row(breaker: Breaker, clock: FakeClock) -> None:
     clock.cool_down()
     fail(breaker, 1)
     assert breaker.faults == 4
-    breaker.renew()
+    breaker.reset_after_fork()
     assert breaker.faults == 0 and breaker.ready
 
 

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from kvlab.stores import RedisStore
+from kvlab.stores.redis.discovery import SLOTS
 from kvlab.stores.redis.store import CLUSTER_COMMANDS, COMMANDS
-from kvlab.stores.redis.topology import SLOTS
 from kvlab.testbed.certs import make_certs
 from kvlab.testbed.server import RedisServer, free_port
 
