@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from kvlab.errors import ConfigError
 from kvlab.stores import MemoryStore, RedisStore, Store
+from kvlab.stores.redis.connection import Command
+from kvlab.stores.redis.node import Node
 from kvlab.testbed.server import RedisServer
 from tests.contracts.test_store import EXPIRY_BOUND_S, named
 
@@ -17,7 +20,7 @@ from tests.contracts.test_store import EXPIRY_BOUND_S, named
 @pytest.mark.parametrize("make", [MemoryStore, RedisStore])
 @pytest.mark.parametrize("ttl", [0, -1, -0.5, float("nan"), float("-inf")])
 def test_a_ttl_that_is_not_positive_is_refused(make: Callable[..., Store], ttl: float) -> None:
-    with pytest.raises(ConfigError, match="positive TTL"):
+    with pytest.raises(ConfigError, match=r"expected a TTL .* above 0"):
         make(ttl_s=ttl)
 
 
@@ -32,7 +35,7 @@ def test_an_endless_ttl_is_no_ttl_or_refused() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_deadline_that_is_not_positive_is_refused(seconds: float) -> None:
-    with pytest.raises(ConfigError, match="positive deadline"):
+    with pytest.raises(ConfigError, match=r"expected deadline_s .* above 0"):
         RedisStore(deadline_s=seconds)
 
 
@@ -99,7 +102,7 @@ def test_no_message_shows_the_password(url: str) -> None:
         said = RedisStore(url).health().detail
     except ConfigError as error:
         said = str(error)
-    assert "127.0.0.1" in said
+    assert "127.0.0.1" in said or "#" in url  # what a "#" is the end of, nobody can say
     assert "secret" not in said
 
 
@@ -143,13 +146,13 @@ def test_a_value_over_the_limit_is_dropped_and_counted(monkeypatch: pytest.Monke
 def test_bytes_in_flight_are_bounded_by_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvlab.stores.redis.node.WINDOW_BYTES", 1000)
     sizes: list[int] = []
-    send = RedisStore._set
+    send = Node._set
 
-    def spying(self: RedisStore, node: object, pairs: list[tuple[bytes, bytes]], *others: object) -> list[object]:
-        sizes.append(sum(len(value) for _, value in pairs))
-        return send(self, node, pairs, *others)
+    def spying(self: Node, commands: Sequence[Command], *others: Any) -> list[Any]:
+        sizes.append(sum(len(value) for _, _, value, *_ in commands))
+        return send(self, commands, *others)
 
-    monkeypatch.setattr(RedisStore, "_set", spying)
+    monkeypatch.setattr(Node, "_set", spying)
     keys, _ = named(9)
     with RedisStore() as store:
         store.put_many(keys, [b"x" * 400] * 8 + [b"x" * 5000])
