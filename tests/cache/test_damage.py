@@ -23,7 +23,7 @@ from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm
 from kvlab.errors import ConfigError
 from kvlab.stores import MemoryStore, RedisStore, Store
-from tests.harness.helpers import KEY, blank, encoded, exact_kv, flipped, joined, small_spec, tampered
+from tests.harness.helpers import KEY, blank, encoded, exact_kv, flipped, small_spec, tampered
 
 SPEC = small_spec()
 B = 16
@@ -378,28 +378,6 @@ def test_tensors_keep_their_values_over_a_thousand_later_reads(
     assert torch.equal(torch.stack(held), pairs[0])
 
 
-@pytest.mark.parametrize("into_buffers", [False, True])
-def test_shared_tensors_keep_their_values_over_a_thousand_later_reads(store: Store, into_buffers: bool) -> None:
-    blocks = [exact_kv(SPEC, B, seed) for seed in range(20)]
-    keys = [bytes([i]) * 32 for i in range(20)]
-    values = [record.encode(block, key, Format()) for block, key in zip(blocks, keys, strict=True)]
-    assert store.put_many(keys, values) == 20
-
-    def read(i: int) -> Tensor:
-        if into_buffers:
-            (value,) = store.get_many([keys[i]], [memoryview(bytearray(len(joined(values[i])) + 64))])
-        else:
-            value = bytearray(stored(store, keys[i]))
-        assert value is not None
-        return record.decode(value, keys[i], Format(), SHAPE, share=True)
-
-    held = [read(i) for i in range(5)]
-    for n in range(1000):
-        i = 5 + n % 15
-        assert torch.equal(read(i), blocks[i])
-    assert all(map(torch.equal, held, blocks))
-
-
 @pytest.mark.parametrize("text", [False, True])
 def test_writing_to_a_tensor_never_changes_what_the_store_holds(store: Store, text: bool) -> None:
     cache = filled(store=store)
@@ -412,15 +390,14 @@ def test_writing_to_a_tensor_never_changes_what_the_store_holds(store: Store, te
     out = loaded(cache)[1]
     out.fill_(-1.0)
     kind, shape = (record.KIND_TEXT, None) if text else (record.KIND_BLOCK, SHAPE)
-    shared = record.decode(stored(store, key), key, cache.format, shape, kind, share=True)
-    shared.fill_(-1.0)
+    record.decode(stored(store, key), key, cache.format, shape, kind).fill_(-1.0)
     assert stored(store, key) == before
     again = cache.get_cached_kv(TEXT, 0)
     assert again is not None and torch.equal(again[0], K) and torch.equal(again[1], V)
     assert torch.equal(loaded(cache)[1], KV)
 
 
-# --- sharing ----------------------------------------------------------------------------------------
+# --- no memory in common ------------------------------------------------------------------------------
 BLOCK = exact_kv(SPEC, B)
 
 
@@ -437,36 +414,11 @@ def lives_in(tensor: Tensor, view: memoryview) -> bool:
     return first <= tensor.data_ptr() < first + view.nbytes
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype", "offset"),
-    [
-        ("fp32", torch.float32, 0),
-        ("fp32", torch.float32, 4),
-        ("fp16", torch.float16, 0),
-        ("fp16", torch.float16, 2),
-        ("bf16", torch.bfloat16, 6),
-    ],
-)
-def test_a_shared_tensor_lives_in_the_buffer(precision: str, dtype: torch.dtype, offset: int) -> None:
-    fmt, tensor = Format(precision), BLOCK.to(dtype)
-    view = room_for(encoded(tensor, fmt), offset)
-    for shape in (SHAPE, None):
-        got = record.decode(view, KEY, fmt, shape, share=True)
-        assert got.dtype == dtype and torch.equal(got, tensor)
-        assert lives_in(got, view) and got.data_ptr() == np.frombuffer(view, np.uint8).ctypes.data + 128
-    got.fill_(1.0)
-    assert bytes(view[128:]) == torch.ones_like(tensor).view(torch.uint8).numpy().tobytes()
-
-
-def test_a_shared_tensor_keeps_its_buffer_alive() -> None:
-    got = record.decode(bytearray(encoded(BLOCK, Format())), KEY, Format(), SHAPE, share=True)
-    for _ in range(100):
-        bytearray(b"\xff" * (128 + BLOCK.nbytes))
-    assert torch.equal(got, BLOCK)
-
-
-COPIED = {
-    "read-only": (Format(), torch.float32, 0),
+READ = {  # precision, the tensor's dtype, and where in memory its record begins
+    "fp32": (Format("fp32"), torch.float32, 0),
+    "fp16": (Format("fp16"), torch.float16, 0),
+    "bf16": (Format("bf16"), torch.bfloat16, 0),
+    "aligned to its elements": (Format(), torch.float32, 4),
     "misaligned": (Format(), torch.float32, 2),
     "misaligned half": (Format("fp16"), torch.float16, 1),
     "other dtype": (Format("fp32"), torch.bfloat16, 0),
@@ -479,34 +431,20 @@ COPIED = {
 }
 
 
-@pytest.mark.parametrize("name", COPIED)
-def test_what_cannot_be_shared_is_copied(name: str) -> None:
-    fmt, dtype, offset = COPIED[name]
+@pytest.mark.parametrize("into", [False, True], ids=["new tensor", "out"])
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("name", READ)
+def test_a_tensor_has_no_memory_in_common_with_the_bytes_it_was_read_from(
+    name: str, read_only: bool, into: bool
+) -> None:
+    fmt, dtype, offset = READ[name]
     view = room_for(encoded(BLOCK.to(dtype), fmt), offset)
-    given_away = view.toreadonly() if name == "read-only" else view
     right = record.decode(bytes(view), KEY, fmt, SHAPE)
-    got = record.decode(given_away, KEY, fmt, SHAPE, share=True)
-    assert torch.equal(got, right) and got.dtype == dtype and not lives_in(got, view)
+    out = torch.empty(SHAPE, dtype=dtype) if into else None
+    got = record.decode(view.toreadonly() if read_only else view, KEY, fmt, SHAPE, out=out)
+    assert torch.equal(got, right) and got.dtype == dtype and (got is out) == into and not lives_in(got, view)
     before = bytes(view)
     got.fill_(-1.0)
     assert bytes(view) == before
     view[128:] = bytes(view.nbytes - 128)
     assert bool((got == -1.0).all())
-
-
-def test_nothing_is_shared_unless_asked_for_or_where_out_is_given() -> None:
-    view = room_for(encoded(BLOCK, Format()))
-    assert not lives_in(record.decode(view, KEY, Format(), SHAPE), view)
-    out = torch.empty(SHAPE)
-    assert record.decode(view, KEY, Format(), SHAPE, out=out, share=True) is out
-    assert torch.equal(out, BLOCK) and not lives_in(out, view)
-
-
-@pytest.mark.parametrize(
-    "value", [encoded(BLOCK, Format()), memoryview(encoded(BLOCK, Format()))], ids=["bytes", "view"]
-)
-def test_bytes_are_copied_though_they_were_given_away(value: bytes | memoryview) -> None:
-    before = bytes(bytearray(value))
-    got = record.decode(value, KEY, Format(), SHAPE, share=True)
-    got.fill_(-1.0)
-    assert bytes(value) == before

@@ -1,4 +1,4 @@
-"""The brief's calls: `cache_kv` and `get_cached_kv`, one layer's tensors under an exact text."""
+"""The calls of the source document: `cache_kv` and `get_cached_kv`, one layer's tensors under an exact text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_pair(got: tuple[Tensor, Tensor] | None, k: Tensor = K, v: Tensor = V) -> 
 
 @pytest.fixture
 def cache() -> Iterator[DistributedKVCache]:
-    """As the brief makes it, but in process."""
+    """As the source document makes it, but in process."""
     made = DistributedKVCache()
     yield made
     made.stats().check()
@@ -44,8 +44,8 @@ def cache() -> Iterator[DistributedKVCache]:
     made.close()
 
 
-# --- the calls as the brief writes them ---------------------------------------------------------
-def test_the_call_of_the_brief_in_both_forms(cache: DistributedKVCache) -> None:
+# --- the calls as the source document writes them ---------------------------------------------------------
+def test_the_call_in_both_of_its_forms(cache: DistributedKVCache) -> None:
     assert cache.cache_kv(PREFIX, 0, K, V) is True
     assert cache.cache_kv(PREFIX, layer=1, k_tensor=K, v_tensor=V) is True
     assert cache.cache_kv(prefix=PREFIX, layer=2, v_tensor=V, k_tensor=K) is True
@@ -56,7 +56,7 @@ def test_the_call_of_the_brief_in_both_forms(cache: DistributedKVCache) -> None:
 
 
 @pytest.mark.redis
-def test_the_constructor_of_the_brief_in_both_forms(redis_server: RedisServer) -> None:
+def test_the_constructor_in_both_of_its_forms(redis_server: RedisServer) -> None:
     port = redis_server.port
     by_name = DistributedKVCache(
         redis_host="127.0.0.1", redis_port=port, precision="float16", compress=True, ttl_seconds=86400
@@ -71,7 +71,7 @@ def test_the_constructor_of_the_brief_in_both_forms(redis_server: RedisServer) -
         cache.close()
 
 
-def test_the_defaults_are_those_of_the_brief() -> None:
+def test_the_defaults() -> None:
     cache = DistributedKVCache()
     assert (cache.format.precision, cache.format.codec) == ("fp16", "zstd")
     assert isinstance(cache.store, RedisStore) and cache.store.url == "fakeredis://"
@@ -170,11 +170,16 @@ def test_other_settings_do_not_meet(change: dict[str, Any]) -> None:
     assert is_pair(other.get_cached_kv(PREFIX, 0), V, K)
 
 
-@pytest.mark.parametrize("change", [{"compress": False}, {"block_tokens": 16}, {"ttl_seconds": 5}], ids=str)
+@pytest.mark.parametrize("change", [{"compress": False}, {"compress": "gzip"}, {"block_tokens": 32}], ids=str)
 def test_settings_that_change_no_value_meet(change: dict[str, Any]) -> None:
-    store = MemoryStore()
-    DistributedKVCache(store=store).cache_kv(PREFIX, 0, K, V)
-    assert is_pair(DistributedKVCache(store=store, **change).get_cached_kv(PREFIX, 0))
+    store, model = MemoryStore(), small_spec()
+    DistributedKVCache(store=store, model=model, block_tokens=16).cache_kv(PREFIX, 0, K, V)
+    assert is_pair(DistributedKVCache(store=store, model=model, **change).get_cached_kv(PREFIX, 0))
+
+
+def test_another_ttl_changes_no_value() -> None:
+    DistributedKVCache(store="fakeredis://ttl").cache_kv(PREFIX, 0, K, V)
+    assert is_pair(DistributedKVCache(store="fakeredis://ttl", ttl_seconds=5).get_cached_kv(PREFIX, 0))
 
 
 def test_salts_may_be_text_or_its_bytes() -> None:
@@ -204,7 +209,7 @@ def test_texts_and_tokens_never_meet() -> None:
     cache.save(tokens, kv)
     assert cache.get_cached_kv(PREFIX[:16], 0) is None
     cache.cache_kv(PREFIX[:16], 0, kv[:, 0], kv[:, 1])
-    (block_key,), text_key = cache._namespace.keys(tokens), cache._text_key(PREFIX[:16], 0)
+    (block_key,), text_key = cache._namespace.keys(tokens), cache._text._key(PREFIX[:16], 0)
     block, text = store.get_many([block_key, text_key])
     store.put_many([block_key, text_key], [text, block])
     before = cache.stats().misses
