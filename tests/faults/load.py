@@ -41,7 +41,7 @@ class Load:
 
     Attributes:
         calls: what was done.
-        opened: how often a breaker was seen open, by the node's port; those for writes have "writes" in front.
+        links, writes: ports of the nodes whose breaker, or breaker for writes, was seen open.
     """
 
     def __init__(self, store: RedisStore, owner: Mapping[bytes, int], writes: bool = True, threads: int = 3) -> None:
@@ -51,7 +51,8 @@ class Load:
         self.calls: list[Call] = []
         self.wrong: list[bytes] = []
         self.raised: list[str] = []
-        self.opened: Counter[int | str] = Counter()
+        self.links: set[int] = set()
+        self.writes: set[int] = set()
         self._before = store.stats()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(threads)]
@@ -137,8 +138,8 @@ class Load:
     def _watch(self) -> None:
         while not self._stop.wait(0.02):
             for node in self.store.nodes:
-                self.opened[port_of(node)] += node.breaker.state != "closed"
-                self.opened[f"writes {port_of(node)}"] += node.write_breaker.state != "closed"
+                self.links |= {port_of(node)} if node.breaker.state != "closed" else set()
+                self.writes |= {port_of(node)} if node.write_breaker.state != "closed" else set()
 
     def _work(self, seed: int) -> None:
         chance, keys = random.Random(seed), list(self.owner)

@@ -36,7 +36,7 @@ from tests.faults.clusters import (
 from tests.faults.kit import wait_for
 from tests.faults.load import Load
 
-RIGHTS = ("get", "set", "del", "exists", "pexpire", "info", "cluster|slots", "asking", "readonly")
+RIGHTS = ("get", "set", "del", "exists", "pexpire", "touch", "info", "cluster|slots", "asking", "readonly")
 
 
 @pytest.mark.fault(number=17)
@@ -66,7 +66,7 @@ def test_one_shard_is_full(book: Book, cluster: RedisCluster) -> None:
         assert load.good("get", [full], at, end) and not load.bad("get", [full])
         stats = store.stats()
         assert set(stats.drops) == {"oom", "breaker"} and not stats.misses
-        assert {name for name, times in load.opened.items() if times} == {f"writes {full}"}
+        assert (load.links, load.writes) == (set(), {full})
         row.seen = {"drops": dict(stats.drops), "misses": {}, "other shards served": served}
         check_all_there(store)
 
@@ -161,7 +161,7 @@ def test_a_password_changed_on_one_node(book: Book, cluster: RedisCluster) -> No
         served = load.check_undisturbed(others)
         missed = load.bad("get", [victim], at)
         assert missed and set(missed) <= {"auth", "breaker", "conn"} and store.stats().faults["auth"] >= 3
-        assert {port for port, times in load.opened.items() if times} <= {victim, f"writes {victim}"}
+        assert load.links | load.writes <= {victim}
         faults = dict(store.stats().faults)
         row.seen = {"misses": missed, "faults": faults, "other shards served": served, "seconds": round(end - at, 1)}
         check_all_there(store)

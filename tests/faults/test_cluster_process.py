@@ -153,7 +153,7 @@ def test_an_interrupt_while_the_parts_are_handed_out(
         ports = list(dict.fromkeys(owner[key] for key in KEYS))
         nodes = nodes_by_port(store)
 
-        def interrupted(work: object) -> Any:
+        def interrupted(*work: object) -> Any:
             raise Interrupt
 
         monkeypatch.setattr(nodes[ports[2]], "start", interrupted)
