@@ -46,6 +46,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
+from kvlab.lab.streams import accept_any_text
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SANITIZE = ROOT / "tests" / "notebooks" / "sanitize.cfg"
@@ -392,7 +394,7 @@ def build(path: Path, course: Course, run: bool = True, fresh: bool = False, rul
     """What the notebook's file should hold.
 
     Args:
-        run: execute it; else only the generated cells and the layout are renewed.
+        run: execute it; else only the generated cells and the layout are made anew.
         fresh: take the new outputs even where the stored ones say the same.
 
     Raises:
@@ -412,9 +414,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="notebooks; all of notebooks/ if none are named")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
-    parser.add_argument("--no-run", action="store_true", help="renew generated cells only")
+    parser.add_argument("--no-run", action="store_true", help="write generated cells only")
     parser.add_argument("--fresh", action="store_true", help="take new outputs even where the stored ones say the same")
     args = parser.parse_args(argv)
+    accept_any_text()
     files = [path.resolve() for path in args.files or sorted(NOTEBOOKS.glob("*.ipynb"))]
     try:
         changed = [path.name for path in files if _build_one(path, args)]
@@ -443,7 +446,7 @@ def _build_one(path: Path, args: argparse.Namespace) -> bool:
 
 
 def _write_index(page: Path, check: bool) -> bool:
-    """Renew the course table of a page that has markers for it; return whether its bytes differ."""
+    """Write the course table of a page that has markers for it; return whether its bytes differ."""
     if not page.exists():
         return False
     old = page.read_text(encoding="utf-8")

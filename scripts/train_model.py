@@ -185,7 +185,7 @@ def worker(rank: int, world: int, args: argparse.Namespace, meeting: str) -> Non
     opts = optimizers(model)
     base = [group["lr"] for opt in opts for group in opt.param_groups]
     begin, step, seen, shown = time.monotonic(), 0, 0, 0.0
-    log = (args.out / "log.jsonl").open("a") if rank == 0 else None
+    log = (args.out / "log.jsonl").open("a", encoding="utf-8") if rank == 0 else None
     while True:
         clock = torch.tensor([(time.monotonic() - begin) / (60 * args.minutes)], dtype=torch.float64)
         dist.broadcast(clock, 0)
@@ -248,7 +248,7 @@ def save(model: Llama, out: Path) -> None:
         "eos_token_id": 0,
         "use_cache": True,
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     state = {n: p.detach().half().contiguous() for n, p in model.state_dict().items() if n != "lm_head.weight"}
     save_file(state, out / "model.tmp", metadata={"format": "pt"})
     (out / "model.tmp").replace(out / "model.safetensors")

@@ -132,7 +132,7 @@ def test_jupyter_is_published_on_this_machine_alone_and_keeps_its_token():
     jupyter = services()["jupyter"]
     assert jupyter["ports"] == ["127.0.0.1:8888:8888"]
     assert jupyter["environment"]["JUPYTER_TOKEN"] == "${JUPYTER_TOKEN:-}"
-    assert jupyter["environment"]["KVLAB_REDIS_URL"] == "${KVLAB_COMPOSE_REDIS_URL:-redis://redis:6379/0}"
+    assert jupyter["environment"]["KVLAB_STORE"] == "${KVLAB_COMPOSE_STORE:-redis://redis:6379/0}"
     assert "token=" not in (ROOT / "Dockerfile").read_text() + (ROOT / "docker-compose.yml").read_text()
 
 

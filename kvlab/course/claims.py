@@ -1,4 +1,8 @@
-"""The brief's headline numbers. Each is a claim to test, not a fact; notebook 10 gives the verdicts."""
+"""The headline numbers of the source document. Each is a claim to test, not a fact; notebook 10 gives the verdicts.
+
+The source document is an engineering write-up of a distributed KV cache for LLM serving. The course
+grew out of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what it is about, the brief's number and its unit."""
+    """One claim: what it is about, the source document's number and its unit."""
 
     name: str
     question: str
-    brief: float
+    source: float
     unit: str
 
 

@@ -7,6 +7,7 @@ imported here before its own check.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -180,28 +181,28 @@ def _model() -> Check:
 
 
 def _redis() -> Check:
-    if url := os.environ.get("KVLAB_REDIS_URL"):
-        return _named_redis(url)
+    if url := os.environ.get("KVLAB_STORE"):
+        return _named_store(url)
     if shutil.which("redis-server"):
         return Check("Redis", OK, "redis-server is installed; the lessons that need one start it")
     fix = "sudo apt-get install redis-server, or: brew install redis"
     return Check("Redis", MISSING, "an in-process Redis and recorded results stand in", fix)
 
 
-def _named_redis(url: str) -> Check:
-    """Whoever named a Redis wants that one: it is a problem if it does not answer."""
+def _named_store(url: str) -> Check:
+    """Whoever named a store wants that one: it is a problem if it does not answer."""
     from kvlab.errors import ConfigError
-    from kvlab.stores import Health, RedisStore
+    from kvlab.stores import Health, open_store
 
     try:
-        with RedisStore(url) as store:
+        with open_store(url) as store:
             health = store.health()
     except ConfigError as error:
         health = Health(False, str(error))
     if health.ok:
-        return Check("Redis", OK, f"KVLAB_REDIS_URL: {health.detail}")
-    fix = "start that Redis or correct its URL, or go without: unset KVLAB_REDIS_URL"
-    return Check("Redis", PROBLEM, f"KVLAB_REDIS_URL: {health.detail}", fix)
+        return Check("Redis", OK, f"KVLAB_STORE: {health.detail}")
+    fix = "start that store or correct its URL, or go without: unset KVLAB_STORE"
+    return Check("Redis", PROBLEM, f"KVLAB_STORE: {health.detail}", fix)
 
 
 def _gpu() -> Check:
@@ -214,4 +215,7 @@ def _gpu() -> Check:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # as kvlab.lab.streams does, which may be out of reach here
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run())

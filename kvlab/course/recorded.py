@@ -1,7 +1,8 @@
 """Results that not every machine can produce: run them live where it can be done, else show a recorded one.
 
-Recordings are JSON files beside this module, each naming the machine that made it.
-`KVLAB_RECORD=1` writes them anew.
+Recordings are JSON files in the folder `recorded`, each naming the machine that made it. A notebook
+that runs with `KVLAB_RECORD=1` writes its own anew; `python -m kvlab.course.recorded` writes those
+that take minutes, which no notebook waits for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def save_recording(name: str, result: Result) -> None:
     """Write a recording, with this machine's description."""
     RECORDED.mkdir(exist_ok=True)
     content = {"machine": describe_machine(), "result": result}
-    (RECORDED / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    (RECORDED / f"{name}.json").write_text(text, "utf-8")
 
 
 def load_recording(name: str) -> tuple[Result, str]:
@@ -53,8 +55,22 @@ def load_recording(name: str) -> tuple[Result, str]:
         ConfigError: there is no such recording.
     """
     try:
-        content = json.loads((RECORDED / f"{name}.json").read_text())
+        content = json.loads((RECORDED / f"{name}.json").read_text("utf-8"))
     except FileNotFoundError:
         have = ", ".join(sorted(p.stem for p in RECORDED.glob("*.json"))) or "none"
         raise ConfigError(f"no recording called {name!r} (there are: {have})") from None
     return content["result"], content["machine"]
+
+
+def _node_timeouts() -> Result:
+    from kvlab.lab.bench import failover
+
+    return {"seconds": failover.run()["killed"]}
+
+
+SLOW = {"07_node_timeout": _node_timeouts}
+"""What makes each recording that no notebook makes."""
+
+if __name__ == "__main__":
+    for slow, run in SLOW.items():
+        save_recording(slow, run())

@@ -81,7 +81,7 @@ class Explorer(Still):
 
 
 class Guesses(Still):
-    """One number field for each claim of the brief; "Keep" writes them to `guesses.json` in the work folder.
+    """One number field for each claim of the source document; "Keep" writes them to `guesses.json` in the work folder.
 
     Notebook 10 puts guess, claim and measurement side by side.
     """
@@ -111,7 +111,7 @@ class Guesses(Still):
                 unread.append(text)
         path = work_dir() / "guesses.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(guesses, indent=2) + "\n")
+        path.write_text(json.dumps(guesses, indent=2) + "\n", "utf-8")
         said = f"Kept {len(guesses)} of {len(CLAIMS)} guesses. Notebook 10 will ask for them."
         said += f" Not a number: {', '.join(unread)}." if unread else ""
         self._said.value = f'<p role="status">{html.escape(said)}</p>'
@@ -120,7 +120,7 @@ class Guesses(Still):
 def load_guesses() -> Mapping[str, float]:
     """The guesses kept so far, by claim; empty if there are none or the file is not what `Guesses` wrote."""
     try:
-        kept = json.loads((work_dir() / "guesses.json").read_text())
+        kept = json.loads((work_dir() / "guesses.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(kept, dict):

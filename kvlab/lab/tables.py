@@ -1,4 +1,4 @@
-"""A benchmark's result as text: its rows as tables, the rest as lines."""
+"""A benchmark's result as text: the sentence that explains it, its rows as tables, the rest as lines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Lists of rows become tables under their name, everything else `name: value`."""
-    lines = []
+    """What `about` says comes first; lists of rows become tables under their name, everything else `name: value`."""
+    lines = [str(result["about"])] if "about" in result else []
     for name, value in result.items():
+        if name == "about":
+            continue
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             lines += [f"{name}:", *_table(value)]
         elif isinstance(value, Mapping):

@@ -18,7 +18,7 @@ NEEDED = ["Python", "packages", "Jupyter kernel", "widgets", "model"]
 
 @pytest.fixture(autouse=True)
 def no_redis_named(monkeypatch):
-    monkeypatch.delenv("KVLAB_REDIS_URL", raising=False)
+    monkeypatch.delenv("KVLAB_STORE", raising=False)
 
 
 @pytest.fixture
@@ -154,25 +154,25 @@ def test_a_damaged_model(monkeypatch):
 
 
 def test_a_redis_that_was_named_and_does_not_answer(monkeypatch):
-    monkeypatch.setenv("KVLAB_REDIS_URL", "redis://me:secret@127.0.0.1:1/0")
+    monkeypatch.setenv("KVLAB_STORE", "redis://me:secret@127.0.0.1:1/0")
     lines = []
     assert run(lines.append) == 1
     line = next(line for line in lines if " Redis " in line)
     assert line.startswith("problem") and "redis://me:***@127.0.0.1:1/0" in line
-    assert "unset KVLAB_REDIS_URL" in line
+    assert "unset KVLAB_STORE" in line
     assert "secret" not in line
 
 
 def test_a_redis_url_that_is_none(monkeypatch):
-    monkeypatch.setenv("KVLAB_REDIS_URL", "localhost:6379")
+    monkeypatch.setenv("KVLAB_STORE", "localhost:6379")
     assert found("Redis").status == PROBLEM
     assert "expected a store URL" in found("Redis").detail
-    assert "unset KVLAB_REDIS_URL" in found("Redis").fix
+    assert "unset KVLAB_STORE" in found("Redis").fix
 
 
 @pytest.mark.redis
 def test_a_redis_that_answers(monkeypatch, redis_server: RedisServer):
-    monkeypatch.setenv("KVLAB_REDIS_URL", redis_server.url)
+    monkeypatch.setenv("KVLAB_STORE", redis_server.url)
     assert found("Redis").status == OK
     assert found("Redis").detail.endswith("answers")
 

@@ -34,16 +34,24 @@ from kvlab.core.codecs import CODECS
 from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm
+from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
-from kvlab.lab.quality import windows
+from kvlab.lab.quality import windows as windows_of
+from kvlab.lab.reachable import open_reachable
 from kvlab.lab.timing import Timings, time_rounds
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
-from kvlab.stores import RedisStore
+from kvlab.stores import Store
 
 PREFIX, SUFFIX, B = 1024, 64, 64
 KEY = bytes(32)
 GZIP = "fp16+gzip"
-"""The brief's chain, float32 -> float16 -> gzip: what the compressed codecs are measured against."""
+"""The source document's chain, float32 -> float16 -> gzip: what the compressed codecs are measured against."""
+
+ABOUT = (
+    "rows: how many times smaller than fp32 a record is, GB/s of the block as fp16, and what storage does to "
+    "predictions (kl in nats a token, ppl_delta_pct in percent, top1 the share of tokens that stay most likely); "
+    f"against_gzip: how many times faster than {GZIP}; seal: a whole record beside the checksum of its bytes"
+)
 
 Row = dict[str, Any]
 Through = Callable[[Tensor], Tensor]
@@ -76,7 +84,7 @@ class Sample:
 def sample(count: int = 96) -> Sample:
     """`count` evenly spaced windows of the frozen sample through the shipped model."""
     model = load_model()
-    rows = windows(held_out_tokens(Tokenizer()), count, PREFIX + SUFFIX + 1)
+    rows = windows_of(held_out_tokens(Tokenizer()), count, PREFIX + SUFFIX + 1)
     kvs, logs = [], []
     for row in rows:
         kv = model.new_kv(PREFIX)
@@ -105,25 +113,33 @@ def quality(s: Sample, through: Through) -> tuple[Row, list[float]]:
     return found, tops
 
 
-def run(windows_: int = 96, blocks: int = 96, repeats: int = 5, redis: str | None = None) -> Row:
-    """All codecs; with `redis` also the wire to that server, at raw fp32 records."""
-    s = sample(windows_)
+def run(windows: int = 96, blocks: int = 96, rounds: int = 5, store: str | None = None) -> Row:
+    """All codecs; with the URL of a store also the wire to it, at raw fp32 records."""
+    if store is None:
+        return _run(windows, blocks, rounds, None)
+    with open_reachable(store, ttl_s=60) as reached:  # asked before the minutes that the rest takes
+        return _run(windows, blocks, rounds, reached)
+
+
+def _run(windows: int, blocks: int, rounds: int, store: Store | None) -> Row:
+    s = sample(windows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows, times = _speeds(s.blocks(blocks), repeats)
+        rows, times = _speeds(s.blocks(blocks), rounds)
     finally:
         torch.set_num_threads(threads)
     by_precision = {p: quality(s, _through(Format(p))) for p in PRECISIONS}
     for row in rows:
         row.update(by_precision[row["codec"].split("+")[0]][0])
     return {
+        "about": ABOUT,
         "rows": rows,
         "against_gzip": [_against_gzip(r, times) for r in rows if r["codec"].endswith(("+zstd", "+gzip"))],
         "reference": _reference(s, by_precision["int4"][1]),
-        "seal": [_seal(s.blocks(blocks), repeats), _seal(list(torch.randn(blocks, 1 << 18)), repeats)],
-        "wire": _wire(s.blocks(16), redis, repeats) if redis else None,
-        "windows": windows_,
+        "seal": [_seal(s.blocks(blocks), rounds), _seal(list(torch.randn(blocks, 1 << 18)), rounds)],
+        "wire": _wire(s.blocks(16), store, rounds) if store else None,
+        "windows": windows,
         "aa_ratio": times.aa_ratio,
         "noisy": times.noisy,
         "machine": describe_machine(),
@@ -153,7 +169,7 @@ def _through(fmt: Format) -> Through:
     return through
 
 
-def _speeds(blocks: Sequence[Tensor], repeats: int) -> tuple[list[Row], Timings]:
+def _speeds(blocks: Sequence[Tensor], rounds: int) -> tuple[list[Row], Timings]:
     formats = _formats()
     values = {name: [b"".join(record.encode(b, KEY, f)) for b in blocks] for name, f in formats.items()}
     out = torch.empty(*blocks[0].shape[:3], PREFIX, blocks[0].shape[4])[:, :, :, :B]
@@ -171,7 +187,7 @@ def _speeds(blocks: Sequence[Tensor], repeats: int) -> tuple[list[Row], Timings]
     for name, fmt in formats.items():
         work[f"encode {name}"] = _encoder(blocks, fmt)
         work[f"decode {name}"] = _decoder(values[name], fmt, out)
-    times = time_rounds(work, repeats)
+    times = time_rounds(work, rounds)
     payload = 2 * blocks[0].numel() * len(blocks)
 
     def gbps(name: str) -> float:
@@ -232,7 +248,7 @@ def _asymmetric(x: Tensor) -> Tensor:
     return ((x - low) / scale.clamp(min=1e-12)).round().clamp(0, 15) * scale + low
 
 
-def _seal(blocks: Sequence[Tensor], repeats: int) -> Row:
+def _seal(blocks: Sequence[Tensor], rounds: int) -> Row:
     """A raw fp32 record beside the checksum of its bytes alone."""
     raw = [b.numpy().reshape(-1).view(np.uint8).data for b in blocks]
     times = time_rounds(
@@ -240,19 +256,21 @@ def _seal(blocks: Sequence[Tensor], repeats: int) -> Row:
             "xxh3": lambda: [xxhash.xxh3_64_intdigest(r) for r in raw],
             "encode": lambda: [record.encode(b, KEY, Format()) for b in blocks],
         },
-        4 * repeats,
+        4 * rounds,
     )
     per_block = {f"{name}_us": 1000 * times.median_ms(name) / len(blocks) for name in ("xxh3", "encode")}
     return {"payload_bytes": len(raw[0]), **per_block, "ratio": times.ratio("encode", "xxh3")}
 
 
-def _wire(blocks: Sequence[Tensor], url: str, repeats: int) -> Row:
-    """GB/s of stored bytes to and from a server, raw fp32 records, a batch at a time."""
+def _wire(blocks: Sequence[Tensor], store: Store, rounds: int) -> Row:
+    """GB/s of stored bytes to and from a store, raw fp32 records, a batch at a time."""
     values = [record.encode(b, KEY, Format()) for b in blocks]
     keys = [b"kvlab-bench" + bytes([i]) * 21 for i in range(len(blocks))]
-    with RedisStore(url, ttl_s=60) as store:
-        times = time_rounds({"set": lambda: store.put_many(keys, values), "get": lambda: store.get_many(keys)}, repeats)
-        store.delete_many(keys)
+    times = time_rounds({"set": lambda: store.put_many(keys, values), "get": lambda: store.get_many(keys)}, rounds)
+    store.delete_many(keys)
+    counts = store.stats()
+    if counts.misses or counts.drops:
+        raise KVLabError(f"the store lost values: misses {dict(counts.misses)}, drops {dict(counts.drops)}")
     size = sum(len(p) for v in values for p in v)
     return {f"{name}_gbps": size / times.median_ms(name) / 1e6 for name in ("set", "get")}
 

@@ -2,7 +2,7 @@
 
 python -m kvlab bench failover --json
 
-Each run starts a cluster of three masters with replicas in sync, kills one (or freezes it), and
+Each round starts a cluster of three masters with replicas in sync, kills one (or freezes it), and
 reads one of its keys every 20 ms until it is a hit again. Minutes.
 """
 
@@ -21,27 +21,32 @@ from kvlab.stores.redis.store import KEY_PREFIX
 from kvlab.testbed.cluster import RedisCluster
 
 NODE_TIMEOUTS_MS = (1000, 2000, 5000, 15000)  # the last is Redis' default
-REPEATS = 3
+ROUNDS = 3
+ABOUT = (
+    "killed, frozen: by node timeout in ms, seconds from the loss of a master to the first good read of one of its "
+    "keys, a number a round; others: what became of reads of the other masters' keys meanwhile, by reason"
+)
 EVERY_S = 0.02
 GIVE_UP_S = 90.0
 KEYS = 60
 
 
-def run(repeats: int = REPEATS) -> dict[str, Any]:
+def run(rounds: int = ROUNDS) -> dict[str, Any]:
     """Time failovers after a kill, for each node timeout, and after a freeze at 2 s.
 
     Returns:
-        `killed`: by node timeout in ms, seconds from the kill to the first good read, a run each.
+        `killed`: by node timeout in ms, seconds from the kill to the first good read, a number a round.
         `frozen`: the same after SIGSTOP. `others`: what became of reads of the other masters'
-        keys meanwhile, over all runs, by reason ("hit" is none).
+        keys meanwhile, over all rounds, by reason ("hit" is none).
 
     Raises:
         KVLabError: no redis-server, a wrong value, or nobody takes over within 90 s.
     """
     others: Counter[str] = Counter()
-    killed = {str(ms): [_seconds(ms, False, others) for _ in range(repeats)] for ms in NODE_TIMEOUTS_MS}
-    frozen = {"2000": [_seconds(2000, True, others) for _ in range(repeats)]}
+    killed = {str(ms): [_seconds(ms, False, others) for _ in range(rounds)] for ms in NODE_TIMEOUTS_MS}
+    frozen = {"2000": [_seconds(2000, True, others) for _ in range(rounds)]}
     return {
+        "about": ABOUT,
         "killed": killed,
         "frozen": frozen,
         "others": dict(others),

@@ -24,14 +24,15 @@ import redis
 
 from kvlab.errors import KVLabError
 from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.reachable import open_reachable
 from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
-from kvlab.stores.url import shown
 from kvlab.stores.redis.store import KEY_PREFIX
+from kvlab.stores.url import shown
 from kvlab.testbed.server import RedisServer
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
-BYTES_A_ROW = 64 << 20  # repeats are chosen so that each contender moves so much; four times that where keys stay
+BYTES_A_ROW = 64 << 20  # what each contender moves in all rounds of a row; four times that where keys stay
 BATCH = 64
 LOOKUP_KEYS = 1024
 TRANSPORTS = {"redis": "tcp", "rediss": "tls", "unix": "unix"}
@@ -41,28 +42,30 @@ ABOUT = (
     "makes a key, which costs the server fresh memory; aa_ratio: the same work against itself; wire: one value of "
     "1 MiB at a time, keys that are there, to put beside your break-even bandwidth"
 )
-DEADLINE_S = 10.0  # a busy machine must not turn a measurement into misses
+DEADLINE_S = 10.0  # on a busy machine too, every value must come
 
 
-def run(url: str | None = None, scale: float = 1.0) -> dict[str, Any]:
-    """Measure the wire to the server at `url`, or to one started here, over TCP and over a unix socket.
+def run(store: str | None = None, scale: float = 1.0) -> dict[str, Any]:
+    """Measure the wire to the server with this URL, or to one started here, over TCP and over a unix socket.
 
     Args:
-        scale: of the number of repeats.
+        scale: of the number of rounds.
 
     Returns:
         `rows`: by value size, transport and whether the keys are new, GB/s of one value at a
-        time and ratios turn by turn. `batch`: 64 values by one call against one by one.
+        time and ratios, round by round. `batch`: 64 values by one call against one by one.
         `lookup`: `probe` against one EXISTS at a time. `round_trips`: direction switches on
         the connection (not for TLS and unix sockets). The keys used are deleted again.
 
     Raises:
+        ConfigError: no store has such a URL.
         KVLabError: there is no such server, or it did not take or give back a value.
     """
     try:
-        return _run(url, scale)
+        return _run(store, scale)
     except (OSError, redis.RedisError) as error:
-        raise KVLabError(f"cannot measure {shown(url or 'a server started here')}: {error}") from error
+        server = "a server started here" if store is None else shown(store)
+        raise KVLabError(f"cannot measure {server}: {error}") from error
 
 
 def _run(url: str | None, scale: float) -> dict[str, Any]:
@@ -70,10 +73,11 @@ def _run(url: str | None, scale: float) -> dict[str, Any]:
         if url is None:
             server = stack.enter_context(RedisServer())
             urls = [server.url, server.unix_url]
-        elif urlsplit(url).scheme in TRANSPORTS:
-            urls = [url]
         else:
-            raise KVLabError(f"expected redis://, rediss:// or unix:// to measure, got {shown(url)!r}")
+            stack.enter_context(open_reachable(url))
+            if urlsplit(url).scheme not in TRANSPORTS:
+                raise KVLabError(f"expected redis://, rediss:// or unix:// to measure, got {shown(url)!r}")
+            urls = [url]
         first = TRANSPORTS[urlsplit(urls[0]).scheme]
         timings: list[Timings] = []
         rows = [_row(u, size, new, scale, timings) for u in urls for size in SIZES for new in (False, True)]
@@ -208,7 +212,7 @@ def _bench(url: str, size: int) -> Iterator[Bench]:
 
 
 def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -> dict[str, Any]:
-    repeats = max(5, int(scale * min(200, BYTES_A_ROW * (1 if new else 4) // size)))
+    rounds = max(5, int(scale * min(200, BYTES_A_ROW * (1 if new else 4) // size)))
     with _bench(url, size) as b:
 
         def key_source() -> Callable[[], bytes]:
@@ -219,7 +223,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
             b.put(same)
             return lambda: same
 
-        stored = b.keys(repeats + 1 if new else 1)
+        stored = b.keys(rounds + 1 if new else 1)
         for key in stored:
             b.put(key)
         cycles = [itertools.cycle(stored) for _ in range(4)]
@@ -234,7 +238,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
                 "store_get": lambda: b.get([next(cycles[1])], [b.out]),
                 "redis_py_get": lambda: b.redis.get(KEY_PREFIX + next(cycles[2])),
             },
-            repeats,
+            rounds,
         )
         if not (b.raw.get(KEY_PREFIX + stored[0]) == b.out == b.value):
             raise KVLabError("a value came back changed")
@@ -307,7 +311,7 @@ def _lookup(url: str, scale: float) -> dict[str, Any]:
 
 
 def _round_trips(url: str) -> dict[str, int]:
-    """How often the direction on the wire turns to the server: for a probe, and for loads."""
+    """How often the client speaks after the server did: for a probe, and for loads."""
     parts = urlsplit(url)
     with CountingProxy(parts.hostname or "localhost", parts.port or 6379) as proxy:
         there = parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")).geturl()
@@ -319,24 +323,24 @@ def _round_trips(url: str) -> dict[str, int]:
                     bench.put(key)
                 batches.append((keys, [memoryview(bytearray(len(bench.value))) for _ in keys]))
             store.probe(batches[0][0])  # connects, and logs in
-            proxy.turns = 0
+            proxy.requests = 0
             store.probe(batches[0][0])
-            counts = [proxy.turns]
+            counts = [proxy.requests]
             for keys, out in batches:
-                proxy.turns = 0
+                proxy.requests = 0
                 store.get_many(keys, out)
-                counts.append(proxy.turns)
+                counts.append(proxy.requests)
     return dict(zip(("probe", "load_64_mib", "load_64_records_of_192_kib"), counts, strict=True))
 
 
 class CountingProxy:
-    """Passes bytes on to a server and counts how often they turn from its answers to new questions."""
+    """Passes bytes on to a server and counts round trips: how often a question follows an answer."""
 
     def __init__(self, host: str, port: int) -> None:
         self._upstream = (host, port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self.turns = 0
+        self.requests = 0
         self._asking = False
 
     def __enter__(self) -> CountingProxy:
@@ -360,7 +364,7 @@ class CountingProxy:
     def _pass_on(self, source: socket.socket, sink: socket.socket, asking: bool) -> None:
         try:
             while data := source.recv(1 << 16):
-                self.turns += asking and not self._asking
+                self.requests += asking and not self._asking
                 self._asking = asking
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

@@ -1,0 +1,365 @@
+"""The command line: one table, one exit status for each end, and no traceback whatever the surroundings are."""
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from kvlab import cli
+from kvlab.cli import BAD, COMMANDS, GOOD, INTERRUPTED, NO_READER, USAGE, Command, main
+from kvlab.course import exercises
+from kvlab.errors import KVLabError
+from kvlab.lab import demo
+from kvlab.testbed.server import RedisServer
+
+ROOT = Path(__file__).parents[1]
+BENCHES = {c.name: c for c in COMMANDS if c.name.startswith("bench ")}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A demo of two short prefixes, in an environment that names no store."""
+    monkeypatch.setattr(demo.run, "__defaults__", (*demo.run.__defaults__[:3], (64, 128)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("KVLAB_STORE", raising=False)
+
+
+def module_of(command: Command) -> str:
+    """The module whose `run` a bench calls."""
+    return str(inspect.getclosurevars(command.run).nonlocals["module"])
+
+
+# --- the table ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", BENCHES.values(), ids=lambda c: c.name)
+def test_every_bench_says_what_its_rows_mean_and_takes_the_options_of_the_table(command: Command) -> None:
+    module = import_module(module_of(command))
+    assert len(module.ABOUT.split()) > 10 and "about" in inspect.getsource(module.run) + inspect.getsource(module)
+    flags = {option.flag.removeprefix("--") for option in command.options}
+    assert flags - {"json"} <= set(inspect.signature(module.run).parameters)
+    assert "json" in flags
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, names in (([], ["demo", "doctor", "bench"]), (["bench"], [name.split()[1] for name in BENCHES])):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == GOOD
+        told = capsys.readouterr().out
+        assert all(f"\n    {name} " in told for name in names)
+
+
+def test_a_store_is_called_store_everywhere() -> None:
+    taking = {command.name for command in COMMANDS if cli.STORE in command.options}
+    assert taking == {"demo", "bench codec", "bench wire"}
+    assert (cli.STORE.flag, cli.STORE.settings["metavar"]) == ("--store", "URL")
+    assert cli.STORE.help == "a store, say redis://localhost:6379"
+
+
+def test_only_commands_that_need_the_course_import_it() -> None:
+    program = (
+        "import sys; from kvlab.cli import main; status = main(['bench', 'fuzz', '--n', '1'])\n"
+        "assert not [name for name in sys.modules if name.startswith('kvlab.course')]; sys.exit(status)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (GOOD, "")
+
+
+def test_a_bench_prints_json_or_what_its_rows_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "fuzz", "--n", "50", "--json"]) == GOOD
+    assert json.loads(capsys.readouterr().out)["n"] == 50
+    assert main(["bench", "fuzz", "--n", "50"]) == GOOD
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("each case decodes a record") and "wrong_tensors: 0" in lines
+
+
+def test_a_bench_that_finds_something_wrong_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlab.lab.fuzz._decode", lambda target, value: (["wrong_tensors"], "right"))
+    assert main(["bench", "fuzz", "--n", "2", "--json"]) == BAD
+
+
+# --- exit statuses ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *([], ["bench"], ["speed"], ["bench", "speed"], ["demo", "--redis", "redis://localhost"]),
+        *(["bench", "fuzz", "--n", number] for number in ("0", "-1", "x", "1.5", "", "١", "9" * 5000)),
+        *(["bench", "fuzz", "--seed", "x"], ["bench", "codec", "--windows", "0"], ["demo", "--store"]),
+    ],
+    ids=lambda wrong: " ".join(wrong)[:40],
+)
+def test_wrong_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(wrong)
+    assert stopped.value.code == USAGE
+    assert capsys.readouterr().err.startswith("usage: kvlab")
+
+
+def test_wrong_usage_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["demo", "redis://me:secret@host"], ["demo", "--redis", "redis://:secret@host/0"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "://***@host" in (told := capsys.readouterr().err) and "secret" not in told
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://127.0.0.1:9", "the store cannot be used (redis://127.0.0.1:9: conn"),
+        ("redis://me:secret@127.0.0.1:9", "redis://me:***@127.0.0.1:9: conn"),
+        ("http://x", "expected a store URL"),
+        ("", "expected a store URL"),
+        ("redis://localhost:65536", "expected a port of 1"),
+        ("redis://localhost:6379\n", "not a usable store URL"),
+        ("redis://local\nhost:6379", "not a usable store URL"),
+        ("redis://\udcff:6379", "not a usable store URL"),
+        ("unix:///no/such.sock", "the store cannot be used"),
+    ],
+)
+def test_a_store_that_is_none(url: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["demo"], ["bench", "wire"], ["bench", "codec"]):
+        assert main([*command, "--store", url]) == BAD
+        error = capsys.readouterr().err
+        assert told in error and error.startswith("kvlab: ") and error.count("\n") == 1
+        assert "secret" not in error
+
+
+def test_the_surroundings_may_name_the_store(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVLAB_STORE", "redis://127.0.0.1:9")
+    assert main(["demo"]) == BAD
+    assert "redis://127.0.0.1:9" in capsys.readouterr().err
+    assert main(["demo", "--store", "fakeredis://"]) == GOOD
+
+
+@pytest.mark.redis
+def test_the_demo_over_a_real_redis(redis_server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--store", redis_server.url]) == GOOD
+    assert "All tests completed!" in capsys.readouterr().out
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvlab.lab.fuzz.run", interrupted)
+    assert main(["bench", "fuzz"]) == INTERRUPTED
+
+
+def test_an_error_of_the_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvlab.lab.fuzz.run", lambda **_: Path("no/such\nfile").read_bytes())
+    assert main(["bench", "fuzz"]) == BAD
+    assert capsys.readouterr().err == "kvlab: [Errno 2] No such file or directory: 'no/such\\nfile'\n"
+
+
+def test_a_message_of_several_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise KVLabError("one\ntwo \x1b[31m \u2028 ü …")
+
+    monkeypatch.setattr("kvlab.lab.fuzz.run", fails)
+    assert main(["bench", "fuzz"]) == BAD
+    assert capsys.readouterr().err == "kvlab: one\\ntwo \\x1b[31m \\u2028 ü …\n"
+
+
+# --- a learner's functions ----------------------------------------------------------------------
+def learner(tmp_path: Path, source: str) -> str:
+    (tmp_path / "mykv.py").write_text(source, "utf-8")
+    return str(tmp_path / "mykv.py")
+
+
+ATTENTION = inspect.getsource(exercises.CAUSAL_ATTENTION.reference)
+HIT_RATE = inspect.getsource(exercises.HIT_RATE.reference)
+IMPORTS = "import torch\nfrom torch import Tensor\n\n\n"
+
+
+def test_a_learners_functions_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = learner(tmp_path, IMPORTS + ATTENTION + "\n\n# grün ✔\n" + HIT_RATE)
+    assert main(["demo", "--impl", file]) == GOOD
+    assert "yours:   causal_attention, hit_rate" in capsys.readouterr().out
+
+
+def test_a_learners_bug_makes_the_demo_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bug = ATTENTION.replace("<= start + torch", "<= torch")  # the mask restarts: cold and warm differ
+    assert bug != ATTENTION
+    assert main(["demo", "--impl", learner(tmp_path, IMPORTS + bug)]) == BAD
+    printed = capsys.readouterr().out
+    assert "Same tokens cold and warm: False" in printed
+    assert "All tests completed!" not in printed
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import does_not_exist", "does not import: ModuleNotFoundError"),
+        ("def hit_rate(:", "does not import: SyntaxError"),
+        ("raise SystemExit(0)", "does not import: SystemExit"),
+        ("def ring_owner(): ...", "expected causal_attention or hit_rate"),
+        ("def causal_attention(q, k, v, start): ...", "with causal_attention of"),
+        ("def causal_attention(q): return q", "with causal_attention of"),
+        ("def hit_rate(a, b, c): return 1 // 0", "the demo fails: ZeroDivisionError"),
+        ("def hit_rate(a, b, c): return 'all'", "with hit_rate of"),
+        ("causal_attention = 3", "with causal_attention of"),
+    ],
+)
+def test_an_answer_file_that_does_not_work(
+    source: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--impl", learner(tmp_path, source)]) == BAD
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("kvlab: ") and error.count("\n") == 1
+
+
+def test_an_answer_file_of_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mykv.py").write_bytes("NAME = 'grün'\n".encode("latin-1"))
+    assert main(["demo", "--impl", str(tmp_path / "mykv.py")]) == BAD
+    assert "does not import: SyntaxError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere.py", ".", "\udcff.py", "a\nb.py", "x" * 300, "answers.txt"])
+def test_an_answer_file_that_is_not_there(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "answers.txt").write_text("", "utf-8")
+    assert main(["demo", "--impl", f"{tmp_path}/{name}"]) == BAD
+    error = capsys.readouterr().err
+    assert error.startswith("kvlab: ") and error.count("\n") == 1
+
+
+# --- encodings ----------------------------------------------------------------------------------
+ENCODINGS = ("latin-1", "ascii", "cp1252", "utf-8")
+
+
+def run_in(monkeypatch: pytest.MonkeyPatch, encoding: str, argv: Sequence[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command whose streams have this encoding and are strict."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        status = main(argv)
+    for stream in streams:
+        stream.flush()
+    return (status, *(stream.buffer.getvalue().decode(encoding) for stream in streams))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_demo_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    status, out, err = run_in(monkeypatch, encoding, ["demo"])
+    assert (status, err) == (GOOD, "") and "All tests completed!" in out
+    assert ("prompt:  … '" in out) == (encoding in ("cp1252", "utf-8"))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_models_text_of_any_characters(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setattr("kvlab.model.Tokenizer.decode", lambda *_: "é 前 \U0001f600 \udcff \ufffd \x1b[0m\n")
+    status, out, err = run_in(monkeypatch, encoding, ["demo"])
+    assert (status, err) == (GOOD, "")
+    assert out.count("tokens from the cache)\n") == 2 and "\x1b" not in out
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_doctor_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setenv("KVLAB_STORE", "unix:///\udcff前…/redis.sock")
+    status, out, err = run_in(monkeypatch, encoding, ["doctor"])
+    assert (status, err) == (BAD, "") and out.endswith("1 to mend\n")
+
+
+@pytest.mark.parametrize("command", BENCHES.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_a_bench_says_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str, command: Command) -> None:
+    module = import_module(module_of(command))
+    result = {"about": module.ABOUT, "rows": [{"name": "ü …", "x": 0.5}], "machine": "Prozessör ™ 前"}
+    monkeypatch.setattr(module, "run", lambda **_: result)
+    for form in ([], ["--json"]):
+        status, out, err = run_in(monkeypatch, encoding, [*command.name.split(), *form])
+        assert (status, err) == (GOOD, "") and out.endswith("\n")
+        if form:
+            assert json.loads(out) == result
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_errors_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    for argv in (
+        ["demo", "--impl", "grün…前\udcff.py"],
+        ["demo", "--store", "redis://localhost:65536"],
+        ["demo", "--store", "unix:///\udcff前.sock"],
+    ):
+        status, _, err = run_in(monkeypatch, encoding, argv)
+        assert status == BAD and err.startswith("kvlab: ") and err.count("\n") == 1
+
+
+# --- real surroundings --------------------------------------------------------------------------
+C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def shell(command: str, surroundings: Mapping[str, str], *arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
+    """Run a shell command in which `kvlab` is the command line; "$1" and so on are the arguments."""
+    program = f'set -o pipefail; kvlab() {{ "{sys.executable}" -m kvlab "$@"; }}; {command}'
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        ["bash", "-c", program, "bash", *arguments], cwd=ROOT, env={**own, **surroundings}, capture_output=True
+    )
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [C_LOCALE, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}, {"PYTHONIOENCODING": "utf-16"}],
+    ids=["C", "latin-1", "ascii", "utf-16"],
+)
+def test_the_surroundings_choose_the_encoding(surroundings: dict[str, str]) -> None:
+    run = shell('kvlab demo --impl "$1"', surroundings, b"gr\xfcn\xe2\x80\xa6.py")
+    assert run.returncode == BAD and run.stdout == b""
+    encoding = surroundings.get("PYTHONIOENCODING", "ascii").partition(":")[0]
+    assert "found none at gr" in run.stderr.decode(encoding) and "Traceback" not in run.stderr.decode(encoding)
+
+
+def test_the_doctor_of_the_readme() -> None:
+    run = shell("kvlab doctor", {"PYTHONIOENCODING": "latin-1", "KVLAB_STORE": "redis://localhost:65536"})
+    assert (run.returncode, run.stderr) == (BAD, b"")
+    assert rb"(expected a port of 1 \u2026 65535)" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("kvlab bench fuzz --n 1 | true", NO_READER),
+        ("kvlab doctor | true", NO_READER),
+        ("kvlab bench --help | true", NO_READER),
+        ("kvlab bench fuzz --n 1 >&-", GOOD),
+        ("kvlab bench fuzz --n 1 --json >&-", GOOD),
+        ("kvlab demo --impl nowhere.py 2>&-", BAD),
+        ("kvlab demo --impl nowhere.py >&- 2>&-", BAD),
+    ],
+)
+def test_nobody_reads(command: str, status: int) -> None:
+    run = shell(command, {})
+    assert (run.returncode, run.stderr, run.stdout) == (status, b"", b"")
+
+
+def test_a_reader_who_has_seen_enough() -> None:
+    run = shell("kvlab demo | head -n 1", {})
+    assert run.returncode == NO_READER
+    assert run.stdout.startswith(b"machine: ") and run.stdout.count(b"\n") == 1
+    assert run.stderr == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_is_full() -> None:
+    run = shell("kvlab bench fuzz --n 1 >/dev/full", {})
+    assert run.returncode == BAD
+    assert run.stderr == b"kvlab: [Errno 28] No space left on device\n"
+
+
+def test_the_entry_point_is_the_same() -> None:
+    from kvlab import __main__
+
+    entry: Callable[..., int] = __main__.main
+    assert entry is main
