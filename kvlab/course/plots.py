@@ -16,6 +16,8 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvlab.lab.streams import accept_any_text
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "--")
@@ -55,6 +57,7 @@ def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = H
 
 def show(fig: Figure, caption: str) -> None:
     """Display a figure once, with its caption below it and as its alternative text."""
+    accept_any_text()  # the caption, where a notebook runs as a program in a terminal
     display(fig, metadata={"image/png": {"alt": caption}})  # type: ignore[no-untyped-call]
     plt.close(fig)
     print(f"Figure: {caption}")

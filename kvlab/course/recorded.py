@@ -16,6 +16,7 @@ from typing import Any
 
 from kvlab.errors import ConfigError
 from kvlab.lab.machine import describe_machine
+from kvlab.lab.streams import accept_any_text
 
 RECORDED = Path(__file__).parent / "recorded"
 Result = dict[str, Any]
@@ -29,6 +30,7 @@ def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-s
     Raises:
         ConfigError: the program is missing and there is no such recording.
     """
+    accept_any_text()  # machines have names with signs of their own
     if shutil.which(needs):
         result = run()
         if os.environ.get("KVLAB_RECORD"):

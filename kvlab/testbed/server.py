@@ -194,7 +194,7 @@ class RedisServer:
             raise KVLabError(f"{self._program} is not installed: {INSTALL}")
         command = [program]
         if self._config:
-            (self.folder / "redis.conf").write_text(self._config)
+            (self.folder / "redis.conf").write_text(self._config, "utf-8")
             command.append(str(self.folder / "redis.conf"))
         command += ["--port", str(self.port), "--bind", HOST, "--save", "", "--appendonly", "no"]
         command += ["--dir", str(self.folder), "--unixsocket", str(self._socket)]
@@ -213,7 +213,8 @@ class RedisServer:
         give_up = time.monotonic() + READY_S
         while time.monotonic() < give_up:
             if not self.running:
-                raise _EndedAtOnce(f"{self._program} ended at once: {(self.folder / 'log').read_text()[-800:]}")
+                log = (self.folder / "log").read_text("utf-8", "replace")
+                raise _EndedAtOnce(f"{self._program} ended at once: {log[-800:]}")
             if self._answers():
                 return
             time.sleep(POLL_S)

@@ -1,5 +1,6 @@
 """The doctor's lines: good on this machine, and for each thing that can be wrong the command that mends it."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -194,9 +195,13 @@ def test_no_gpu(monkeypatch):
     assert found("GPU").status == MISSING
 
 
-def test_it_speaks_where_nothing_is_installed():
-    command = [sys.executable, "-I", "-S", doctor.__file__]  # -S: no site-packages
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(doctor.__file__).parent)
-    assert run.returncode == 1
-    assert run.stderr == ""
-    assert "problem            packages        No module named 'packaging'; to mend it: " in run.stdout
+def test_it_speaks_where_nothing_is_installed(tmp_path):
+    copy = tmp_path / "grün…" / "doctor.py"  # a folder that its lines name
+    copy.parent.mkdir()
+    copy.write_bytes(Path(doctor.__file__).read_bytes())
+    command = [sys.executable, "-S", copy]  # -S: no site-packages
+    for encoding in ("utf-8", "latin-1", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": ""}
+        run = subprocess.run(command, capture_output=True, encoding=encoding, env=environment, cwd=tmp_path)
+        assert (run.returncode, run.stderr) == (1, "")
+        assert "problem            packages        No module named 'packaging'; to mend it: " in run.stdout

@@ -28,6 +28,18 @@ def test_recorded_once_then_shown_where_the_program_is_missing(
     assert capsys.readouterr().out.startswith("source: recorded on ")
 
 
+def test_a_recording_keeps_every_character(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLAB_RECORD", "1")
+    monkeypatch.setattr(recorded, "describe_machine", lambda: "Prozessor für Größe™ 前")
+    live = live_or_recorded("x", lambda: {"größer": "≥ 3 …"}, needs="sh")
+    assert recorded.load_recording("x") == (live, "Prozessor für Größe™ 前")
+    assert "größer" in (folder / "x.json").read_bytes().decode("utf-8")
+
+
+def test_what_no_notebook_measures_has_a_way_to_be_made() -> None:
+    assert set(recorded.SLOW) <= {file.stem for file in recorded.RECORDED.glob("*.json")}
+
+
 def test_live_leaves_no_recording_unless_asked(folder: Path) -> None:
     live_or_recorded("x", lambda: {"n": 3}, needs="sh")
     assert not list(folder.iterdir())
