@@ -8,16 +8,18 @@ failure. Without `--nbval` no notebook is collected and none of this does anythi
 from __future__ import annotations
 
 import os
-import runpy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kvlab.course.kernel import kernel_environment
+
 ROOT = Path(__file__).parent
-SANITIZE = ROOT / "tests" / "notebooks" / "sanitize.cfg"
+SANITIZE = ROOT / "notebooks" / "sanitize.cfg"
 FAILED = pytest.StashKey[str]()  # of a notebook: the name of its first failing cell
 REBUILD = "if the new outputs are right: python scripts/build_notebooks.py"
 
@@ -29,22 +31,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.nbval_sanitize_with = str((config.invocation_params.dir / given).resolve())
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # innermost: a skip must not keep other plugins' set-up from running
-def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Before a cell: skip it if an earlier one failed; start the notebook's kernel in a clean environment."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before a cell: skip it if an earlier one failed; see to a clean environment for the notebook's kernel."""
     if not _is_cell(item):
-        return (yield)
+        return
     notebook = item.parent
     if failed := notebook.stash.get(FAILED, ""):
         pytest.skip(f"{failed} of this notebook failed")
     item.output_timeout = 60  # nbval's 5 seconds are too few on a busy machine, and it has no option for them
-    if notebook.kernel is not None:
-        return (yield)
-    folder = tempfile.TemporaryDirectory(prefix="kvlab-nbval-", ignore_cleanup_errors=True)
-    item.config.add_cleanup(folder.cleanup)
-    script = runpy.run_path(str(ROOT / "scripts" / "build_notebooks.py"))
-    with _environment(script["kernel_environment"](Path(folder.name))):  # as when the notebook was built
-        return (yield)  # the set-up of the notebook's first cell starts its kernel
+    if notebook.kernel is None and "setup" not in vars(notebook):
+        folder = tempfile.TemporaryDirectory(prefix="kvlab-nbval-", ignore_cleanup_errors=True)
+        item.config.add_cleanup(folder.cleanup)
+        notebook.setup = partial(_in_environment, kernel_environment(Path(folder.name)), notebook.setup)
+
+
+def _in_environment(variables: dict[str, str], start_kernel: Callable[[], None]) -> None:
+    """Start a notebook's kernel as when the notebook was built, without what pytest itself sets for a test."""
+    with _environment(variables):
+        start_kernel()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,7 +11,7 @@ A notebook's first cell (header), the code cell after it (set-up on Colab) and i
 `<!-- course:begin -->` and `<!-- course:end -->`, in README.md and in any Markdown cell.
 
 Measured times and pictures differ at every run. A cell keeps its stored outputs when they equal
-the new ones after sanitising (tests/notebooks/sanitize.cfg, the rules by which `pytest --nbval`
+the new ones after sanitising (notebooks/sanitize.cfg, the rules by which `pytest --nbval`
 compares) and no code up to this cell has changed since they were made. So building twice changes
 no byte. The cell remembers that code as a digest in its metadata, where it needs one.
 """
@@ -46,11 +46,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
+from kvlab.course.kernel import kernel_environment
 from kvlab.lab.streams import accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-SANITIZE = ROOT / "tests" / "notebooks" / "sanitize.cfg"
+SANITIZE = NOTEBOOKS / "sanitize.cfg"
 REPOSITORY = "kvlab/kvlab"
 CELL_TIMEOUT = 120  # seconds; pyproject.toml gives nbval the same
 BEGIN, END = "<!-- course:begin -->", "<!-- course:end -->"
@@ -325,21 +326,6 @@ class ThisPython(AsyncKernelManager):
         super().__init__(kernel_spec_manager=NbvalKernelspecManager(), **kwargs)
 
 
-def kernel_environment(folder: Path) -> dict[str, str]:
-    """The environment of a kernel whose outputs are compared: nothing of the user's answers or settings in it.
-
-    Args:
-        folder: an empty folder, for this kernel alone.
-    """
-    environment = dict(os.environ)
-    environment.pop("MPLBACKEND", None)  # a set backend would keep plots out of the outputs
-    environment["PYTHONUTF8"] = "1"  # the same file encoding under any locale
-    environment["IPYTHONDIR"] = str(folder / "ipython")
-    environment["KVLAB_WORK"] = str(folder / "work")
-    (folder / "work").mkdir()
-    return environment
-
-
 def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> None:
     """Run all code cells in a fresh kernel, in the notebook's folder, and store their outputs in place.
 
@@ -347,6 +333,7 @@ def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> 
         BuildError: a cell failed, or did not fail though tagged `raises-exception`.
     """
     reached = [0]
+    recording = {"KVLAB_RECORD": "1"} if os.environ.get("KVLAB_RECORD") else {}  # see kvlab.course.recorded
     client = NotebookClient(
         notebook,
         kernel_manager_class=ThisPython,
@@ -360,7 +347,7 @@ def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> 
     )
     with tempfile.TemporaryDirectory(prefix="kvlab-build-", ignore_cleanup_errors=True) as folder:
         try:
-            client.execute(env=kernel_environment(Path(folder)), stderr=subprocess.DEVNULL)
+            client.execute(env=kernel_environment(Path(folder), **recording), stderr=subprocess.DEVNULL)
         except CellExecutionError:
             raise BuildError(_failure(notebook, path, reached[-1])) from None
         except CellTimeoutError:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import runpy
 import secrets
 import shutil
 import subprocess
@@ -28,10 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from kvlab.course.kernel import kernel_environment
+
 if TYPE_CHECKING:  # playwright may be missing; then only who runs this notices
     from playwright.sync_api import Page, Route
 
-ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")
 CHROMIUM = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
@@ -115,10 +115,7 @@ def _server(home: Path, folder: Path, token: str) -> Iterator[int]:
 
 def _environment(home: Path, token: str) -> dict[str, str]:
     """The server's environment: the kernels' one, and all of Jupyter's own folders under `home`."""
-    script = runpy.run_path(str(ROOT / "scripts" / "build_notebooks.py"))
-    environment: dict[str, str] = script["kernel_environment"](home)
-    names = {"CONFIG": "config", "DATA": "data", "RUNTIME": "runtime"}
-    environment |= {f"JUPYTER_{name}_DIR": str(home / sub) for name, sub in names.items()}
+    environment = kernel_environment(home)
     environment |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
     for plugin, values in SETTINGS.items():
         file = home / "settings" / f"{plugin}.jupyterlab-settings"

@@ -7,7 +7,6 @@ rules, so what is tested is what `pytest --nbval` does here.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -21,8 +20,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-ROOT = Path(__file__).parents[2]
-PARTS = ("conftest.py", "pyproject.toml", "scripts/build_notebooks.py", "tests/notebooks/sanitize.cfg")
+from tests.harness.builder import ROOT, script
+
+PARTS = ("conftest.py", "pyproject.toml", "scripts/build_notebooks.py", "notebooks/sanitize.cfg")
 
 COURSE = """
 [[lesson]]
@@ -51,24 +51,19 @@ print("at least 5x faster:", random.random() < 2)
 print("my answers:", os.listdir(os.environ["KVLAB_WORK"]))"""
 SUM = "x = 2 + 2\nprint('sum:', x)"
 LINE = "print('the line:', list(range(x)))"
+PROBE = """\
+import builtins, os, shutil, sys, time, urllib.request
+
+print("interpreter:", sys.flags, sys.warnoptions, sys.stdout.encoding)
+print("user code:", hasattr(builtins, "CUSTOMISED"), "STARTED" in globals())
+print("machine:", time.tzname, shutil.get_terminal_size(), urllib.request.getproxies())
+print("variables:", sorted(os.environ))"""
 PLOT = """\
 import matplotlib.pyplot as plt
 
 plt.plot([random.random() for _ in range(9)])
 plt.show()
 print("Figure: nine random numbers.")"""
-
-
-def load_script(name: str = "build_notebooks") -> Any:
-    """A script of this repository as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def write(path: Path, *sources: str, **tags: list[str]) -> Path:
@@ -324,9 +319,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in PARTS:
         (root / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, root / part)
-    (root / "notebooks").mkdir()
+    (root / "tests").mkdir()
     (root / "tests" / "test_plain.py").write_text("def test_plain():\n    pass\n")
     good = build(write(root / "notebooks" / "good.ipynb", PRINTS, SUM, LINE))
+    build(write(root / "notebooks" / "probe.ipynb", PROBE))
 
     def altered(name: str, change: Any) -> None:
         notebook = copy.deepcopy(good)
@@ -388,12 +384,27 @@ def test_a_failure_says_how_to_accept_the_new_outputs(strict: Any) -> None:
 
 def test_strict_runs_work_from_any_folder_and_in_a_hostile_environment(project: Path, tmp_path: Path) -> None:
     (tmp_path / "mykv.py").write_text("")
-    hostile = {"LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "Agg", "KVLAB_WORK": str(tmp_path)}
-    files = [str(project / "notebooks" / f"{name}.ipynb") for name in ("good", "number")]
+    (tmp_path / "startup.py").write_text("STARTED = True")
+    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.CUSTOMISED = True")
+    hostile = {
+        **{"PYTHONWARNINGS": "default", "PYTHONDEVMODE": "1", "PYTHONHASHSEED": "3", "PYTHONUTF8": "0", "LC_ALL": "C"},
+        **{"PYTHONSTARTUP": str(tmp_path / "startup.py"), "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "latin-1"},
+        **{"TZ": "Asia/Kathmandu", "COLUMNS": "37", "NO_COLOR": "1", "HTTPS_PROXY": "http://127.0.0.1:1"},
+        **{"MPLBACKEND": "Agg", "KVLAB_WORK": str(tmp_path), "KVLAB_STORE": "redis://127.0.0.1:1"},
+    }
+    files = [str(project / "notebooks" / f"{name}.ipynb") for name in ("good", "number", "probe")]
+    number = {"passed": 1, "failure": 1, "skipped": 1}
     for cwd in (project / "tests", tmp_path):
         report = tmp_path / "report.xml"
         run = run_pytest(cwd, "--nbval", f"--junitxml={report}", *files, **hostile)
-        assert outcomes(report) == {"good": {"passed": 3}, "number": {"passed": 1, "failure": 1, "skipped": 1}}, run
+        assert outcomes(report) == {"good": {"passed": 3}, "number": number, "probe": {"passed": 1}}, run
+
+
+@pytest.mark.slow
+def test_a_lesson_passes_though_the_user_wants_to_see_every_warning() -> None:
+    lesson = ROOT / "notebooks" / "01_attention_by_hand.ipynb"
+    run = run_pytest(ROOT, "--nbval", "-q", str(lesson), PYTHONWARNINGS="default")
+    assert run.returncode == 0, run.stdout
 
 
 def test_without_nbval_no_notebook_is_collected(project: Path) -> None:

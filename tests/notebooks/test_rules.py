@@ -20,7 +20,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tests.notebooks.test_build import ROOT, script
+from tests.harness.builder import ROOT, script
 
 FOLDER = ROOT / "notebooks"
 ALLOWED: Mapping[str, Any] = tomllib.loads((Path(__file__).parent / "allowed_tags.toml").read_text(encoding="utf-8"))
