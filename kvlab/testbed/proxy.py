@@ -205,6 +205,7 @@ class FaultProxy:
 
     @refuse.setter
     def refuse(self, on: bool) -> None:
+        """Refuse new connections, or accept them again."""
         if on != self.refuse:
             self._call(self._shut() if on else self._listen())
 
