@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import random
 import socket
 import struct
-import termios
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
@@ -150,7 +148,7 @@ class Lane:
 
 
 class FaultProxy:
-    """Listens on a free loopback port and passes everything on to `upstream`, a loopback port.
+    """Listens on a free loopback port and passes everything on to `upstream`, a port of `host`.
 
     Attributes, all of which hold for open connections too:
         latency_s: each answer comes so much later. What follows closely comes as closely.
@@ -167,8 +165,8 @@ class FaultProxy:
         fired: how often each one-time fault took place.
     """
 
-    def __init__(self, upstream: int, seed: int = 0) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: int, seed: int = 0, host: str = "127.0.0.1") -> None:
+        self.upstream, self.host = upstream, host
         self._set_no_faults()
         self.fired: Counter[str] = Counter()
         self.reset_counts()
@@ -365,7 +363,7 @@ class FaultProxy:
         self._links.append(link)
         try:
             await self._while_blackhole()
-            answers, link.server = await asyncio.open_connection("127.0.0.1", self.upstream, limit=READ_BYTES)
+            answers, link.server = await asyncio.open_connection(self.host, self.upstream, limit=READ_BYTES)
             await self._both_ways(link, reader, answers)
         finally:
             self._links.remove(link)
@@ -559,6 +557,9 @@ async def _arrived(writer: asyncio.StreamWriter) -> None:
 
 def _unacknowledged(writer: asyncio.StreamWriter) -> int:
     """Bytes in the kernel that the other end has not got."""
+    import fcntl  # not on Windows, where everything else here works
+    import termios
+
     number = writer.get_extra_info("socket").fileno()
     if number < 0:
         return 0

@@ -14,7 +14,6 @@ import os
 import socket
 import ssl
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +28,7 @@ from kvlab.lab.timing import Timings, time_rounds
 from kvlab.stores import RedisStore
 from kvlab.stores.redis.store import KEY_PREFIX
 from kvlab.stores.url import shown
+from kvlab.testbed.proxy import FaultProxy
 from kvlab.testbed.server import RedisServer
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
@@ -54,8 +54,8 @@ def run(store: str | None = None, scale: float = 1.0) -> dict[str, Any]:
     Returns:
         `rows`: by value size, transport and whether the keys are new, GB/s of one value at a
         time and ratios, round by round. `batch`: 64 values by one call against one by one.
-        `lookup`: `probe` against one EXISTS at a time. `round_trips`: direction switches on
-        the connection (not for TLS and unix sockets). The keys used are deleted again.
+        `lookup`: `probe` against one EXISTS at a time. `round_trips`: how often a
+        call waits for the server (not for TLS and unix sockets). The keys used are deleted again.
 
     Raises:
         ConfigError: no store has such a URL.
@@ -311,9 +311,9 @@ def _lookup(url: str, scale: float) -> dict[str, Any]:
 
 
 def _round_trips(url: str) -> dict[str, int]:
-    """How often the client speaks after the server did: for a probe, and for loads."""
+    """How often the client speaks when no reply is owed to it: for a probe, and for loads."""
     parts = urlsplit(url)
-    with CountingProxy(parts.hostname or "localhost", parts.port or 6379) as proxy:
+    with FaultProxy(parts.port or 6379, host=parts.hostname or "localhost") as proxy:
         there = parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")).geturl()
         with _bench(url, 1 << 20) as big, _bench(url, 192 << 10) as small, RedisStore(there, deadline_s=60) as store:
             batches = []
@@ -323,50 +323,11 @@ def _round_trips(url: str) -> dict[str, int]:
                     bench.put(key)
                 batches.append((keys, [memoryview(bytearray(len(bench.value))) for _ in keys]))
             store.probe(batches[0][0])  # connects, and logs in
-            proxy.requests = 0
+            proxy.reset_counts()
             store.probe(batches[0][0])
-            counts = [proxy.requests]
+            counts = [proxy.exchanges()]
             for keys, out in batches:
-                proxy.requests = 0
+                proxy.reset_counts()
                 store.get_many(keys, out)
-                counts.append(proxy.requests)
+                counts.append(proxy.exchanges())
     return dict(zip(("probe", "load_64_mib", "load_64_records_of_192_kib"), counts, strict=True))
-
-
-class CountingProxy:
-    """Passes bytes on to a server and counts round trips: how often a question follows an answer."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._upstream = (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.requests = 0
-        self._asking = False
-
-    def __enter__(self) -> CountingProxy:
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            server = socket.create_connection(self._upstream)
-            for ends, asking in (((client, server), True), ((server, client), False)):
-                threading.Thread(target=self._pass_on, args=(*ends, asking), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, asking: bool) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                self.requests += asking and not self._asking
-                self._asking = asking
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:  # the other side has gone
-            sink.close()
