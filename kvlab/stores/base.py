@@ -31,6 +31,7 @@ Value = bytes | memoryview | tuple[bytes | memoryview, ...]
 
 MAX_TTL_S = 100 * 365 * 86400  # what any server takes
 MAX_VALUE_BYTES = 64 << 20  # no store takes a larger value
+_BYTES = frozenset((bytes, memoryview, bytearray))
 
 
 @dataclass
@@ -135,28 +136,57 @@ def joined(value: Value) -> bytes:
     return value if isinstance(value, bytes) else b"".join(pieces(value))
 
 
-def check_pairs(keys: Sequence[bytes], others: Sequence[object] | None, what: str) -> None:
-    """Check that keys are bytes, and that two batches have one length.
+def check_keys(keys: Sequence[bytes]) -> None:
+    """Check that a batch is a sequence of keys: a generator would be used up by the first look at it.
 
     Raises:
-        InputError: they are not, or have not.
+        InputError: it is not.
     """
+    if not isinstance(keys, Sequence):
+        raise InputError(f"expected keys as a list of bytes, got {type(keys).__name__}")
     for key in keys:
         if type(key) is not bytes:
             raise InputError(f"expected keys as bytes, got {type(key).__name__}")
-    if others is not None and len(keys) != len(others):
+
+
+def check_pairs(keys: Sequence[bytes], others: Sequence[object], what: str) -> None:
+    """Check a batch of keys, and that another batch has as many members.
+
+    Raises:
+        InputError: it is no such batch.
+    """
+    check_keys(keys)
+    if not isinstance(others, Sequence):
+        raise InputError(f"expected a list with one {what} a key, got {type(others).__name__}")
+    if len(keys) != len(others):
         raise InputError(f"expected one {what} a key, got {len(keys)} keys and {len(others)}")
 
 
-def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> None:
-    """Check that there is one writable buffer a key, or none at all.
+def check_values(keys: Sequence[bytes], values: Sequence[Value]) -> None:
+    """Check a batch of keys, and that there is one value a key, in bytes.
 
     Raises:
-        InputError: there is not.
+        InputError: it is no such batch.
     """
+    check_pairs(keys, values, "value")
+    for value in values:
+        for part in pieces(value):
+            if type(part) not in _BYTES or (type(part) is memoryview and not part.c_contiguous):
+                raise InputError(f"expected values as bytes, contiguous ones, got {type(part).__name__}")
+
+
+def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> None:
+    """Check a batch of keys, and that there is one writable buffer a key, or none at all.
+
+    Raises:
+        InputError: it is no such batch.
+    """
+    if out is None:
+        return check_keys(keys)
     check_pairs(keys, out, "buffer")
-    if out is not None and any(buffer.readonly for buffer in out):
-        raise InputError("expected writable buffers, got a read-only one")
+    for buffer in out:
+        if type(buffer) is not memoryview or buffer.readonly or not buffer.c_contiguous:
+            raise InputError(f"expected buffers as memoryviews, writable and contiguous, got {type(buffer).__name__}")
 
 
 def check_number(name: str, value: object, above: float, most: float, unit: str = "", whole: bool = False) -> None:
@@ -169,10 +199,27 @@ def check_number(name: str, value: object, above: float, most: float, unit: str 
     if isinstance(value, kinds) and not isinstance(value, bool) and above < value <= most:
         return
     what = "a whole number" if whole else "a number"
-    got = repr(value) if isinstance(value, bool | float) else type(value).__name__
+    most_in_words = f"{most:g}{unit and f' {unit}'}"
+    raise ConfigError(f"expected {name} as {what} above {above} and at most {most_in_words}, got {told(value)}")
+
+
+def check_clock(clock: object) -> None:
+    """Check a clock.
+
+    Raises:
+        ConfigError: nobody can ask it for the time.
+    """
+    if not callable(clock):
+        raise ConfigError(f"expected clock as a function that returns seconds, got {type(clock).__name__}")
+
+
+def told(value: object) -> str:
+    """A wrong setting as a message names it: a number as it is, anything else by its type. It may be a secret."""
+    if isinstance(value, bool | float):
+        return repr(value)
     if type(value) is int:
-        got = str(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
-    raise ConfigError(f"expected {name} as {what} above {above} and at most {most:g}{unit and f' {unit}'}, got {got}")
+        return str(value) if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
+    return type(value).__name__
 
 
 def check_ttl(ttl_s: float | None) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from kvlab.stores.base import check_clock, check_number
 from kvlab.stores.fork import reset_in_children
 
 
@@ -21,6 +22,9 @@ class Breaker:
         failures: how many faults in a row open it.
         cooldown_s: how long it then refuses everybody.
         clock: seconds that never go back; tests bring their own.
+
+    Raises:
+        ConfigError: a setting that is no such number, or no clock.
 
     >>> now = [0.0]
     >>> breaker = Breaker(failures=2, cooldown_s=1.0, clock=lambda: now[0])
@@ -34,6 +38,9 @@ class Breaker:
     """
 
     def __init__(self, failures: int = 3, cooldown_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        check_number("failures", failures, 0, 1 << 30, whole=True)
+        check_number("cooldown_s", cooldown_s, 0, 86400, "seconds")
+        check_clock(clock)
         self.failures = failures
         self.cooldown_s = cooldown_s
         self._clock = clock

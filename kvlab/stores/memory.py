@@ -17,8 +17,10 @@ from kvlab.stores.base import (
     StoreStats,
     Value,
     check_buffers,
-    check_pairs,
+    check_clock,
+    check_keys,
     check_ttl,
+    check_values,
     joined,
     place,
 )
@@ -36,11 +38,12 @@ class MemoryStore(Store):
     [b'one', None]
 
     Raises:
-        ConfigError: a TTL that is not positive.
+        ConfigError: a TTL that is not positive, or no clock.
     """
 
     def __init__(self, ttl_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         check_ttl(ttl_s)
+        check_clock(clock)
         self._ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[bytes, tuple[bytes, float]] = {}
@@ -66,7 +69,7 @@ class MemoryStore(Store):
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`."""
-        check_pairs(keys, values, "value")
+        check_values(keys, values)
         with self._lock:
             self._stats.offered += len(keys)
             if self._closed:
@@ -81,6 +84,7 @@ class MemoryStore(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`."""
+        check_keys(keys)
         with self._lock:
             for i, key in enumerate(keys):
                 if self._alive(key) is None:
@@ -89,11 +93,13 @@ class MemoryStore(Store):
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`."""
+        check_keys(keys)
         with self._lock:
             return [self._refresh(key) for key in keys]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
+        check_keys(keys)
         with self._lock:
             alive = [key for key in set(keys) if self._alive(key) is not None]
             for key in alive:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from kvlab.errors import ConfigError
+from kvlab.stores.base import check_number
 
 FORMS: Final = {
     "memory": "memory://",
@@ -31,11 +32,21 @@ FORMS: Final = {
 """Every scheme, and the form to write."""
 
 _URL: Final = re.compile(r"([a-z-]+)://(?:(.*)@)?([^/?@]*)([^?@]*)(?:\?(.*))?", re.DOTALL)
-_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_.])?)(?::([0-9]*))?")
+_PLACE: Final = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([^:]*))?")  # a host, and a port if there is one
+_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME: Final = re.compile(rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*\.?")
+_NUMBER_LAST: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?")  # what systems take for an IPv4 address
 _ESCAPED: Final = re.compile(r"(?:[^%\s/?#@]|%[0-9A-Fa-f]{2})*")
 _BEFORE: Final = ("host", "port", "path", "connection_class")  # settings that belong before the question mark
-_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_SETTING: Final = re.compile(
+    r"db|username|password|sentinel_(username|password)|client_name|protocol|decode_responses|retry_on_timeout"
+    r"|health_check_interval|socket_(timeout|connect_timeout|keepalive)|ssl_[a-z_]+"
+)
+_FILES: Final = dict.fromkeys(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), Path.is_file) | {
+    "ssl_ca_path": Path.is_dir
+}
 _HARMLESS: Final = re.compile(r"db|protocol|decode_responses|client_name|max_connections|(ssl|socket|health|retry)_\w+")
+_PLAIN: Final = re.compile(r"[\w./~:-]{0,120}")  # no key in PEM, and none of any length
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,12 @@ class StoreURL:
         settings: what stands behind the question mark, decoded.
     """
 
-    text: str
+    text: str = field(repr=False)
     scheme: str
-    login: str
+    login: str = field(repr=False)
     authority: str
     path: str
-    settings: dict[str, str]
+    settings: dict[str, str] = field(repr=False)
 
     def hosts(self, default_port: int) -> tuple[str, ...]:
         """host:port each, with the port that was left out.
@@ -68,13 +79,14 @@ class StoreURL:
         return tuple(self._with_port(place, default_port) for place in places)
 
     def _with_port(self, place: str, default: int) -> str:
-        match = _HOST.fullmatch(place)
-        if match is None or (match[1].startswith("[") and not is_ipv6(match[1][1:-1])):
+        match = _PLACE.fullmatch(place)
+        host, port = match.groups() if match else ("", None)
+        if not (is_name(host) or (host.startswith("[") and is_address(host[1:-1], 6))):
             hint = "; an IPv6 address stands in brackets: [::1]:6379" if place.count(":") > 1 else ""
             raise unusable(self.text, f"expected host:port, got {_shown_host(place)!r}{hint}")
-        if match[2] is not None and not (match[2] and len(match[2]) <= 5 and 0 < int(match[2]) < 65536):
+        if port is not None and not (re.fullmatch("[1-9][0-9]{0,4}", port) and int(port) < 65536):
             raise unusable(self.text, "expected a port of 1 … 65535")
-        return f"{match[1]}:{default if match[2] is None else int(match[2])}"
+        return f"{host}:{default if port is None else port}"
 
 
 def read(text: str) -> StoreURL:
@@ -87,24 +99,38 @@ def read(text: str) -> StoreURL:
         raise ConfigError(f"expected a store URL as text, got {type(text).__name__}")
     if "://" not in text or text.partition("://")[0] not in FORMS:
         raise ConfigError(_unknown_scheme(text))
+    if not text.isprintable():
+        raise unusable(text, "it has characters that no URL has")
     match = _URL.fullmatch(text)
     if "#" in text or match is None:
         raise unusable(text, "special characters in users, passwords and settings must be percent-encoded: a # is %23")
     scheme, login, authority, path, query = match.groups(default="")
-    if not _ESCAPED.fullmatch(login):
+    if not _ESCAPED.fullmatch(login) or "\ufffd" in unquote(login):
         raise unusable(
             text, "special characters in users and passwords must be percent-encoded, and a login stands once"
         )
+    settings = _settings(text, scheme, query)
+    user, _, password = login.partition(":")
+    if (user and "username" in settings) or (password and "password" in settings):
+        raise unusable(text, "a login stands once: before the host, or in the settings")
+    return StoreURL(text, scheme, login, authority, path, settings)
+
+
+def _settings(text: str, scheme: str, query: str) -> dict[str, str]:
     pairs = parse_qsl(query, keep_blank_values=True)
     settings = dict(pairs)
     if len(settings) < len(pairs):
         raise unusable(text, "a setting stands twice")
-    for name in settings.keys() & set(_BEFORE):
-        raise unusable(text, f"{name} is no setting: {FORMS[scheme]}")
-    for name in _FILES:
-        if name in settings and not Path(settings[name]).exists():
-            raise unusable(text, f"there is no file {settings[name]!r} for {name}")
-    return StoreURL(text, scheme, login, authority, path, settings)
+    for name, value in pairs:
+        if name in _BEFORE:
+            raise unusable(text, f"{name} is no setting: {FORMS[scheme]}")
+        if not value:
+            raise unusable(text, "a setting has no value")
+        if not _SETTING.fullmatch(name):
+            raise unusable(text, f"there is no setting {name!r}")
+        if name in _FILES and not _FILES[name](Path(value)):
+            raise unusable(text, f"there is no file {_shown_value(name, value)!r} for {name}")
+    return settings
 
 
 def url_of(host: str, port: int) -> str:
@@ -115,14 +141,11 @@ def url_of(host: str, port: int) -> str:
     """
     if not isinstance(host, str):
         raise ConfigError(f"expected a host name in redis_host, got {type(host).__name__}")
-    if type(port) is not int or not 0 < port < 65536:
-        got = port if type(port) is int else type(port).__name__
-        raise ConfigError(f"expected a redis_port of 1 … 65535, got {got}")
+    check_number("redis_port", port, 0, 65535, whole=True)
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if is_ipv6(bare):
+    if is_address(bare, 6):
         return f"redis://[{bare}]:{port}"
-    match = _HOST.fullmatch(host)
-    if match is None or match[2] is not None or host.startswith("["):
+    if not is_name(host):
         raise ConfigError(
             'expected a host name or an address in redis_host, such as "localhost", "10.0.0.7" or "::1"; '
             "a port is redis_port=, and a URL is store="
@@ -130,10 +153,15 @@ def url_of(host: str, port: int) -> str:
     return f"redis://{host}:{port}"
 
 
-def is_ipv6(text: str) -> bool:
-    """Whether this is an IPv6 address, without a zone."""
+def is_name(text: str) -> bool:
+    """Whether this is a host name, or an IPv4 address in full: 127.1 and 0x7f000001 could be read in two ways."""
+    return bool(_NAME.fullmatch(text)) and (not _NUMBER_LAST.fullmatch(text) or is_address(text, 4))
+
+
+def is_address(text: str, version: int) -> bool:
+    """Whether this is an IP address of that version, without a zone."""
     try:
-        return ipaddress.ip_address(text).version == 6 and "%" not in text
+        return ipaddress.ip_address(text).version == version and "%" not in text
     except ValueError:
         return False
 
@@ -161,18 +189,23 @@ def shown(text: str) -> str:
 
 
 def _shown_host(host: str) -> str:
-    name, colon, port = host.rpartition(":") if re.match(r"[\w\[]", host) and ":" in host else (host, "", "")
-    if not re.fullmatch(r"[\w.\[\]:-]*", name):
-        return "***"
-    return f"{name}{colon}{port if re.fullmatch('[0-9]{0,5}', port) else '***'}"
+    match = _PLACE.fullmatch(host)
+    if match is None or not (re.fullmatch(r"[A-Za-z0-9._-]*", match[1]) or is_address(match[1][1:-1], 6)):
+        return host if is_address(host, 6) else "***"
+    port = match[2]
+    return match[1] if port is None else f"{match[1]}:{port if re.fullmatch('[0-9]{0,5}', port) else '***'}"
 
 
 def _shown_setting(setting: str) -> str:
     key, equals, value = setting.partition("=")
-    if not re.fullmatch(r"\w*", key):
-        return "***"
-    harmless = _HARMLESS.fullmatch(key) and "pass" not in key.lower()
-    return f"{key}{equals}{value if harmless or not value else '***'}"
+    if not re.fullmatch(r"\w*", key) or not (value or _SETTING.fullmatch(key)):
+        return "***" if setting else ""
+    return f"{key}{equals}{_shown_value(key, value)}"
+
+
+def _shown_value(key: str, value: str) -> str:
+    harmless = _HARMLESS.fullmatch(key) and "pass" not in key.lower() and _PLAIN.fullmatch(value)
+    return value if harmless or not value else "***"
 
 
 def _unknown_scheme(text: str) -> str:

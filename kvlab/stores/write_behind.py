@@ -14,8 +14,9 @@ from kvlab.stores.base import (
     StoreStats,
     Value,
     check_buffers,
+    check_keys,
     check_number,
-    check_pairs,
+    check_values,
     joined,
     place,
 )
@@ -62,7 +63,7 @@ class WriteBehind(Store):
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`. Copies the values and returns."""
-        check_pairs(keys, values, "value")
+        check_values(keys, values)
         queued = 0
         with self._changed:
             for key, value in zip(keys, values, strict=True):
@@ -118,6 +119,7 @@ class WriteBehind(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`."""
+        check_keys(keys)
         at = 0
         while at < len(keys):
             with self._changed:
@@ -131,12 +133,14 @@ class WriteBehind(Store):
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`."""
+        check_keys(keys)
         with self._changed:
             waiting = [self._pending(key) is not None for key in keys]
         return [w or there for w, there in zip(waiting, self.store.touch_many(keys), strict=True)]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Waits for the batch that is being written."""
+        check_keys(keys)
         with self._changed:
             gone = 0
             for key in set(keys):

@@ -10,7 +10,19 @@ import pytest
 
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import StoreStats
-from kvlab.stores.base import MAX_TTL_S, check_buffers, check_number, check_pairs, check_ttl, joined, pieces, place
+from kvlab.stores.base import (
+    MAX_TTL_S,
+    check_buffers,
+    check_clock,
+    check_keys,
+    check_number,
+    check_pairs,
+    check_ttl,
+    check_values,
+    joined,
+    pieces,
+    place,
+)
 
 
 def test_a_value_is_its_pieces_one_after_another() -> None:
@@ -34,11 +46,9 @@ def test_without_a_buffer_a_value_is_handed_over_as_it_is() -> None:
 
 def test_batches_must_fit_each_other() -> None:
     check_pairs([b"a", b"b"], [b"1", b"2"], "value")
-    check_pairs([], None, "value")
+    check_pairs([], [], "value")
     with pytest.raises(InputError, match="one value a key, got 2 keys and 1"):
         check_pairs([b"a", b"b"], [b"1"], "value")
-    with pytest.raises(InputError, match="writable"):
-        check_buffers([b"a", b"b"], [memoryview(bytearray(1)), memoryview(b"x")])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,48 @@ def test_batches_must_fit_each_other() -> None:
 )
 def test_keys_are_bytes_and_nothing_else(key: Any) -> None:
     with pytest.raises(InputError, match=f"keys as bytes, got {type(key).__name__}"):
-        check_pairs([b"a", key], None, "value")
+        check_keys([b"a", key])
+
+
+@pytest.mark.parametrize("keys", [None, 7, {b"a"}, {b"a": 1}, iter([b"a"])], ids=lambda b: type(b).__name__)
+def test_a_batch_is_a_sequence(keys: Any) -> None:
+    """Of a generator the first look would leave nothing: an empty batch, and no error."""
+    for check in (check_keys, lambda batch: check_pairs([b"a"], batch, "value")):
+        with pytest.raises(InputError, match=rf"expected .* list .*, got {type(keys).__name__}"):
+            check(keys)
+
+
+CONTIGUOUS = memoryview(b"abcdef")
+
+
+@pytest.mark.parametrize("value", [b"one", bytearray(b"one"), CONTIGUOUS, (), (b"a", CONTIGUOUS, bytearray(2))])
+def test_values_are_bytes_of_any_kind(value: Any) -> None:
+    check_values([b"a"], [value])
+
+
+@pytest.mark.parametrize(
+    "value", ["text", 7, None, [b"a"], (b"a", "text"), (b"a", (b"b",)), CONTIGUOUS[::2], (b"a", CONTIGUOUS[::-1])]
+)
+def test_values_are_nothing_else(value: Any) -> None:
+    with pytest.raises(InputError, match="values as bytes"):
+        check_values([b"good", b"a"], [b"good", value])
+
+
+@pytest.mark.parametrize(
+    "out", [memoryview(b"read only"), memoryview(bytearray(9))[::2], bytearray(9), b"bytes", 7, None]
+)
+def test_buffers_are_views_that_can_be_written_from_end_to_end(out: Any) -> None:
+    check_buffers([b"a"], [memoryview(bytearray(9))])
+    check_buffers([b"a"], None)
+    with pytest.raises(InputError, match="memoryviews, writable and contiguous"):
+        check_buffers([b"good", b"a"], [memoryview(bytearray(9)), out])
+
+
+def test_a_clock_can_be_asked() -> None:
+    check_clock(lambda: 0.0)
+    for wrong in (0.0, None, "now", True):
+        with pytest.raises(ConfigError, match=rf"clock as a function .* got {type(wrong).__name__}"):
+            check_clock(wrong)
 
 
 @pytest.mark.parametrize("value", [0.001, 1, 2.5, 10])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
-from urllib.parse import quote, urlencode
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlencode
 
 import redis
 
@@ -16,6 +16,7 @@ from kvlab.stores.redis.sentinel import Sentinel
 from kvlab.stores.redis.topology import SingleServer, Topology
 from kvlab.stores.url import FORMS, StoreURL, read, shown, unusable
 
+_PATH_BYTES: Final = 107
 _fake_servers: dict[str, Any] = {}
 
 
@@ -36,8 +37,11 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
     if base == "memory":
         raise unusable(url, "a MemoryStore, which open_store makes")
     if base == "unix":
-        if told.authority or not re.fullmatch(r"/[^\s\0]+", told.path):
+        if told.authority or not re.fullmatch(r"/[^\s,]*[^\s,/]", told.path) or "\0" in unquote(told.path):
             raise unusable(url, f"expected {FORMS[base]}")
+        if len(unquote(told.path).encode()) > _PATH_BYTES:
+            raise unusable(url, f"expected a path of at most {_PATH_BYTES} bytes, which is all that sockets can have")
+        _database(told, "")
     else:
         if "," in told.authority:
             raise unusable(url, "several hosts are a cluster or sentinels: redis-cluster://…, redis-sentinel://…/NAME")
@@ -85,9 +89,10 @@ def _several(
 
 def _database(told: StoreURL, database: str) -> None:
     """Check what stands in the place of a database number."""
-    if not re.fullmatch(r"[0-9]{0,9}", database):
+    named = {database, told.settings.get("db", "")} - {""}
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", number) for number in named):
         raise unusable(told.text, "expected a database number last")
-    if len({database, told.settings.get("db", "")} - {""}) > 1:
+    if len(named) > 1:
         raise unusable(told.text, "it names two databases")
 
 

@@ -28,9 +28,11 @@ from kvlab.stores.base import (
     StoreStats,
     Value,
     check_buffers,
+    check_clock,
+    check_keys,
     check_number,
-    check_pairs,
     check_ttl,
+    check_values,
     pieces,
 )
 from kvlab.stores.deadline import Deadline
@@ -111,6 +113,7 @@ class RedisStore(Store):
         check_ttl(ttl_s)
         check_number("deadline_s", deadline_s, 0, MAX_DEADLINE_S, "seconds")
         check_number("max_connections", max_connections, 0, MAX_CONNECTIONS, whole=True)
+        check_clock(clock)
         if not isinstance(read_replicas, bool):
             raise ConfigError(f"expected read_replicas as True or False, got {type(read_replicas).__name__}")
         self._topology = topology_of(url, max_connections, read_replicas, clock)
@@ -169,7 +172,7 @@ class RedisStore(Store):
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`. A value too large for its server is dropped before a byte of it is sent."""
-        check_pairs(keys, values, "value")
+        check_values(keys, values)
         sizes = [_nbytes(value) for value in values]
         batch = Batch("put", [KEY_PREFIX + key for key in keys], values=values, sizes=sizes, ttl_ms=self._ttl_ms)
         replies = self._answer(batch, Deadline(self._deadline_s))
@@ -185,12 +188,12 @@ class RedisStore(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`. Keys of a server that does not answer are not there."""
-        replies = self._ask([KEY_PREFIX + key for key in keys], b"EXISTS", reading=True)
+        replies = self._ask(_names(keys), b"EXISTS", reading=True)
         return next((i for i, there in enumerate(replies) if there != 1), len(keys))
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`. False for keys of a server that does not answer."""
-        names = [KEY_PREFIX + key for key in keys]
+        names = _names(keys)
         replies = self._ask(names, *self._touch)
         if self._ttl_ms is None and any(isinstance(reply, Exception) and says_no(reply) for reply in replies):
             replies = self._ask(names, b"EXISTS")  # a user who may only read: what is used goes unnoticed
@@ -198,7 +201,7 @@ class RedisStore(Store):
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Those of a server that does not answer are not counted."""
-        return sum(reply == 1 for reply in self._ask([KEY_PREFIX + key for key in keys], b"DEL"))
+        return sum(reply == 1 for reply in self._ask(_names(keys), b"DEL"))
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -345,6 +348,11 @@ def _answers(batch: Batch, parts: Sequence[SubBatch], deadline: Deadline) -> lis
                 job.abandon()
         deadline.cover(ends)
     return answers
+
+
+def _names(keys: Sequence[bytes]) -> list[bytes]:
+    check_keys(keys)
+    return [KEY_PREFIX + key for key in keys]
 
 
 def _nbytes(value: Value) -> int:

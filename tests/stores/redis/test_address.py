@@ -246,6 +246,13 @@ REFUSED = [
     ("redis-sentinel://a:1/main/2/3", "database number"),
     ("redis-sentinel://me:sec/ret@a:1/main", "percent-encoded"),
     ("redis-sentinel://me:sec#ret@a:1/main", "percent-encoded"),
+    ("redis://a/1?db=2", "two databases"),
+    ("redis-sentinel://a/main/1?db=2", "two databases"),
+    ("redis://me:secret@a?password=secret", "a login stands once"),
+    ("redis-cluster://me:secret@a?username=you", "a login stands once"),
+    ("redis://a?sentinel_password=secret", "no setting 'sentinel_password'"),
+    ("redis-cluster://a?sentinel_password=secret", "no setting 'sentinel_password'"),
+    ("redis://a?ssl_check_hostname=false", "no setting 'ssl_check_hostname'"),
     ("redis-cluster://a:1,", "host:port,host:port"),
     ("redis-cluster://,a:1", "host:port,host:port"),
     ("redis-sentinel://a:1,,b:2/main", "host:port,host:port"),
@@ -267,7 +274,7 @@ def test_a_url_that_cannot_work_is_refused_at_once_and_says_why(url: str, says: 
         ("redis://a:1,b:2", "several hosts are a cluster or sentinels"),
         ("redis-cluster://a:1,redis-cluster://b:2", "expected redis-cluster://host:port,host:port"),
         ("redis-cluster://a:1, b:2", "expected redis-cluster://host:port,host:port"),
-        ("redis-cluster://a:1x,b:2", r"'redis-cluster://a:\*\*\*,b:2' \(expected host:port, got 'a:\*\*\*'"),
+        ("redis-cluster://a:1x,b:2", r"'redis-cluster://a:\*\*\*,b:2' \(expected a port of 1 … 65535"),
         ("redis-cluster://a:1;b:2", "expected host:port, got"),
         ("redis-cluster://me:pass@a:1,me:pass@b:2", "a login stands once"),
         ("redis-sentinel://a:1/main?sentinel_password=se#cret", "must be percent-encoded"),
@@ -281,6 +288,121 @@ def test_a_url_that_cannot_work_is_refused_at_once_and_says_why(url: str, says: 
 def test_what_newcomers_write_is_told_in_their_own_words(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RedisStore(url)
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://h:1/2", "unix:///tmp/x.sock", "fakeredis://", "fakeredis://a"])
+def test_one_server_has_no_replicas_to_read(url: str) -> None:
+    with pytest.raises(ConfigError, match="read_replicas is for redis-cluster:// and redis-sentinel://"):
+        RedisStore(url, read_replicas=True)
+
+
+# --- databases and paths ------------------------------------------------------------------------
+DATABASES = [
+    "redis://h/{}",
+    "rediss://h:1?db={}",
+    "unix:///run/redis.sock?db={}",
+    "redis-sentinel://h/main/{}",
+    "redis-sentinel://h/main?db={}",
+]
+
+
+@pytest.mark.parametrize("form", DATABASES)
+@pytest.mark.parametrize("database", [0, 1, 15, 999_999_999])
+def test_a_database_is_a_number(form: str, database: int) -> None:
+    url = form.format(database)
+    told = server(url) if "sentinel" in url else facts(read(url).shards()[0].master.pool)
+    assert told["db"] == database
+
+
+@pytest.mark.parametrize("form", DATABASES)
+@pytest.mark.parametrize(
+    "database", ["-1", "+1", "1.0", "1e1", "x", "01", "00", "１", "2/3", "9999999999", "0x1", "True", "1_0", "%20"]
+)
+def test_a_database_that_is_no_number_is_refused(form: str, database: str) -> None:
+    with pytest.raises(ConfigError, match="database number"):
+        RedisStore(form.format(database))
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("unix:///run/redis.sock", "/run/redis.sock"),
+        ("unix:///x", "/x"),
+        ("unix:////x", "//x"),
+        ("unix:///run/a%20b%2Cc.sock", "/run/a b,c.sock"),
+        ("unix:///run/ü.sock", "/run/ü.sock"),
+        ("unix://me:secret@/run/redis.sock?db=2", "/run/redis.sock"),
+        ("unix:///" + "a" * 106, "/" + "a" * 106),
+    ],
+)
+def test_a_socket_has_a_path_from_the_root(url: str, path: str) -> None:
+    assert facts(read(url).shards()[0].master.pool)["path"] == path
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "unix://",
+        "unix:///",
+        "unix://run/redis.sock",
+        "unix://localhost/run/redis.sock",
+        "unix://:6379/run/redis.sock",
+        "unix://./redis.sock",
+        "unix://~/redis.sock",
+        "unix://@run/redis.sock",
+        "unix:///run/",
+        "unix:///run/a b",
+        "unix:///run/a\0b",
+        "unix:///run/a%00b",
+        "unix:///run/a,/run/b",
+        "unix:///run/a,unix:///run/b",
+        "unix:///" + "a" * 107,
+        "unix:///" + "%C3%BC" * 54,
+    ],
+)
+def test_a_socket_that_can_be_no_path_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"unix:///path/to\.sock|at most 107 bytes|characters that no URL has"):
+        RedisStore(url)
+
+
+@pytest.mark.parametrize("name", ["", "a", "A-1_b.c", "0"])
+def test_a_fake_server_may_have_a_name(name: str) -> None:
+    assert isinstance(read(f"fakeredis://{name}").shards()[0].master.pool, FakePool)
+
+
+@pytest.mark.parametrize("rest", ["a/", "a/0", "a:1", "me:x@a", "/", "a b", "a,b", "a?db=1", "ü", "[::1]"])
+def test_a_fake_server_has_nothing_but_a_name(rest: str) -> None:
+    with pytest.raises(ConfigError, match="store URL"):
+        RedisStore(f"fakeredis://{rest}")
+
+
+# --- settings that would not be heard -------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["redis://a", "rediss-cluster://a:1", "redis-sentinel://a:1/main"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("timeout=20", "max_connections=5", "retry=1", "retry_on_error=x", "read_only=1", "driver_info=x"),
+        *("credential_provider=x", "redis_connect_func=x", "event_dispatcher=x", "command_packer=x"),
+        *("parser_class=x", "connection_class=x", "host=b", "port=1", "path=/x", "encoding=latin1", "socket_type=9"),
+        *("maint_notifications_config=x", "lib_name=x", "no_such=1", "=1", "a b=1"),
+        *("db=", "db", "password=", "username", "client_name=", "ssl_ca_certs=", "?"),
+        *("db=1&db=1", "password=x&password=x", "socket_timeout=soon", "health_check_interval=1.5"),
+    ],
+)
+def test_a_setting_that_would_not_be_heard_is_refused(kind: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match="not a usable store URL"):
+        RedisStore(f"{kind}?{setting}")
+
+
+@pytest.mark.parametrize("name", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path"])
+def test_files_must_be_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    right, wrong = ("folder", "file") if name == "ssl_ca_path" else ("file", "folder")
+    RedisStore(f"rediss://h?{name}={tmp_path / right}")
+    for path in (tmp_path / wrong, tmp_path / "none", "none"):
+        with pytest.raises(ConfigError, match=f"there is no file .* for {name}"):
+            RedisStore(f"rediss://h?{name}={path}")
 
 
 def test_nothing_is_connected_until_the_first_call() -> None:
