@@ -1,1 +1,1 @@
-"""What a block is called (`identity`), what its bytes are (`record`) and how they are packed (`codecs`)."""
+"""What a block is called (`keys`), what its bytes are (`record`) and how they are packed (`codecs`)."""

@@ -2,7 +2,8 @@
 
 Two requests may share KV only if everything that shaped it is the same: weights, config,
 tokenizer, adapter, compute dtype, precision, tenant, block size, and every token from the
-first on. All of that goes into a SHA-256 chain, version 1 of which is frozen here:
+first on. All of that goes into a SHA-256 chain, version 1 of which is frozen here (the
+fingerprint and its digests are computed in `kvlab.model.fingerprint`, the keys in this module):
 
     field(x)    = length of x as u32 little-endian, then x
     fingerprint = SHA256( field("kvlab/1/fingerprint") field(config) field(weights digest)
@@ -25,7 +26,9 @@ ASCII, other letters escaped as `json.dumps` does, floats in the shortest form t
 (`json.dumps(x, sort_keys=True, separators=(",", ":"))`). `config` is the JSON of the
 allow-listed fields (`KV_FIELDS`); `rope_scaling` is null or an object with the five fields of
 `kvlab.model.llama.RopeScaling`. A dtype is torch's name for it, "float32". Tensor bytes
-are row-major, little-endian; an output head that is only the tied embedding again is left out.
+are row-major, little-endian. Two kinds of tensor are left out, because they follow from the rest:
+an output head ("lm_head.weight") that is only the tied embedding ("model.embed_tokens.weight")
+again, and the buffers of RoPE that older files store ("….rotary_emb.inv_freq").
 Keys keep all 32 bytes. Why SHA-256: builtin `hash` differs between processes, and
 non-cryptographic hashes can be forged, which in a shared cache means reading another
 tenant's KV (CVE-2025-25183).
@@ -73,7 +76,10 @@ class KVSpec:
     Attributes:
         layers, heads, head_dim: L, H (KV heads) and D. There are always 2 planes, keys and values.
         dtype: what the model computes in, and the dtype of loaded KV.
-        fingerprint: 32 bytes from `fingerprint()`.
+        fingerprint: 32 bytes; `kvlab.model.fingerprint` computes them.
+
+    Raises:
+        ConfigError: a size that is no positive integer, or a fingerprint of another length.
     """
 
     layers: int
@@ -83,7 +89,8 @@ class KVSpec:
     fingerprint: bytes
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.heads, self.head_dim) < 1 or len(self.fingerprint) != KEY_BYTES:
+        sizes = (self.layers, self.heads, self.head_dim)
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or len(self.fingerprint) != KEY_BYTES:
             raise ConfigError(f"expected positive sizes and a fingerprint of {KEY_BYTES} bytes, got {self}")
 
     def kv_bytes_per_token(self, precision: str = "fp32") -> int:

@@ -22,13 +22,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlab.errors import InputError
+
+if TYPE_CHECKING:
+    from kvlab.model.digests import Digests
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -193,20 +196,27 @@ class Llama(nn.Module):
     """The whole model.
 
     `attend` may replace the attention function: notebook 01 puts the learner's own there.
-    `folder` is where the weights came from (None for a model made in memory); the
-    fingerprint of `kvlab.core.keys` is computed from it.
+    `folder` is where the weights were loaded from, and `digests` what they were: the model's
+    identity (`kvlab.model.fingerprint`). Whoever changes weights in memory says so with
+    `model.folder = None`: then the identity is computed from what is in memory.
     """
 
     def __init__(self, config: LlamaConfig, attend: Attention = attention) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
         self.attend = attend
         self.folder: Path | None = None
+        self.digests: Digests | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._angles = torch.empty(0)  # filled on first use; see rope
+        self._angles = torch.empty(0)  # filled as far as it is needed; see rope
+
+    @property
+    def config(self) -> LlamaConfig:
+        """What the model was built from. It cannot be replaced: the layers would not follow."""
+        return self._config
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +290,8 @@ class Llama(nn.Module):
         return ids[None]
 
     def _check_room(self, T: int, kv: Tensor | None, start: int) -> None:
-        room = self.config.max_position_embeddings if kv is None else kv.shape[4]
+        context = self.config.max_position_embeddings
+        room = context if kv is None else min(context, kv.shape[4])
         if start < 0 or start + T > room:
             raise InputError(f"tokens {start} … {start + T} do not fit: there is room for {room}")
         if kv is None and start:
@@ -291,8 +302,25 @@ class Llama(nn.Module):
 
         Angles are computed in FP32 and kept: at position 4000 an FP16 angle is off by whole radians.
         """
-        if self._angles.shape[0] < start + T or self._angles.device != self.device:
-            positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
-            self._angles = torch.outer(positions, rope_frequencies(self.config)).to(self.device)
-        angles = self._angles[start : start + T]
+        end = start + T
+        angles = self._angles
+        ready = angles.shape[0] if angles.device == self.device else 0
+        if end > ready:
+            positions = torch.arange(max(end, 2 * ready), dtype=torch.float32)
+            angles = self._angles = torch.outer(positions, rope_frequencies(self.config)).to(self.device)
+        angles = angles[start:end]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    # --- two changes of the weights that torch tells of: what was loaded no longer describes them
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the model forgets its folder."""
+        self.folder = self.digests = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `half`, `to` and the like call. Another dtype rounds the weights; another device changes nothing."""
+        before = self.dtype
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.dtype != before:
+            self.folder = self.digests = None
+        return self

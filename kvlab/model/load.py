@@ -1,184 +1,84 @@
-"""Read a model folder in Hugging Face's layout: config.json, *.safetensors, tokenizer.json.
+"""Load a model folder in Hugging Face's layout: config.json, safetensors, tokenizer.json.
 
-Only safetensors are read, never a pickle, and nothing is downloaded. `load_model()` without an
-argument gives the trained model that ships with the package; `pretrained/README.md` says
-how it was trained and what it is not.
+Nothing is downloaded, and nothing but JSON and safetensors is read (`kvlab.model.files`).
+`load_model()` without an argument gives the trained model that ships with the package;
+`pretrained/README.md` says how it was trained and what it is not.
 """
 
 from __future__ import annotations
 
-import json
-import operator
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvlab.errors import ConfigError, ModelError
-from kvlab.model.llama import Llama, LlamaConfig, RopeScaling
-
-T = TypeVar("T")
+from kvlab.model.config import config_of
+from kvlab.model.digests import Digests, FolderWeights, Progress, tokenizer_of
+from kvlab.model.files import ModelFolder, read_folder
+from kvlab.model.llama import Llama, LlamaConfig
+from kvlab.model.stored import EMBEDDING, HEAD, StoredTensor
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+log = logging.getLogger("kvlab")
 
 
-def load_model(folder: str | Path = PRETRAINED, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
+def load_model(
+    folder: str | Path = PRETRAINED,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Llama:
     """Load a Llama for inference.
+
+    What comes back does not depend on the folder any more: weights are copied, and the model
+    keeps the digests of what was read. Weights are hashed on their way, once for each state of
+    their files (`kvlab.model.digests`).
 
     Args:
         folder: a Hugging Face-format folder; the shipped model by default.
         dtype: what to compute in. FP32 is the default because only there does a cached
             prefix give exactly the tokens that no cache gives.
         device: "cpu", or "cuda" if asked.
+        progress: called as `progress(done, total)` in bytes of weights.
 
     Raises:
-        ModelError: not a model folder, not a plain Llama, or weights missing, truncated or
-            of the wrong shape.
+        ModelError: not a model folder, not a plain Llama, weights missing, truncated or of the
+            wrong shape, or files that change while they are read.
         ConfigError: an unknown device, or CUDA was asked for and is not there.
     """
-    folder = Path(folder)
-    config = read_config(folder)
     _check_device(device)
+    return read_folder(folder, lambda files: _load(files, dtype, device, progress))
+
+
+def _load(files: ModelFolder, dtype: torch.dtype, device: str, progress: Progress | None) -> Llama:
+    config = config_of(files)
+    weights = FolderWeights(files, config.tie_word_embeddings)
+    _check_weights(config, weights.stored, files)
+    state = {name: t.to(device=device, dtype=dtype) for name, t in weights.tensors(progress)}
+    config = _with_head(config, state, files)
     with torch.device("meta"):  # no memory, no random initialisation
         model = Llama(config)
-    state = {name: t.to(device=device, dtype=dtype) for name, t in read_weights(folder)}
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    _check_weights(model, state, folder)
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:  # assign made two Parameters of the one tensor
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.folder = folder
+    model.folder, model.digests = files.name, Digests(weights.digest(), tokenizer_of(files))
     return model.requires_grad_(False).eval()
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """Parse `config.json`, as transformers 4 or 5 writes it.
-
-    Raises:
-        ModelError: missing, not JSON, not a Llama, or with a feature this model does not have.
-    """
-    raw = read_json(folder, "config.json")
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise ModelError(f"{folder}: expected a model of type 'llama', got {kind!r}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{folder}: expected hidden_act 'silu', got {raw['hidden_act']!r}")
-    missing = [k for k in SIZES if not (type(raw.get(k)) is int and raw[k] > 0)]
-    if missing:
-        raise ModelError(f"{folder}/config.json: expected positive integers for {', '.join(missing)}")
-    try:
-        config = _parse(raw)
-    except KeyError as error:
-        raise ModelError(f"{folder}/config.json: {error} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder}/config.json: {error}") from error
-    heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if not (kv_heads > 0 and heads % kv_heads == 0 and D > 0 and D % 2 == 0):
-        raise ModelError(
-            f"{folder}: expected KV heads to divide heads and an even head dim, got "
-            f"{heads} heads, {kv_heads} KV heads, head dim {D}"
-        )
+def _with_head(config: LlamaConfig, state: dict[str, Tensor], files: ModelFolder) -> LlamaConfig:
+    """The config that the stored output head leaves: a head that differs from the embedding is not tied to it."""
+    if not config.tie_word_embeddings:
+        return config
+    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+        log.warning("%s: config.json ties the output head, but the file holds another one, which is used", files.name)
+        return replace(config, tie_word_embeddings=False)
+    state[HEAD] = state[EMBEDDING]
     return config
-
-
-def _parse(raw: dict[str, Any]) -> LlamaConfig:
-    """The config's fields; a field of a wrong type raises ValueError and names it."""
-    heads = raw["num_attention_heads"]
-    theta, scaling = _rope(raw)
-    return LlamaConfig(
-        **{k: raw[k] for k in SIZES},
-        num_key_value_heads=_field(raw, "num_key_value_heads", operator.index, heads),
-        head_dim=_field(raw, "head_dim", operator.index, raw["hidden_size"] // heads),
-        rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        eos_token_ids=_field(raw, "eos_token_id", _token_ids, ()),
-    )
-
-
-def _field(raw: dict[str, Any], name: str, convert: Callable[[Any], T], default: T) -> T:
-    value = raw.get(name)
-    try:
-        return default if value is None else convert(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is {value!r} ({error})") from error
-
-
-def _token_ids(value: object) -> tuple[int, ...]:
-    ids: list[Any] = value if isinstance(value, list) else [value]
-    return tuple(operator.index(t) for t in ids)
-
-
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for every weight of the folder, in order of name within each file.
-
-    Raises:
-        ModelError: no safetensors, or a file that is damaged or cut short.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder}: no *.safetensors file; pickled weights (*.bin, *.pt) are not read: convert them first"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in sorted(weights.keys()):
-                    yield name, weights.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: damaged or cut short ({error}); copy the file again") from error
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of a model folder.
-
-    Raises:
-        ModelError: the file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: not a model folder: {name} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{folder}/{name}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Transformers 5 keeps everything in `rope_parameters`; 4 had `rope_theta` and `rope_scaling`."""
-    params = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(params, dict):
-        raise ValueError(f"expected rope_parameters to be an object, got {params!r}")
-    theta = _field({"rope_theta": raw.get("rope_theta"), **params}, "rope_theta", float, 10000.0)
-    kind = params.get("rope_type", params.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind, float(params["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind,
-            float(params["factor"]),
-            float(params["low_freq_factor"]),
-            float(params["high_freq_factor"]),
-            int(params["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"expected RoPE of type default, linear or llama3, got {kind!r}")
 
 
 def _check_device(device: str) -> None:
@@ -190,19 +90,40 @@ def _check_device(device: str) -> None:
         raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='cpu'")
 
 
-def _check_weights(model: Llama, state: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in state.items()}
-    if expected == got:
-        return
-    missing = sorted(expected.keys() - got.keys())
-    extra = sorted(got.keys() - expected.keys())
-    wrong = [
-        f"{n} {got[n]} instead of {expected[n]}" for n in sorted(expected.keys() & got.keys()) if expected[n] != got[n]
-    ]
+def _check_weights(config: LlamaConfig, stored: Mapping[str, StoredTensor], files: ModelFolder) -> None:
+    """Compare what the config promises with what the files hold, before any of it is read."""
+    expected = _expected_shapes(config, len(stored), files)
+    got = {name: tensor.shape for name, tensor in stored.items()}
+    if config.tie_word_embeddings:
+        got.setdefault(HEAD, expected[HEAD])
+    faults = {
+        "missing": sorted(expected.keys() - got.keys()),
+        "unknown": sorted(got.keys() - expected.keys()),
+        "wrong shape": [
+            f"{n} {got[n]} instead of {expected[n]}"
+            for n in sorted(expected.keys() & got.keys())
+            if expected[n] != got[n]
+        ],
+        "not floating point": [f"{n} {t.dtype}" for n, t in stored.items() if t.dtype not in _WEIGHT_DTYPES],
+    }
     parts = [
-        f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unknown", extra), ("wrong shape", wrong))
-        if names
+        f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for what, names in faults.items() if names
     ]
-    raise ModelError(f"{folder}: the weights do not fit config.json; {'; '.join(parts)}")
+    if any(name.endswith(".bias") for name in faults["missing"] + faults["unknown"]):
+        parts.append(f"attention_bias is {config.attention_bias} and mlp_bias {config.mlp_bias}")
+    if parts:
+        raise ModelError(f"{files.name}: the weights do not fit config.json; {'; '.join(parts)}")
+
+
+def _expected_shapes(config: LlamaConfig, stored: int, files: ModelFolder) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model of this config. Sizes that no file can hold are refused before they cost memory."""
+    if config.num_hidden_layers > stored:
+        raise ModelError(
+            f"{files.name}: the weights do not fit config.json; "
+            f"num_hidden_layers is {config.num_hidden_layers}, and there are only {stored} weights"
+        )
+    try:
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in Llama(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ModelError(f"{files.name}: config.json has sizes that no model has ({error})") from error

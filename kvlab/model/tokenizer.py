@@ -1,5 +1,8 @@
 """Text to tokens and back, by Hugging Face's `tokenizers` library from a folder's tokenizer.json.
 
+That file alone says what the tokens of a text are. Other programs keep settings of a run in it
+(truncation, padding, dropout); they are left aside, and so is `tokenizer_config.json`.
+
 Also the frozen held-out text: modules written for this project that no model was trained
 on. Every exact number of the course comes from it, so it never changes.
 """
@@ -12,6 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 
 from kvlab.errors import InputError, ModelError
+from kvlab.model.digests import TOKENIZER, tokenizer_digest
+from kvlab.model.files import read_folder
 from kvlab.model.load import PRETRAINED
 
 HELD_OUT = Path(__file__).parent / "heldout.txt"
@@ -21,16 +26,30 @@ _FILE_MARK = "=== "
 class Tokenizer:
     """A model folder's tokenizer.
 
+    Attributes:
+        digest: of the file that was read, for a fingerprint.
+
+    Raises:
+        ModelError: the folder has no tokenizer.json, or a damaged one.
+
     >>> Tokenizer().decode(Tokenizer().encode("def f(x):"))
     'def f(x):'
     """
 
     def __init__(self, folder: str | Path = PRETRAINED) -> None:
-        file = Path(folder) / "tokenizer.json"
+        where = Path(folder) / TOKENIZER
+        data = read_folder(folder, lambda files: files.read(TOKENIZER))
+        if data is None:
+            raise ModelError(f"{where}: not a tokenizer (there is no such file)")
         try:
-            self._tokenizer = _Tokenizer.from_str(file.read_text("utf-8"))
-        except Exception as error:  # the library raises bare Exception for bad JSON
-            raise ModelError(f"{file}: not a tokenizer ({error})") from error
+            self.digest = tokenizer_digest(data, str(where))
+            self._tokenizer = _Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for what it does not understand
+            raise ModelError(f"{where}: not a tokenizer ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
 
     @property
     def vocab_size(self) -> int:

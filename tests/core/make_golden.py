@@ -20,7 +20,8 @@ from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import Format
 from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.model import Llama
-from kvlab.model.fingerprint import digest_tensors, fingerprint
+from kvlab.model.fingerprint import digest_tensors
+from kvlab.model.fingerprint import fingerprint_of_model as fingerprint
 from tests.harness.helpers import build_model, joined
 
 HERE = Path(__file__).parent

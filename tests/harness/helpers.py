@@ -15,7 +15,7 @@ from torch import Tensor
 from kvlab.core import record
 from kvlab.core.keys import KVSpec
 from kvlab.model import Llama, LlamaConfig
-from kvlab.model.load import SIZES
+from kvlab.model.config import SIZES
 from kvlab.stores import Health, Store, StoreStats, Value
 
 HEADER_BYTES = 128

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kvlab.errors import ConfigError, ModelError
 from kvlab.model import PRETRAINED, Llama, load_model
 from kvlab.model.llama import RopeScaling
-from kvlab.model.load import read_config
+from kvlab.model.config import read_config
 from tests.harness.helpers import build_model, edit_json, save_folder
 
 TOKENS = torch.arange(20)[None]
