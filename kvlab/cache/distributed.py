@@ -12,6 +12,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.model.fingerprint import spec_of
 from kvlab.stores import Health, Store, open_store
-from kvlab.stores.base import MAX_VALUE_BYTES
+from kvlab.stores.base import MAX_VALUE_BYTES, told
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 from kvlab.stores.url import url_of
@@ -126,8 +127,11 @@ class DistributedKVCache(KVCache):
         """See `KVCache.load`."""
         spec, ns = self._bound()
         B = ns.block_tokens
-        if start % B or stop % B or not 0 <= start <= stop <= len(tokens):
-            raise InputError(f"expected 0 <= start <= stop <= {len(tokens)} in steps of {B}, got {start} and {stop}")
+        count = _count_of(tokens)
+        _check_positions(start, stop)
+        if start % B or stop % B or not 0 <= start <= stop <= count:
+            got = f"{told(start)} and {told(stop)}"
+            raise InputError(f"expected 0 <= start <= stop <= {count} in steps of {B}, got {got}")
         _check_kv(out, spec, stop - start)
         chain = ns.keys(tokens[:stop])
         before, keys = chain[: start // B], chain[start // B :]
@@ -145,7 +149,8 @@ class DistributedKVCache(KVCache):
         """
         spec, ns = self._bound()
         B = ns.block_tokens
-        _check_kv(kv, spec, len(tokens))
+        _check_kv(kv, spec, _count_of(tokens))
+        _check_positions(start)
         chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
         present = self.store.touch_many(chain)
@@ -221,7 +226,7 @@ class DistributedKVCache(KVCache):
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if not (block_tokens is None or (type(block_tokens) is int and 0 < block_tokens < 2**32)):
-            raise ConfigError(f"expected a block of at least one token, a whole number, got {block_tokens!r}")
+            raise ConfigError(f"expected a block of at least one token, a whole number, got {told(block_tokens)}")
         if self.spec is None:
             if block_tokens is not None:
                 raise ConfigError("expected model= with block_tokens=: only the token calls have blocks")
@@ -342,6 +347,19 @@ def _salt_bytes(salt: str | bytes) -> bytes:
     except UnicodeEncodeError:
         pass
     raise ConfigError(f"expected the salt as text or bytes, got {type(salt).__name__}; is a setting missing?")
+
+
+def _count_of(tokens: Sequence[int]) -> int:
+    try:
+        return len(tokens)
+    except TypeError:
+        raise InputError(f"expected tokens as a list of numbers, got {type(tokens).__name__}") from None
+
+
+def _check_positions(*positions: int) -> None:
+    for position in positions:
+        if not isinstance(position, Integral) or isinstance(position, bool):
+            raise InputError(f"expected positions as whole numbers, got {told(position)}")
 
 
 def _check_kv(kv: Tensor, spec: KVSpec, tokens: int) -> None:

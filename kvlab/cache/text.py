@@ -6,7 +6,7 @@ those of the token calls: another record kind, another key domain, any shape, on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kvlab.core.precisions import Unholdable
 from kvlab.core.record import BadRecord, Format
 from kvlab.errors import InputError
 from kvlab.stores import Store
+from kvlab.stores.base import told
 from kvlab.stores.faults import Reason
 
 
@@ -31,7 +32,7 @@ class TextRecords:
 
     store: Store
     format: Format
-    salt: bytes
+    salt: bytes = field(repr=False)
     fingerprint: bytes
 
     def put(self, prefix: str, layer: int, keys: Tensor, values: Tensor) -> tuple[Reason | None, int]:
@@ -75,9 +76,9 @@ class TextRecords:
 
     def _key(self, prefix: str, layer: int) -> bytes:
         if not (isinstance(prefix, str) and prefix and prefix.encode(errors="replace").decode() == prefix):
-            raise InputError(f"expected a non-empty text as prefix, got {prefix!r}")
-        if not (isinstance(layer, int) and 0 <= layer < 2**32):
-            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {layer!r}")
+            raise InputError(f"expected a text as prefix, not empty and encodable, got {told(prefix)}")
+        if type(layer) is not int or not 0 <= layer < 2**32:
+            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {told(layer)}")
         return text_key(prefix, layer, self.format.precision, self.salt, self.fingerprint)
 
 

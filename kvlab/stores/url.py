@@ -16,7 +16,7 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote
 
 from kvlab.errors import ConfigError
-from kvlab.stores.base import check_number
+from kvlab.stores.base import told
 
 FORMS: Final = {
     "memory": "memory://",
@@ -141,7 +141,8 @@ def url_of(host: str, port: int) -> str:
     """
     if not isinstance(host, str):
         raise ConfigError(f"expected a host name in redis_host, got {type(host).__name__}")
-    check_number("redis_port", port, 0, 65535, whole=True)
+    if type(port) is not int or not 0 < port < 65536:
+        raise ConfigError(f"expected a redis_port of 1 … 65535, got {told(port)}")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if is_address(bare, 6):
         return f"redis://[{bare}]:{port}"
@@ -180,7 +181,7 @@ def shown(text: str) -> str:
     if "#" in rest or "@" in query:  # where the login ends is not certain
         return f"{scheme}://***"
     login, at, place = before.rpartition("@")
-    user = re.match(r"\w*", login)
+    user = re.match(r"\w*(?=.*:.)", login)  # without a password behind it, it may be one
     told = f"{user[0] if user else ''}:***@" if ":" in login else f"{'***' if login else ''}{at}"
     hosts, slash, path = place.partition("/")
     told += ",".join(map(_shown_host, hosts.split(",")))

@@ -85,6 +85,7 @@ class Discovered(Topology):
     ) -> None:
         super().__init__()
         self._seeds = seeds
+        self.secrets = tuple({secret for seed in seeds for secret in seed.secrets})
         self._make_node = make_node
         self._read_replicas = read_replicas
         self._clock = clock

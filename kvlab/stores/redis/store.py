@@ -280,7 +280,7 @@ class RedisStore(Store):
         try:
             shards = self._topology.ask(deadline)
         except Exception as error:
-            return Health(False, f"{where}: {in_words(error)}{self._known_before()}")
+            return Health(False, f"{where}: {in_words(error, self._topology.secrets)}{self._known_before()}")
         if self._topology.unserved():
             return Health(False, f"{where}: no server has {self._topology.unserved()} of {SLOTS} slots")
         found = self._examined(shards, deadline)

@@ -46,10 +46,12 @@ class Topology(ABC):
         multi_node: whether there can be several servers.
         health_commands: what `health` tries on each server besides the store's own commands.
         faults: questions for the map that failed while an older one was there, by reason.
+        secrets: what messages about those who tell the map must not show.
     """
 
     multi_node = True
     health_commands: tuple[Command, ...] = ()
+    secrets: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
