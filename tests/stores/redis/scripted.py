@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,14 @@ def resp(value: Any) -> bytes:
     return b"*%d\r\n" % len(value) + b"".join(map(resp, value))
 
 
+class Prompt(ScriptedServer):
+    """Sends each reply at once. Else the second of two waits for the client's system to confirm the first."""
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super()._serve(connection)
+
+
 class Many:
     """Scripted servers with one memory: what one is given all have, so only who was asked makes a difference.
 
@@ -55,7 +64,7 @@ class Many:
     mode = b"standalone"
 
     def __init__(self, count: int) -> None:
-        self.servers = [ScriptedServer(partial(self._answer, at)) for at in range(count)]
+        self.servers = [Prompt(partial(self._answer, at)) for at in range(count)]
         self.data: dict[bytes, bytes] = {}
         self.twist: Callable[[int, list[bytes]], Said] = lambda at, command: ...
         self.maxmemory = [0] * count
