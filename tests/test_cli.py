@@ -40,7 +40,7 @@ def module_of(command: Command) -> str:
 @pytest.mark.parametrize("command", BENCHES.values(), ids=lambda c: c.name)
 def test_every_bench_says_what_its_rows_mean_and_takes_the_options_of_the_table(command: Command) -> None:
     module = import_module(module_of(command))
-    assert len(module.ABOUT.split()) > 10 and "about" in inspect.getsource(module.run) + inspect.getsource(module)
+    assert len(module.ABOUT.split()) > 10 and '"about": ABOUT,' in inspect.getsource(module)
     flags = {option.flag.removeprefix("--") for option in command.options}
     assert flags - {"json"} <= set(inspect.signature(module.run).parameters)
     assert "json" in flags
@@ -159,6 +159,17 @@ def test_an_error_of_the_system_is_one_line(
     monkeypatch.setattr("kvlab.lab.fuzz.run", lambda **_: Path("no/such\nfile").read_bytes())
     assert main(["bench", "fuzz"]) == BAD
     assert capsys.readouterr().err == "kvlab: [Errno 2] No such file or directory: 'no/such\\nfile'\n"
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"\xff\xfe", "hash_ids"), (b"", "found none")])
+def test_a_trace_that_is_none(
+    content: bytes | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "trace.jsonl").write_bytes(content)
+    assert main(["bench", "policies", "--trace", str(tmp_path / "trace.jsonl")]) == BAD
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("kvlab: ") and error.count("\n") == 1
 
 
 def test_a_message_of_several_lines_becomes_one(
