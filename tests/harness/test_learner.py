@@ -1,74 +1,16 @@
-"""The test set-up itself: lanes skip or fail as `KVLAB_REQUIRE` says, and `--impl` grades a learner's classes."""
+"""`--impl` grades a learner's classes: right ones pass the whole suite, each wrong one fails where it is wrong."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import learner_classes, required_lanes
+from tests.harness.learner import learner_classes
+from tests.harness.run_pytest import run_pytest
 
-ROOT = Path(__file__).parents[1]
-
-
-def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Pytest in a process of its own, without the options of this one."""
-    options = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
-    own = {name: value for name, value in os.environ.items() if name not in options}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=line", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**own, **environment}, capture_output=True, text=True)
-
-
-# --- lanes --------------------------------------------------------------------------------------
-LANE_TESTS = """
-import pytest
-
-@pytest.mark.redis
-def test_needs_redis():
-    raise AssertionError("ran without redis-server")
-
-@pytest.mark.cluster
-def test_needs_a_cluster():
-    raise AssertionError("ran without redis-server")
-
-@pytest.mark.hf
-def test_gives_up_half_way():
-    pytest.skip("reasons")
-
-@pytest.mark.hf
-@pytest.mark.xfail(strict=True)
-def test_is_known_to_fail():
-    assert False
-
-def test_needs_nothing():
-    pass
-"""
-
-
-def test_a_missing_program_skips_its_lane_and_fails_a_required_one(tmp_path: Path) -> None:
-    file = tmp_path / "test_of_lanes.py"
-    file.write_text(LANE_TESTS)
-    settings = ("-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest", "-rsfEpx")
-    said = run_pytest(*settings, str(file), PATH="", KVLAB_REQUIRE="cluster, hf").stdout
-    assert re.search(r"SKIPPED.*needs a redis-server program: apt-get install redis-server", said), said
-    assert re.search(r"ERROR .*test_needs_a_cluster", said), said
-    assert "KVLAB_REQUIRE names cluster" in said
-    assert re.search(r"FAILED .*test_gives_up_half_way", said), said
-    assert re.search(r"1 failed, 1 passed, 1 skipped, 1 xfailed, 1 error", said), said
-
-
-def test_a_lane_that_does_not_exist_cannot_be_required() -> None:
-    assert required_lanes(" redis,hf,") == {"redis", "hf"}
-    with pytest.raises(pytest.UsageError, match="expected redis, cluster, valkey, browser, hf, got redsi"):
-        required_lanes("redis,redsi")
-
-
-# --- a learner's file ---------------------------------------------------------------------------
 RIGHT_STORE = '''
 import copy, threading
 from kvlab.errors import InputError
@@ -80,25 +22,25 @@ class PlainStore(Store):
     def __init__(self):
         self.values, self.open, self.lock, self.counts = {}, True, threading.RLock(), StoreStats()
 
-    def get_many(self, keys, out=None, why=None):
+    def get_many(self, keys, out=None, reasons=None):
         if out is not None and len(out) != len(keys):
             raise InputError(f"got {len(keys)} keys and {len(out)} buffers")
         if any(buffer.readonly for buffer in out or []):
             raise InputError("expected writable buffers")
-        why = [] if why is None else why
+        reasons = [] if reasons is None else reasons
         with self.lock:
-            return [self.get(key, out[i].cast("B") if out is not None else None, why) for i, key in enumerate(keys)]
+            return [self.get(key, out[i].cast("B") if out is not None else None, reasons) for i, key in enumerate(keys)]
 
-    def get(self, key, buffer, why):
+    def get(self, key, buffer, reasons):
         self.counts.requested += 1
         value = self.values.get(key)
-        why.append("")
+        reasons.append("")
         if not self.open or value is None:
-            why[-1] = "absent" if self.open else "closed"
+            reasons[-1] = "absent" if self.open else "closed"
         elif buffer is not None and len(value) > len(buffer):
-            why[-1] = "too_big"
-        if why[-1]:
-            self.counts.misses[why[-1]] += 1
+            reasons[-1] = "too_big"
+        if reasons[-1]:
+            self.counts.misses[reasons[-1]] += 1
             return None
         self.counts.hits += 1
         self.counts.bytes_out += len(value)
@@ -177,7 +119,7 @@ BUGS = {
         "sum(found)",
         "longest_present_prefix",
     ),
-    "ForgetsToCount": ("self.counts.misses[why[-1]] += 1", "pass", "value_that_does_not_fit"),
+    "ForgetsToCount": ("self.counts.misses[reasons[-1]] += 1", "pass", "value_that_does_not_fit"),
     "ReturnsACopy": ("return buffer[: len(value)]", "return value", "returned_view_is_the_callers_buffer"),
     "KeepsTheView": ("else bytes(value)", "else value", "may_be_changed_after_they_were_put"),
     "EmptyIsMissing": ("value is None:", "not value:", "an_empty_value_is_a_value"),

