@@ -187,11 +187,14 @@ def _remember(place: str | None, value: bytes) -> None:
         home = _memory()
         home.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=home, prefix=place[:16], suffix=".part")
+    except (OSError, ValueError, RuntimeError):
+        return
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(_sealed(place, value))
         Path(part).replace(home / place)
-    except (OSError, ValueError, RuntimeError):
-        pass
+    except OSError:
+        Path(part).unlink(missing_ok=True)
 
 
 def _sealed(place: str, value: bytes) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from io import FileIO
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ATTEMPTS = 3
+# Within one tick of the kernel's clock (10 ms at most) a second change leaves the same stamp.
+_TICK_NS = 20_000_000
 
 
 class Stamp(NamedTuple):
@@ -120,6 +123,7 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(f"{self.name}: {name} cannot be read (it is no regular file)")
         self._stamps.setdefault(name, Stamp.of(status))
+        _wait_for_a_tick(status.st_ctime_ns)
         return stream
 
     def _weights_of(self, file: str) -> dict[str, StoredTensor] | None:
@@ -187,6 +191,13 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file without waiting for the other end of a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _wait_for_a_tick(changed_ns: int) -> None:
+    """Let a file that was changed this moment rest, so that a change while it is read shows in its stamp."""
+    age = time.time_ns() - changed_ns
+    if 0 <= age < _TICK_NS:
+        time.sleep((_TICK_NS - age) / 1e9)
 
 
 def _checked_index(index: dict[str, Any], where: str) -> dict[str, str]:

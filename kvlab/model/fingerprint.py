@@ -60,8 +60,10 @@ def fingerprint(
 
     Raises:
         ModelError: a config that is no plain Llama's, or lacks a field without a documented default.
-        ConfigError: a digest of another length, or a dtype that no KV has.
+        ConfigError: no config fields, a digest of another length, or a dtype that no KV has.
     """
+    if not all(isinstance(part, bytes) for part in (weights, tokenizer, adapter)):
+        raise ConfigError("expected digests as bytes, got something else; bytes.fromhex reads a written one")
     if len(weights) != KEY_BYTES or len(tokenizer) not in (0, KEY_BYTES):
         raise ConfigError(
             f"expected digests of {KEY_BYTES} bytes for weights and tokenizer (or b'' for no tokenizer), "
@@ -77,8 +79,13 @@ def config_bytes(config: Mapping[str, Any] | LlamaConfig) -> bytes:
     """The allow-listed config fields as canonical JSON, the same whichever library wrote them.
 
     Raises:
-        ModelError: as `fingerprint`.
+        ModelError, ConfigError: as `fingerprint`.
     """
+    if not isinstance(config, Mapping | LlamaConfig):
+        raise ConfigError(
+            f"expected the fields of a config.json, got {type(config).__name__}; "
+            "config.to_dict() gives them for a config of transformers, spec_of(model) does it all for a kvlab.Llama"
+        )
     fields = vars(config) if isinstance(config, LlamaConfig) else kv_fields(config)
     kept = {name: fields[name] for name in KV_FIELDS}
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), default=asdict).encode()

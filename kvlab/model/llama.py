@@ -277,7 +277,7 @@ class Llama(nn.Module):
             raise InputError(f"expected a prompt of at least one token, got shape {tuple(ids.shape)}")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise InputError(f"expected integer tokens, got {ids.dtype}")
-        ids = ids.to(torch.int64)
+        ids = ids.to(torch.int64, copy=True)  # the caller may reuse what it gave
         low, high, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
         if low < 0 or high >= vocab:
             bad = low if low < 0 else high

@@ -23,7 +23,8 @@ from kvlab.model.llama import Llama, LlamaConfig
 from kvlab.model.stored import EMBEDDING, HEAD, StoredTensor
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STORED_DTYPES = (*DTYPES, torch.float64)
 log = logging.getLogger("kvlab")
 
 
@@ -49,9 +50,9 @@ def load_model(
     Raises:
         ModelError: not a model folder, not a plain Llama, weights missing, truncated or of the
             wrong shape, or files that change while they are read.
-        ConfigError: an unknown device, or CUDA was asked for and is not there.
+        ConfigError: a dtype that no KV has, an unknown device, or CUDA was asked for and is not there.
     """
-    _check_device(device)
+    _check_settings(dtype, device)
     return read_folder(folder, lambda files: _load(files, dtype, device, progress))
 
 
@@ -81,13 +82,19 @@ def _with_head(config: LlamaConfig, state: dict[str, Tensor], files: ModelFolder
     return config
 
 
-def _check_device(device: str) -> None:
+def _check_settings(dtype: torch.dtype, device: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"expected a compute dtype of {', '.join(map(str, DTYPES))}, got {dtype!r:.40}")
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ConfigError(f"expected a device such as 'cpu' or 'cuda', got {device!r}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"expected a device such as 'cpu' or 'cuda', got {device!r:.40}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='cpu'")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here ({error}); use device='cpu'") from error
 
 
 def _check_weights(config: LlamaConfig, stored: Mapping[str, StoredTensor], files: ModelFolder) -> None:
@@ -104,7 +111,7 @@ def _check_weights(config: LlamaConfig, stored: Mapping[str, StoredTensor], file
             for n in sorted(expected.keys() & got.keys())
             if expected[n] != got[n]
         ],
-        "not floating point": [f"{n} {t.dtype}" for n, t in stored.items() if t.dtype not in _WEIGHT_DTYPES],
+        "not floating point": [f"{n} {t.dtype}" for n, t in stored.items() if t.dtype not in _STORED_DTYPES],
     }
     parts = [
         f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for what, names in faults.items() if names

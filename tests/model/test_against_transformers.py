@@ -11,6 +11,9 @@ import torch
 
 from kvlab.engine import generate
 from kvlab.model import PRETRAINED, Llama, load_model
+from tests.harness.helpers import edit_json
+from tests.model.folders import EMBEDDING, HEAD, save_weights, weights_of, with_tensors
+from tests.model.test_config import PAIRS
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-4
@@ -114,6 +117,75 @@ def test_weights_stored_in_half_precision_agree(tmp_path: Path, dtype: torch.dty
 
     transformers.LlamaForCausalLM.from_pretrained(saved(tmp_path / "a"), dtype=dtype).save_pretrained(tmp_path / "b")
     check_agreement(tmp_path / "b", rows_of(131))
+
+
+def contradicting(folder: Path, base: dict[str, Any], changes: dict[str, Any], head: str = "") -> Path:
+    """A saved model whose config.json says something else than its file, or twice."""
+    saved(folder, **base)
+    edit_json(folder / "config.json", **changes)
+    if head:
+        weights = weights_of(folder)
+        weights[HEAD] = weights[EMBEDDING].flip(0) if head == "another" else weights[EMBEDDING].clone()
+        if head == "alone":
+            del weights[EMBEDDING]
+        save_weights(folder, weights)
+    return folder
+
+
+CONTRADICTIONS: dict[str, dict[str, Any]] = {
+    name: {"changes": changes}
+    for name, (changes, _, _) in PAIRS.items()
+} | {
+    f"tied, and the head stored is {head}": {"base": {"tie_word_embeddings": True}, "head": head}
+    for head in ("another", "the same", "alone")
+} | {
+    "untied, and the head is the embedding": {"head": "the same"},
+    "the same function by another name": {"changes": {"hidden_act": "swish"}},
+    "full attention, said for every layer": {"changes": {"layer_types": ["full_attention"] * 3}},
+    "two dtypes": {"changes": {"dtype": "float32", "torch_dtype": "float16"}},
+    "tensor parallel training": {"changes": {"pretraining_tp": 2}},
+    "dropout": {"changes": {"attention_dropout": 0.5}},
+    "a context without end": {"changes": {"max_position_embeddings": 10**13}},
+    "null where a default is": {"changes": {"head_dim": None}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_folder_that_contradicts_itself_means_what_transformers_makes_of_it(tmp_path: Path, name: str) -> None:
+    case = {"base": {}, "changes": {}, **CONTRADICTIONS[name]}
+    folder = contradicting(tmp_path, **case)
+    ours, rows = load_model(folder), rows_of(131)
+    with torch.inference_mode():
+        assert float((ours(rows) - theirs(folder)(rows).logits).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("where", ["layers", "model"])
+def test_rotary_buffers_that_say_something_else_are_ignored_by_both(tmp_path: Path, where: str) -> None:
+    names = {
+        "model": ["model.rotary_emb.inv_freq"],
+        "layers": [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)],
+    }
+    with_tensors(**{name: torch.ones(8) for name in names[where]})(saved(tmp_path))
+    check_agreement(tmp_path, rows_of(131))
+
+
+def test_a_stray_file_is_ignored_by_both(tmp_path: Path) -> None:
+    saved(tmp_path)
+    save_weights(tmp_path, {n: t + 1 for n, t in weights_of(tmp_path).items()}, "model_old.safetensors")
+    check_agreement(tmp_path, rows_of(131))
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos"), [({"eos_token_id": [0, 7]}, 5), ({"eos_token_id": 7}, 5), (None, 5), (None, [5, 6])], ids=str
+)
+def test_the_end_of_a_text_is_the_one_of_transformers(tmp_path: Path, generation: Any, eos: Any) -> None:
+    saved(tmp_path)
+    edit_json(tmp_path / "config.json", eos_token_id=eos)
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    want = theirs(tmp_path).generation_config.eos_token_id
+    assert load_model(tmp_path).config.eos_token_ids == tuple(want if isinstance(want, list) else [want])
 
 
 def test_the_cache_of_transformers_holds_our_kv(tmp_path: Path) -> None:

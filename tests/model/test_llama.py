@@ -210,6 +210,25 @@ def test_tokens_that_do_not_fit_are_refused(T: int, start: int, capacity: int | 
         model(prompt(T), None if capacity is None else model.new_kv(capacity), start)
 
 
+def test_room_in_the_kv_does_not_widen_the_context() -> None:
+    model = build_model(context=32)
+    kv = model.new_kv(64)
+    model(prompt(32), kv)
+    with pytest.raises(InputError, match="room for 32"):
+        model(prompt(1), kv, 32)
+
+
+def test_angles_do_not_depend_on_how_far_they_were_computed_before() -> None:
+    """They are computed as far as a call needs them."""
+    step, whole = build_model(), build_model()
+    want = whole.rope(0, 256)
+    for start, T in ((0, 1), (1, 1), (5, 3), (0, 100), (250, 6), (40, 60)):
+        got = step.rope(start, T)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w[start : start + T], rtol=0, atol=1e-6)
+    assert step._angles.shape[0] < 1000
+
+
 def test_a_start_without_kv_is_refused() -> None:
     with pytest.raises(InputError, match="no earlier tokens"):
         build_model()(prompt(3), None, 2)

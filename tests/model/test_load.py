@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from kvlab.errors import ConfigError, ModelError
-from kvlab.model import PRETRAINED, Llama, load_model
-from kvlab.model.llama import RopeScaling
-from kvlab.model.config import read_config
+from kvlab.model import PRETRAINED, load_model
 from tests.harness.helpers import build_model, edit_json, save_folder
-
-TOKENS = torch.arange(20)[None]
+from tests.model.folders import EMBEDDING, HEAD, Change, run, save_weights, weights_of, with_tensors
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Untied, unlike the folder of the other files."""
     return save_folder(build_model(tied=False), tmp_path / "model")
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    save_file(weights, folder / "model.safetensors")
 
 
 # --- what works ---------------------------------------------------------------------------------
@@ -40,14 +28,14 @@ def test_a_saved_model_computes_the_same(tmp_path: Path, tied: bool) -> None:
     model = build_model(tied=tied)
     again = load_model(save_folder(model, tmp_path))
     assert again.config == model.config
-    assert torch.equal(again(TOKENS), model(TOKENS))
+    assert torch.equal(run(again), run(model))
     assert again.folder == tmp_path
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     assert not any(p.requires_grad for p in again.parameters())
 
 
 def test_a_folder_may_be_named_by_a_string(folder: Path) -> None:
-    assert torch.equal(load_model(str(folder))(TOKENS), load_model(folder)(TOKENS))
+    assert torch.equal(run(load_model(str(folder))), run(load_model(folder)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -62,60 +50,24 @@ def test_the_shipped_model_loads_without_an_argument() -> None:
     assert load_model(PRETRAINED).config == load_model().config
 
 
-def rewritten(folder: Path, **changes: Any) -> Any:
-    edit_json(folder / "config.json", **changes)
-    return read_config(folder)
-
-
-def test_configs_of_transformers_4_mean_the_same(folder: Path) -> None:
-    now = read_config(folder)
-    assert rewritten(folder, rope_parameters=..., rope_theta=10000, rope_scaling=None) == now
-
-
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-
-
-@pytest.mark.parametrize("kind_field", ["type", "rope_type"])
-def test_both_ways_to_write_rope_scaling_mean_the_same(folder: Path, kind_field: str) -> None:
-    five = rewritten(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
-    four = rewritten(folder, rope_parameters=..., rope_theta=5e5, rope_scaling={kind_field: "llama3", **LLAMA3})
-    assert five == four
-    assert five.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64) and five.rope_theta == 5e5
-    linear = rewritten(folder, rope_scaling={kind_field: "linear", "factor": 2})
-    assert linear.rope_scaling == RopeScaling("linear", 2.0)
-
-
-def test_what_a_config_leaves_out_has_the_defaults_of_llama(folder: Path) -> None:
-    names = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "hidden_act")
-    config = rewritten(folder, rope_parameters=..., **dict.fromkeys(names, ...))
-    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
-    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
-    assert not (config.tie_word_embeddings or config.attention_bias)
-
-
-@pytest.mark.parametrize(("eos", "ids"), [(7, (7,)), ([7, 8], (7, 8)), (None, ()), (..., ()), (0, (0,))])
-def test_end_of_text_may_be_one_token_or_several(folder: Path, eos: Any, ids: tuple[int, ...]) -> None:
-    assert rewritten(folder, eos_token_id=eos).eos_token_ids == ids
-
-
 # --- what does not ------------------------------------------------------------------------------
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def config_text(text: str) -> Callable[[Path], None]:
+def config_text(text: str) -> Change:
     return lambda folder: (folder / "config.json").write_text(text) and None
 
 
-def config(**changes: Any) -> Callable[[Path], None]:
+def config(**changes: Any) -> Change:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def without(*names: str) -> Callable[[Path], None]:
+def without(*names: str) -> Change:
     return lambda folder: save_weights(folder, {k: v for k, v in weights_of(folder).items() if k not in names})
 
 
-def with_shape(name: str, *shape: int) -> Callable[[Path], None]:
+def with_shape(name: str, *shape: int) -> Change:
     return lambda folder: save_weights(folder, {**weights_of(folder), name: torch.zeros(shape)})
 
 
@@ -124,7 +76,12 @@ def pickled_only(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def cut_to(share: float) -> Callable[[Path], None]:
+def config_of_a_biased_model(folder: Path) -> None:
+    save_folder(build_model(tied=False, attention_bias=True, mlp_bias=True), folder)
+    edit_json(folder / "config.json", attention_bias=False, mlp_bias=False)
+
+
+def cut_to(share: float) -> Change:
     def cut(folder: Path) -> None:
         file = folder / "model.safetensors"
         data = file.read_bytes()
@@ -137,37 +94,12 @@ def not_safetensors(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"this is text" * 100)
 
 
-def rope(**parameters: Any) -> Callable[[Path], None]:
-    return config(rope_parameters=parameters)
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+BROKEN: dict[str, tuple[Change, str]] = {
     "no folder": (shutil.rmtree, r"not a model folder: config\.json cannot be read"),
     "no config": (no_config, r"config\.json cannot be read"),
     "config not JSON": (config_text("{model_type: llama"), r"config\.json cannot be read"),
     "config not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}") and None, "cannot be read"),
     "config a list": (config_text("[]"), "expected a JSON object, got list"),
-    "other model": (config(model_type="mistral"), "expected a model of type 'llama', got 'mistral'"),
-    "no model type": (config(model_type=...), "expected a model of type 'llama', got None"),
-    "other activation": (config(hidden_act="gelu"), "expected hidden_act 'silu', got 'gelu'"),
-    "missing sizes": (config(hidden_size=..., vocab_size=...), "positive integers for vocab_size, hidden_size"),
-    "size zero": (config(num_hidden_layers=0), "positive integers for num_hidden_layers"),
-    "size a string": (config(hidden_size="32"), "positive integers for hidden_size"),
-    "size a float": (config(hidden_size=32.0), "positive integers for hidden_size"),
-    "size true": (config(num_hidden_layers=True), "positive integers for num_hidden_layers"),
-    "KV heads do not divide": (config(num_key_value_heads=3), "4 heads, 3 KV heads"),
-    "KV heads negative": (config(num_key_value_heads=-1), "KV heads"),
-    "KV heads a string": (config(num_key_value_heads="2"), "num_key_value_heads|KV heads"),
-    "head dim odd": (config(head_dim=15), "even head dim, got .*head dim 15"),
-    "head dim a string": (config(head_dim="16"), "head_dim|head dim"),
-    "head dim negative": (config(head_dim=-16), "head_dim|head dim"),
-    "eps a word": (config(rms_norm_eps="small"), "rms_norm_eps"),
-    "eos a word": (config(eos_token_id="end"), "eos_token_id"),
-    "unknown rope": (rope(rope_type="yarn", factor=2.0), "default, linear or llama3, got 'yarn'"),
-    "linear without factor": (rope(rope_type="linear"), "factor"),
-    "llama3 without factors": (rope(rope_type="llama3", factor=8.0), "low_freq_factor"),
-    "rope a list": (config(rope_parameters=[1]), "rope_parameters"),
-    "theta a word": (rope(rope_type="default", rope_theta="large"), "rope_theta"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors file"),
     "pickled weights only": (pickled_only, r"pickled weights \(\*\.bin, \*\.pt\) are not read"),
     "missing weight": (without("model.norm.weight"), r"missing: model\.norm\.weight"),
@@ -181,7 +113,28 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "more layers promised": (config(num_hidden_layers=3), r"missing: model\.layers\.2\..* …"),
     "fewer layers promised": (config(num_hidden_layers=1), r"unknown: model\.layers\.1\..* …"),
     "other vocabulary": (config(vocab_size=98), r"wrong shape: .*\(97, 32\) instead of \(98, 32\)"),
-    "biases promised": (config(attention_bias=True), r"missing: .*bias"),
+    "biases promised": (config(attention_bias=True), r"missing: .*bias .*; attention_bias is True and mlp_bias False"),
+    "biases not promised": (
+        config_of_a_biased_model,
+        r"unknown: .*bias .*; attention_bias is False and mlp_bias False",
+    ),
+    "other head dim": (config(head_dim=8), r"wrong shape: .*k_proj\.weight \(32, 32\) instead of \(16, 32\)"),
+    "KV heads left out": (
+        config(num_key_value_heads=...),
+        r"wrong shape: .*k_proj\.weight \(32, 32\) instead of \(64, 32\)",
+    ),
+    "whole numbers": (with_tensors(model__norm__weight=torch.ones(32).to(torch.int8)), "not floating point: .*int8"),
+    "eight bits": (
+        with_tensors(model__norm__weight=torch.ones(32).to(torch.float8_e4m3fn)),
+        r"not floating point: model\.norm\.weight torch\.float8_e4m3fn",
+    ),
+    "layers without end": (config(num_hidden_layers=10**30), "num_hidden_layers is 10+, and there are only 21 weights"),
+    "a billion layers": (config(num_hidden_layers=10**9), "there are only 21 weights"),
+    "a vocabulary without end": (config(vocab_size=10**30), "sizes that no model has"),
+    "a width without end": (config(intermediate_size=10**18), "sizes that no model has"),
+    "a wide vocabulary": (config(vocab_size=10**13), r"instead of \(10000000000000, 32\)"),
+    "heads without end": (config(num_attention_heads=10**30, num_key_value_heads=10**30), "sizes that no model has"),
+    "head dim without end": (config(head_dim=10**30), "sizes that no model has"),
     "cut in the data": (cut_to(0.9), r"model\.safetensors: damaged or cut short"),
     "cut in the header": (cut_to(0.01), "damaged or cut short"),
     "empty file": (cut_to(0), "damaged or cut short"),
@@ -198,20 +151,6 @@ def test_a_folder_that_is_no_model_says_why(folder: Path, name: str) -> None:
     assert str(folder) in str(refused.value)
 
 
-def test_a_missing_shard_is_named_by_its_weights(folder: Path) -> None:
-    weights = weights_of(folder)
-    names = sorted(weights)
-    (folder / "model.safetensors").unlink()
-    save_file({n: weights[n] for n in names[:10]}, folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ModelError, match="missing: "):
-        load_model(folder)
-
-
-def test_a_pickle_beside_the_weights_is_not_touched(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nabort\n(tR.")
-    assert isinstance(load_model(folder), Llama)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_gpu_that_is_not_there_is_a_clear_error(folder: Path, device: str) -> None:
@@ -219,9 +158,72 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(folder: Path, device: str) -> 
         load_model(folder, device=device)
 
 
-def test_a_device_that_does_not_exist_is_a_clear_error(folder: Path) -> None:
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta", None, 5.5, ["cpu"]], ids=repr)
+def test_a_device_that_cannot_be_used_is_a_clear_error(folder: Path, device: Any) -> None:
     with pytest.raises(ConfigError, match="device"):
-        load_model(folder, device="gpu")
+        load_model(folder, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn, "float16", None, float], ids=str)
+def test_a_dtype_that_no_kv_has_is_a_clear_error(folder: Path, dtype: Any) -> None:
+    with pytest.raises(ConfigError, match="compute dtype of torch"):
+        load_model(folder, dtype=dtype)
+
+
+# --- the output head ----------------------------------------------------------------------------
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    return save_folder(build_model(tied=True), tmp_path / "tied")
+
+
+def test_a_stored_head_that_differs_is_used_though_the_config_ties_it(
+    tied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does. The config that comes back says so."""
+    head = torch.randn(97, 32, generator=torch.Generator().manual_seed(1))
+    with_tensors(**{HEAD: head})(tied)
+    model = load_model(tied)
+    assert torch.equal(model.lm_head.weight, head)
+    assert torch.equal(model.model.embed_tokens.weight, weights_of(tied)[EMBEDDING])
+    assert not model.config.tie_word_embeddings
+    assert "another one, which is used" in caplog.text
+
+
+@pytest.mark.parametrize("stored", ["both", "the head alone"])
+def test_a_stored_head_that_is_the_embedding_stays_tied(tied: Path, stored: str) -> None:
+    logits, weights = run(load_model(tied)), weights_of(tied)
+    weights[HEAD] = weights[EMBEDDING].clone()
+    if stored == "the head alone":
+        del weights[EMBEDDING]
+    save_weights(tied, weights)
+    model = load_model(tied)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert torch.equal(run(model), logits)
+
+
+def test_a_head_that_differs_only_before_rounding_is_tied(tied: Path) -> None:
+    """transformers compares what it computes with."""
+    weights = weights_of(tied)
+    weights[EMBEDDING] = weights[EMBEDDING].bfloat16().float()
+    save_weights(tied, {**weights, HEAD: weights[EMBEDDING] * (1 + 2**-20)})
+    assert not load_model(tied).config.tie_word_embeddings
+    assert load_model(tied, dtype=torch.bfloat16).config.tie_word_embeddings
+
+
+def test_a_head_of_the_wrong_shape_is_refused(tied: Path) -> None:
+    with_tensors(**{HEAD: torch.zeros(96, 32)})(tied)
+    with pytest.raises(ModelError, match=r"lm_head\.weight \(96, 32\) instead of \(97, 32\)"):
+        load_model(tied)
+
+
+# --- settings that would fail late --------------------------------------------------------------
+@pytest.mark.parametrize("context", [10**13, 10**30, 2**63])
+def test_a_context_without_end_costs_nothing(folder: Path, context: int) -> None:
+    logits = run(load_model(folder))
+    edit_json(folder / "config.json", max_position_embeddings=context)
+    model = load_model(folder)
+    assert torch.equal(run(model), logits)
+    assert model.check_tokens([1, 2, 3], new_tokens=1000).shape == (1, 3)
 
 
 def test_loading_changes_no_random_state(folder: Path) -> None:
