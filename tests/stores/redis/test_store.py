@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +22,7 @@ from kvlab.stores.redis.reasons import reason_of
 from kvlab.stores.redis.store import COMMANDS, KEY_PREFIX, _answers
 from kvlab.stores.redis.topology import SubBatch
 from kvlab.testbed.proxy import FaultProxy
-from kvlab.testbed.server import RedisServer
+from kvlab.testbed.server import RedisServer, valkey_program
 from tests.harness.helpers import FakeClock
 from tests.harness.scripted import ScriptedServer
 from tests.stores.redis.scripted import (
@@ -33,6 +35,7 @@ from tests.stores.redis.scripted import (
     A,
     B,
     C,
+    Many,
     Said,
     SlotMap,
     bounded,
@@ -420,6 +423,78 @@ def test_refused_writes_stop_writes_alone() -> None:
         assert store.put_many([b"b"], [b"two"]) == 0
         now[0] += 1.0
         assert store.put_many([b"b"], [b"two"]) == 1
+
+
+# --- eviction -----------------------------------------------------------------------------------
+USES: dict[str, Callable[[RedisStore, bytes], Any]] = {
+    "touched": lambda store, key: store.touch_many([key]),
+    "read": lambda store, key: store.get_many([key]),
+    "read into a buffer": lambda store, key: store.get_many([key], [memoryview(bytearray(1 << 20))]),
+    "written": lambda store, key: store.put_many([key], [bytes(1 << 20)]),
+}
+
+
+@pytest.mark.parametrize("ttl_s", [None, 1000.0])
+@pytest.mark.parametrize(
+    "program", [pytest.param("redis", marks=pytest.mark.redis), pytest.param("valkey", marks=pytest.mark.valkey)]
+)
+def test_what_is_used_is_evicted_after_what_is_not(program: str, ttl_s: float | None) -> None:
+    where = {"program": valkey_program()} if program == "valkey" else {}
+    lru = ("--maxmemory-policy", "allkeys-lru", "--maxmemory-samples", "64")
+    used, unused = [b"%b" % how.encode() for how in USES], [b"unused %d" % i for i in range(len(USES))]
+    with RedisServer(*lru, **where) as server, RedisStore(server.url, ttl_s=ttl_s, deadline_s=LONG_S) as store:
+        client = server.client()
+        assert store.put_many(used, [bytes(1 << 20)] * len(used)) == len(used)  # older than those that are not used
+        wait_until(lambda: client.object("idletime", KEY_PREFIX + used[0]) >= 1)
+        assert store.put_many(unused, [bytes(1 << 20)] * len(unused)) == len(unused)
+        wait_until(lambda: client.object("idletime", KEY_PREFIX + unused[-1]) >= 2)
+        for key, use in zip(used, USES.values(), strict=True):
+            assert use(store, key)
+        assert store.probe(unused) == len(unused)  # a probe is no use
+        assert [client.object("idletime", KEY_PREFIX + key) >= 2 for key in unused] == [True] * len(unused)
+        to_free = round((len(unused) - 0.5) * client.memory_usage(KEY_PREFIX + unused[0]))
+        client.config_set("maxmemory", client.info("memory")["used_memory"] - to_free)
+        client.set("more", "x")
+        assert [store.probe([key]) for key in used] == [1] * len(used)
+        assert [store.probe([key]) for key in unused] == [0] * len(unused)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + LONG_S
+    while not true():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def test_a_touch_is_what_the_server_needs_to_be_told() -> None:
+    for ttl_s, told in ((None, [b"TOUCH", b"kv:a"]), (9, [b"PEXPIRE", b"kv:a", b"9000"])):
+        with Many(1) as many, opened(f"redis://{many.address(0)}", RedisStore, ttl_s=ttl_s) as store:
+            many.data[b"kv:a"] = b"one"
+            assert store.touch_many([b"a", b"x"]) == [True, False]
+            assert many.asked(0)[0] == told and len(many.asked(0)) == 2
+            many.forget()
+            assert store.get_many([b"a"]) == [b"one"]
+            assert many.asked(0) == [[b"GET", b"kv:a"], *([told] if ttl_s else [])]  # a GET is a use
+
+
+@pytest.mark.parametrize("ttl_s", [None, 9])
+def test_masters_are_told_what_replicas_gave(replicated: SlotMap, ttl_s: float | None) -> None:
+    with opened(replicated.url, ttl_s=ttl_s, read_replicas=True) as store:
+        assert store.get_many([A, b"absent", B]) == [*values(A), None, *values(B)]
+        told = [command for at in (0, 1) for command in replicated.asked(at, b"TOUCH", b"PEXPIRE")]
+        verb, rest = (b"TOUCH", []) if ttl_s is None else (b"PEXPIRE", [b"9000"])
+        assert told == [[verb, name(A), *rest], [verb, name(B), *rest]]
+        assert not [command for at in (2, 3) for command in replicated.asked(at, b"TOUCH", b"PEXPIRE")]
+
+
+@pytest.mark.parametrize("said", [b"-NOPERM no\r\n", b"-ERR unknown command 'TOUCH'\r\n"])
+def test_a_user_who_may_only_read_is_told_what_is_there(said: bytes, replicated: SlotMap) -> None:
+    replicated.twist = lambda at, command: said if command[0] == b"TOUCH" else ...
+    with opened(replicated.url) as store:
+        assert store.touch_many([A, b"absent", B]) == [True, False, True]
+    with opened(replicated.url, read_replicas=True) as store:
+        assert store.get_many([A, b"absent", B]) == [*values(A), None, *values(B)]
+        assert store.stats().misses == Counter(absent=1)
 
 
 # --- forks --------------------------------------------------------------------------------------
