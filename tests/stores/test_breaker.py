@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from typing import Any
 
 import pytest
 
+from kvlab.errors import ConfigError
 from kvlab.stores.breaker import Breaker
 from tests.harness.helpers import FakeClock
 
@@ -24,6 +27,20 @@ def fail(breaker: Breaker, times: int) -> None:
     for _ in range(times):
         assert breaker.allow()
         breaker.record(ok=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"failures": wrong} for wrong in (0, -1, 2.5, math.nan, math.inf, True, "3", None)),
+        *({"cooldown_s": wrong} for wrong in (0, -1, math.nan, math.inf, True, "1", None)),
+        *({"clock": wrong} for wrong in (None, 0.0, "now")),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"expected {next(iter(settings))} as"):
+        Breaker(**settings)
 
 
 def test_it_opens_after_so_many_faults_in_a_row(breaker: Breaker) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
+from kvlab.errors import ConfigError
 from kvlab.stores import MemoryStore
 from tests.harness.helpers import FakeClock
 
@@ -44,6 +48,17 @@ def test_without_a_ttl_nothing_ages(clock: FakeClock) -> None:
     store.put_many([b"a"], [b"1"])
     clock.now += 1e12
     assert store.get_many([b"a"]) == [b"1"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ttl_s": ttl_s} for ttl_s in (0, -1, math.nan, math.inf, True, "60", [60])]
+    + [{"clock": clock} for clock in (None, 0.0, "now")],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"expected (a TTL|clock)"):
+        MemoryStore(**settings)
 
 
 def test_closing_forgets_the_values(store: MemoryStore) -> None:

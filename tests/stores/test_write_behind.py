@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -228,6 +229,13 @@ def test_the_child_of_a_fork_leaves_the_parents_queue_alone(slow: SlowStore) -> 
     assert slow.batches == [[b"a"]]
 
 
-def test_a_url_is_no_store() -> None:
-    with pytest.raises(ConfigError, match="expected a store"):
-        WriteBehind("redis://localhost")  # type: ignore[arg-type]
+@pytest.mark.parametrize("store", ["redis://localhost", "", None, 7, MemoryStore, {}], ids=lambda v: type(v).__name__)
+def test_a_url_is_no_store_nor_is_anything_else(store: Any) -> None:
+    with pytest.raises(ConfigError, match=f"expected a store, such as .* got {type(store).__name__}"):
+        WriteBehind(store)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, 1e9, math.nan, math.inf, "64", True, None], ids=repr)
+def test_the_room_of_its_queue_is_a_whole_number_of_bytes(most: Any) -> None:
+    with pytest.raises(ConfigError, match="max_bytes as a whole number above 0"):
+        WriteBehind(MemoryStore(), max_bytes=most)

@@ -9,11 +9,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import redis
 
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.cluster import Cluster
-from kvlab.stores.redis.discovery import ASKER, MAP_AGE_S, PAUSE_S, SLOTS
+from kvlab.stores.redis.discovery import ASKER, MAP_AGE_S, PAUSE_S, SLOTS, Lease, address_of, most_telling
 from kvlab.stores.redis.pool import Pool
 from kvlab.testbed.server import free_port
 from tests.harness.helpers import FakeClock
@@ -420,3 +421,80 @@ def test_close_lets_go_of_every_server(cluster: SlotMap) -> None:
     asked = cluster.questions()
     assert store.get_many([A]) == [None] and store.put_many([A], [b"x"]) == 0 and not store.health().ok
     assert store.stats().misses == Counter(closed=1) and cluster.questions() == asked
+
+
+# --- who may ask now ----------------------------------------------------------------------------
+def test_one_thread_has_the_lease_and_the_next_one_gets_it_when_it_is_given_back() -> None:
+    lease, got = Lease(), list[bool]()
+    assert lease.take(0, LONG_S) and not lease.take(0, LONG_S)
+    waiting = threading.Thread(target=lambda: got.append(lease.take(LONG_S, LONG_S)))
+    waiting.start()
+    lease.give_back()
+    waiting.join()
+    assert got == [True] and not lease.take(0, LONG_S)
+
+
+def test_a_lease_that_is_never_given_back_ends_by_itself() -> None:
+    lease = Lease()
+    assert lease.take(0, SHORT_S) and not lease.take(SHORT_S / 8, LONG_S)
+    assert lease.take(LONG_S, LONG_S)
+
+
+def test_of_many_threads_one_at_a_time_has_the_lease() -> None:
+    lease, holders, most = Lease(), list[int](), list[int]()
+
+    def hold() -> bool:
+        assert lease.take(LONG_S, LONG_S)
+        holders.append(1)
+        most.append(len(holders))
+        holders.pop()
+        lease.give_back()
+        return True
+
+    assert in_threads(16, hold) == [True] * 16 and set(most) == {1}
+
+
+# --- what servers say of servers ----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("told", "address"),
+    [
+        ((b"10.0.0.1", 7000), ("10.0.0.1", 7000)),
+        ((b"10.0.0.1", b"7000"), ("10.0.0.1", 7000)),
+        ((b"::1", 1), ("::1", 1)),
+        ((b"fe80::1%eth0", 65535), ("fe80::1%eth0", 65535)),
+        ((b"my_host-1.example.com", b"65535"), ("my_host-1.example.com", 65535)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(told: tuple[Any, Any], address: tuple[str, int]) -> None:
+    assert address_of(*told) == address
+
+
+@pytest.mark.parametrize("host", [b"", b" ", b"a b", b"h/[", b"a@b", b"\xff", "h", None, 7, [b"h"], b"a,b", b"a\n"])
+def test_what_is_no_host_is_not_believed(host: Any) -> None:
+    with pytest.raises(redis.InvalidResponse, match="expected a server's address"):
+        address_of(host, 7000)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**30, b"", b"x", b"-1", b"7000 ", "²".encode(), None, 7.5, [7000]])
+def test_what_is_no_port_is_not_believed(port: Any) -> None:
+    with pytest.raises(redis.InvalidResponse, match="expected a server's address"):
+        address_of(b"h", port)
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        (["gone"], "gone"),
+        (["gone", "late"], "late"),
+        (["gone", "no right", "late"], "no right"),
+        (["loading", "no right"], "loading"),
+    ],
+)
+def test_of_servers_asked_in_vain_what_one_said_tells_most(errors: list[str], told: str) -> None:
+    made: dict[str, Exception] = {
+        "gone": redis.ConnectionError("gone"),
+        "late": redis.TimeoutError("late"),
+        "no right": redis.exceptions.NoPermissionError("no right"),
+        "loading": redis.BusyLoadingError("loading"),
+    }
+    assert str(most_telling([made[error] for error in errors])) == told

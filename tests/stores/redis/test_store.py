@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 
+from kvlab.errors import ConfigError
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.connection import Connection
@@ -495,6 +497,37 @@ def test_a_user_who_may_only_read_is_told_what_is_there(said: bytes, replicated:
     with opened(replicated.url, read_replicas=True) as store:
         assert store.get_many([A, b"absent", B]) == [*values(A), None, *values(B)]
         assert store.stats().misses == Counter(absent=1)
+
+
+# --- settings ------------------------------------------------------------------------------------
+WRONG: dict[str, list[Any]] = {
+    "url": [None, 7, b"redis://h", ["redis://h"], True],
+    "ttl_s": [0, -1, 0.0, math.nan, math.inf, 10**400, "60", True, False, [60]],
+    "deadline_s": [0, -1, 0.0, math.nan, math.inf, 3601, "0.25", True, None, [1]],
+    "max_connections": [0, -1, 2.5, 2.0, math.nan, math.inf, 10**400, "16", True, None],
+    "read_replicas": [0, 1, None, "yes", "false", []],
+    "clock": [None, 0.0, "now", True],
+}
+
+
+@pytest.mark.parametrize("url", ["fakeredis://", "redis://h", "redis-cluster://h", "redis-sentinel://h/main"])
+@pytest.mark.parametrize(
+    ("name", "value"), [pytest.param(n, v, id=f"{n} {i}") for n in WRONG for i, v in enumerate(WRONG[n])]
+)
+def test_a_setting_of_another_type_or_out_of_bounds_is_refused_at_once(url: str, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match="expected") as refused:
+        RedisStore(**{"url": url, name: value})
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "settings", [{"deadline_s": 1e-9}, {"deadline_s": 3600}, {"max_connections": 1}, {"ttl_s": 1e-9}]
+)
+def test_settings_at_their_bounds_work(settings: dict[str, Any]) -> None:
+    with RedisStore(**settings) as store:
+        store.put_many([b"a"], [b"1"])
+        store.get_many([b"a"])
+        store.stats().check()
 
 
 # --- forks --------------------------------------------------------------------------------------
