@@ -187,6 +187,14 @@ def test_commands_that_a_server_does_not_know_are_named(quote: str) -> None:
         assert "knows none of the commands of a Redis that keeps data" in store.health().detail
 
 
+def test_a_command_that_only_clusters_need_is_named_too(cluster: SlotMap) -> None:
+    cluster.twist = lambda at, c: resp("ERR unknown command 'ASKING'") if (at, c[0]) == (1, b"ASKING") else ...
+    with opened(cluster.url) as store:
+        detail = store.health().detail
+        assert f"1 of 3 masters fail: {cluster.address(1)}: reads work, but response: " in detail
+        assert detail.endswith("the store needs ASKING; was it renamed or switched off?")
+
+
 @pytest.mark.parametrize(
     "program", [pytest.param("redis", marks=pytest.mark.redis), pytest.param("valkey", marks=pytest.mark.valkey)]
 )

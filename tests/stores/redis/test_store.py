@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, InputError
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.connection import Connection
@@ -518,6 +518,32 @@ def test_a_setting_of_another_type_or_out_of_bounds_is_refused_at_once(url: str,
     with pytest.raises(ConfigError, match="expected") as refused:
         RedisStore(**{"url": url, name: value})
     assert len(str(refused.value)) < 200
+
+
+PIECES = memoryview(b"abcdef")
+MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "a key as text": lambda store: store.get_many(["a"]),
+    "keys that are used up": lambda store: store.get_many(key for key in [b"a"]),
+    "a buffer with gaps": lambda store: store.get_many([b"a"], [memoryview(bytearray(9))[::2]]),
+    "a buffer that is no view": lambda store: store.get_many([b"a"], [bytearray(9)]),
+    "a value as text": lambda store: store.put_many([b"a"], ["text"]),
+    "a piece with gaps": lambda store: store.put_many([b"a"], [(b"head", PIECES[::2])]),
+    "no values": lambda store: store.put_many([b"a"], None),
+    "no keys": lambda store: store.probe(None),
+    "a probe of text": lambda store: store.probe(["a"]),
+    "a touch of a number": lambda store: store.touch_many([7]),
+    "a delete of nothing": lambda store: store.delete_many([None]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_callers_mistake_is_no_fault_of_the_servers(mistake: str) -> None:
+    with RedisStore() as store:
+        before = store.stats()
+        for _ in range(5):
+            with pytest.raises(InputError, match="expected"):
+                MISTAKES[mistake](store)
+        assert store.stats() == before and store.nodes[0].breaker.faults == 0
 
 
 @pytest.mark.parametrize(
