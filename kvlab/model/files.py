@@ -181,7 +181,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ModelError(f"{where} cannot be read (it is nested too deeply)") from error
+    except ValueError as error:
         raise ModelError(f"{where} cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: expected a JSON object, got {type(value).__name__}")

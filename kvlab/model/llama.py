@@ -195,7 +195,8 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The whole model.
 
-    `attend` may replace the attention function: notebook 01 puts the learner's own there.
+    `attend` may replace the attention function: notebook 01 puts the learner's own there. One that
+    computes other numbers makes another model; `spec_of(model, adapter=…)` gives that a name.
     `folder` is where the weights were loaded from, and `digests` what they were: the model's
     identity (`kvlab.model.fingerprint`). Whoever changes weights in memory says so with
     `model.folder = None`: then the identity is computed from what is in memory.
