@@ -267,7 +267,8 @@ ONLY_CUDA = """case "$*" in
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_alone_lists_the_targets():
     run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"make (\w+) ", run.stdout) == ["help", "lab", "demo", "test", "check", "notebooks", "lint", "clean"]
+    targets = re.findall(r"make (\w+) ", run.stdout)
+    assert targets == ["help", "lab", "demo", "test", "check", "notebooks", "lint", "clean"]
 
 
 def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):
