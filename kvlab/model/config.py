@@ -166,7 +166,7 @@ def _head_dim(raw: Mapping[str, Any], hidden: int, heads: int) -> int:
     return _whole(raw, "head_dim", hidden // heads)
 
 
-def _number(raw: Mapping[str, Any], name: str, default: float | None = None, least: float = 1e-30) -> float:
+def _number(raw: Mapping[str, Any], name: str, default: float | None = None, least: float = 1e-10) -> float:
     """A finite number that fp32 can compute with."""
     value = raw.get(name)
     if value is None and default is not None:

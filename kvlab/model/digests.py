@@ -116,8 +116,8 @@ class FolderWeights:
     def __init__(self, files: ModelFolder, tied: bool) -> None:
         self.stored = files.weights(tied)
         self._files = files
-        self._place = _place(self.stored, files.stamps())
-        self._value = _recall(self._place)
+        self._entry = _entry_name(self.stored, files.stamps())
+        self._value = _recall(self._entry)
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each weight, in memory of its own, hashed on its way unless the digest is remembered.
@@ -137,7 +137,7 @@ class FolderWeights:
         if not known:
             self._value = weights.digest()
             if self._files.unchanged():
-                _remember(self._place, self._value)
+                _remember(self._entry, self._value)
 
     def digest(self, progress: Progress | None = None) -> bytes:
         """The digest of the weights, which are read for it if nobody did yet."""
@@ -155,7 +155,7 @@ def tokenizer_of(files: ModelFolder) -> bytes:
 
 
 # --- the memory ---------------------------------------------------------------------------------
-def _place(weights: Mapping[str, StoredTensor], stamps: Mapping[str, Stamp]) -> str | None:
+def _entry_name(weights: Mapping[str, StoredTensor], stamps: Mapping[str, Stamp]) -> str | None:
     """The name under which the digest of these weights is remembered; None if it must not be.
 
     It is made of the stamps of their open files and of which tensor is read from which. A file
@@ -169,37 +169,39 @@ def _place(weights: Mapping[str, StoredTensor], stamps: Mapping[str, Stamp]) -> 
     return digest("kvlab/1/stamp", *(part.encode() for part in parts)).hex()
 
 
-def _recall(place: str | None) -> bytes | None:
+def _recall(name: str | None) -> bytes | None:
     """A remembered digest; None if there is none, or none that is intact."""
+    if name is None:
+        return None
     try:
-        text = (_memory() / place).read_bytes() if place else b""
+        text = (_memory() / name).read_bytes()
         value = bytes.fromhex(text[: 2 * KEY_BYTES].decode("ascii"))
     except (OSError, ValueError, RuntimeError):
         return None
-    return value if place and text == _sealed(place, value) else None
+    return value if text == _sealed(name, value) else None
 
 
-def _remember(place: str | None, value: bytes) -> None:
+def _remember(name: str | None, value: bytes) -> None:
     """Keep a digest for the next process. A home that cannot be written costs a second hashing, nothing else."""
-    if place is None:
+    if name is None:
         return
     try:
         home = _memory()
         home.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=home, prefix=place[:16], suffix=".part")
+        handle, part = tempfile.mkstemp(dir=home, prefix=name[:16], suffix=".part")
     except (OSError, ValueError, RuntimeError):
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_sealed(place, value))
-        Path(part).replace(home / place)
+            file.write(_sealed(name, value))
+        Path(part).replace(home / name)
     except OSError:
         Path(part).unlink(missing_ok=True)
 
 
-def _sealed(place: str, value: bytes) -> bytes:
-    """A digest in hex, and a checksum of it and its place: damage is noticed."""
-    return (value + digest("kvlab/1/remembered", place.encode(), value)).hex().encode()
+def _sealed(name: str, value: bytes) -> bytes:
+    """A digest in hex, and a checksum of it and its name: damage is noticed."""
+    return (value + digest("kvlab/1/remembered", name.encode(), value)).hex().encode()
 
 
 def _is_settled(stamp: Stamp) -> bool:

@@ -134,6 +134,7 @@ def _read_header(stream: FileIO) -> tuple[int, int, dict[str, Any]]:
 
 
 def _stored_tensor(name: str, entry: Any, stream: FileIO, start: int) -> StoredTensor:
+    name.encode()  # a name is hashed as UTF-8; half a surrogate pair has none
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is not described")
     dtype = _DTYPES.get(str(entry.get("dtype")))

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvlab.errors import ModelError
 from kvlab.model import PRETRAINED, load_model
 from kvlab.model.config import parse_config, read_config
-from kvlab.model.llama import LlamaConfig, RopeScaling
+from kvlab.model.llama import LlamaConfig, RopeScaling, rope_frequencies
 from tests.harness.helpers import build_model, config_json, edit_json
 
 BASE = config_json(build_model(tied=False))
@@ -225,6 +227,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "theta in quotes": (rope(rope_theta="10000"), "rope_theta"),
     "theta zero": (rope(rope_theta=0), "rope_theta"),
     "theta negative": (rope(rope_theta=-1.0), "rope_theta"),
+    "theta too small for fp32": (rope(rope_theta=1e-40), "rope_theta"),
+    "factor too small for fp32": (rope(rope_type="linear", factor=1e-40), "factor"),
     "theta infinite": (rope(rope_theta=math.inf), "rope_theta"),
     "theta null": (rope(rope_theta=None), "rope_theta"),
     "theta null beside one": ({"rope_theta": 500.0, **rope(rope_theta=None)}, "rope_theta"),
@@ -254,6 +258,26 @@ def test_what_this_model_cannot_be_is_refused(name: str, folder: Path) -> None:
     with pytest.raises(ModelError, match=said) as refused:
         load_model(folder)
     assert str(folder / "config.json") in str(refused.value)
+
+
+NAMES = sorted({*BASE, *FOUR, *IGNORED, *(name for changes, _ in REFUSED.values() for name in changes)})
+ROPE_NAMES = ["rope_type", "type", "rope_theta", "partial_rotary_factor", "full_attention", *LLAMA3]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["llama3", 2])
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.sampled_from(ROPE_NAMES), scalars, max_size=4)
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), values, max_size=4),
+    st.none() | st.fixed_dictionaries({"eos_token_id": values}),
+)
+def test_any_settings_are_a_config_or_a_clear_error(changes: dict[str, Any], generation: dict[str, Any] | None) -> None:
+    try:
+        config = parse_config({**BASE, **changes}, generation)
+    except ModelError:
+        return
+    assert rope_frequencies(config).isfinite().all() if config.head_dim < 2**20 else True
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    assert all(type(t) is int for t in config.eos_token_ids)
 
 
 # --- the end of a text, which stands in two places ----------------------------------------------

@@ -149,6 +149,7 @@ BAD = {
     "not UTF-8": framed(b'{"\xff": 1}'),
     "too deep": framed(b"[" * 100_000),
     "deep inside": framed(b'{"a":' * 100_000),
+    "half a surrogate pair as name": framed(b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
     "no entry": framed(b'{"a": 5}'),
     "an empty entry": framed(b'{"a": {}}'),
     "unknown dtype": entry(dtype="F3"),
