@@ -71,9 +71,15 @@ class Answer:
 
 
 class Job:
-    """A server's share of a batch in a thread of the server's, so that waiting for it delays no other server."""
+    """A server's share of a batch in a thread of the server's, so that waiting for it delays no other server.
 
-    def __init__(self, node: Node, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool) -> None:
+    Whoever makes it knows of it before it begins: a signal's handler may raise at any moment, and what has begun
+    must then be abandoned.
+    """
+
+    def __init__(
+        self, node: Node, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False
+    ) -> None:
         self.deadline = deadline
         self._node, self._batch, self._indices, self._asking = node, batch, indices, asking
         self._begun = threading.Lock()  # taken once, by whoever does the work or sees to it that nobody will
@@ -144,9 +150,8 @@ class Node:
     # --- a share of a batch ---------------------------------------------------------------------
     # `indices`, ascending, are those of the names that this server has. `asking`: their slots are on the
     # way to it (ASK).
-    def start(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Job:
-        """Do a share in a thread of this server's; in the caller's own where none can be had."""
-        job = Job(self, batch, indices, deadline, asking)
+    def start(self, job: Job) -> None:
+        """Do a job in a thread of this server's; in the caller's own where none can be had."""
         try:
             with self._lock:
                 if self._workers is None:
@@ -154,7 +159,6 @@ class Node:
             self._workers.submit(job.run)
         except RuntimeError:  # no thread to be had, or the interpreter is ending
             job.run()
-        return job
 
     def get(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
         """Values, window by window; hits live as long again, in the same round trip."""

@@ -316,7 +316,8 @@ class RedisStore(Store):
         for node in [shard.master for shard in shards if shard.master in name_of]:
             tried = trials(node, name_of[node], self._touch, more)
             batch = Batch("ask", (), tried, always=True)
-            jobs.append((node, tried, node.start(batch, range(len(tried)), deadline.copy())))
+            jobs.append((node, tried, Job(node, batch, range(len(tried)), deadline.copy())))
+            node.start(jobs[-1][2])
         findings = []
         for node, tried, job in jobs:
             found = finding(node, tried, job.result().replies, alone, deadline)
@@ -332,11 +333,11 @@ def _answers(batch: Batch, parts: Sequence[SubBatch], deadline: Deadline) -> lis
     if len(parts) == 1:  # no other server to wait for
         return [getattr(parts[0].node, batch.call)(batch, parts[0].indices, deadline, parts[0].asking)]
     ends = [deadline.copy() for _ in parts]
-    jobs: list[Job] = []
+    jobs = [Job(part.node, batch, part.indices, end, part.asking) for part, end in zip(parts, ends, strict=True)][1:]
     answers: list[Answer] = []
     try:
-        for part, end in zip(parts[1:], ends[1:], strict=True):
-            jobs.append(part.node.start(batch, part.indices, end, part.asking))
+        for part, job in zip(parts[1:], jobs, strict=True):
+            part.node.start(job)
         if parts:
             answers.append(getattr(parts[0].node, batch.call)(batch, parts[0].indices, ends[0], parts[0].asking))
         answers += [job.result() for job in jobs]

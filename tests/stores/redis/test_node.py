@@ -37,7 +37,13 @@ def node() -> Node:
 def start(made: Node, work: Callable[[], list[Any]]) -> Job:
     """Have a node do this in one of its threads, as if it were its share of a batch."""
     made.ask = lambda *share: Answer(work())  # type: ignore[method-assign]
-    return made.start(ASK, [0], Deadline(LONG_S))
+    return begun(made)
+
+
+def begun(made: Node) -> Job:
+    job = Job(made, ASK, [0], Deadline(LONG_S))
+    made.start(job)
+    return job
 
 
 def trip(made: Node, *names: bytes) -> list[Any]:
@@ -151,7 +157,7 @@ def test_after_a_fork_a_node_has_new_threads_locks_and_breakers_and_no_connectio
     with ScriptedServer(lambda command: b"$-1\r\n") as server:
         made = Node("name", Pool(server.url, 2), 2)
         assert trip(made, b"a") == [None]
-        made.start(ASK, [0], Deadline(LONG_S)).result()
+        begun(made).result()
         (connection,) = made.pool._idle
         parts = (made, made.breaker, made.write_breaker, made.pool)
         for breaker in (made.breaker, made.write_breaker):
@@ -163,7 +169,7 @@ def test_after_a_fork_a_node_has_new_threads_locks_and_breakers_and_no_connectio
             assert made._workers is None and made.pool._idle == []
             assert (made.breaker.state, made.write_breaker.state) == ("closed", "closed")
             assert trip(made, b"a") == [None]
-            assert made.start(ASK, [0], Deadline(LONG_S)).result().replies == [None]
+            assert begun(made).result().replies == [None]
         assert made.pool._idle[0] is not connection
         connection.disconnect()
 

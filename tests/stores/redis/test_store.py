@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import redis
 
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import RedisStore
@@ -21,7 +20,7 @@ from kvlab.stores.redis.connection import Connection
 from kvlab.stores.redis.discovery import PAUSE_S
 from kvlab.stores.redis.node import WINDOW_BYTES, Answer, Batch, Node
 from kvlab.stores.redis.reasons import reason_of
-from kvlab.stores.redis.store import COMMANDS, KEY_PREFIX, _answers
+from kvlab.stores.redis.store import KEY_PREFIX, _answers
 from kvlab.stores.redis.topology import SubBatch
 from kvlab.testbed.proxy import FaultProxy
 from kvlab.testbed.server import RedisServer, valkey_program
@@ -176,6 +175,37 @@ def test_a_signal_in_the_middle_of_a_batch_leaves_no_thread_that_writes(monkeypa
         assert late == [True]  # it has ended, and before that learned that nobody waits
 
 
+@pytest.mark.parametrize("when", ["before it begins", "when it has begun"])
+def test_a_signal_between_two_servers_leaves_no_thread_that_writes(
+    cluster: SlotMap, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    class Interrupted(BaseException): ...
+
+    start, go_on = Node.start, threading.Event()
+
+    def interrupted(node: Node, *work: Any) -> None:
+        if when == "when it has begun":
+            start(node, *work)
+        threading.Timer(0.1, go_on.set).start()
+        raise Interrupted
+
+    def slow(at: int, command: list[bytes]) -> Said:
+        go_on.wait(LONG_S)
+        return ...
+
+    with opened(cluster.url) as store:
+        store.get_many([A, B, C])
+        cluster.twist = slow
+        monkeypatch.setattr(Node, "start", interrupted)
+        room = [memoryview(bytearray(32)) for _ in range(3)]
+        with pytest.raises(Interrupted):
+            store.get_many([A, B, C], room)
+        before = [bytes(buffer) for buffer in room]
+        monkeypatch.undo()
+        assert go_on.wait(LONG_S) and store.get_many([A, B, C]) == values(A, B, C)
+        assert [bytes(buffer) for buffer in room] == before
+
+
 def test_a_server_is_not_blamed_for_a_deadline_that_others_used_up(cluster: SlotMap) -> None:
     with opened(cluster.url) as store:
         store.get_many([A, B])
@@ -259,81 +289,6 @@ def test_a_server_that_hangs_costs_its_keys_alone_and_opens_its_breaker_alone(
         cluster.twist = lambda at, command: ...
         clock.cool_down()
         assert store.get_many([A, B]) == values(A, B)
-
-
-# --- rights -------------------------------------------------------------------------------------
-
-
-def with_user(server: RedisServer, rights: list[str]) -> str:
-    """A user with these rights alone; the URL by which it comes in over TLS."""
-    server.client().execute_command("ACL", "SETUSER", "kvlab", "reset", "on", ">secret", "~kv:*", *rights)
-    return server.tls_url.replace("rediss://", "rediss://kvlab:secret@")
-
-
-RIGHTS = [f"+{name.lower()}" for name in COMMANDS]
-FAILS = {  # without this right: what a put and a get come to
-    "+get": (1, Counter(), [None], Counter(auth=1)),
-    "+set": (0, Counter(auth=1), [VALUE], Counter()),
-    "+del": (1, Counter(), [VALUE], Counter()),
-    "+exists": (1, Counter(), [VALUE], Counter()),
-    "+pexpire": (1, Counter(), [None], Counter(auth=1)),
-    "+touch": (1, Counter(), [VALUE], Counter()),
-}
-UNUSED = {100: "+touch", None: "+pexpire"}  # by TTL: the right that such a store has no use for
-
-
-@pytest.mark.redis
-@pytest.mark.parametrize("ttl_s", UNUSED)
-def test_a_user_with_exactly_the_rights_that_are_used_does_everything_over_tls(
-    own_tls: RedisServer, ttl_s: float | None
-) -> None:
-    rights = [right for right in RIGHTS if right != UNUSED[ttl_s]]
-    with RedisStore(with_user(own_tls, rights), ttl_s=ttl_s, deadline_s=LONG_S) as store:
-        assert store.health().ok and store.health().detail.endswith("answers"), store.health()
-        assert store.put_many([b"a", b"b"], [VALUE, (VALUE[:128], memoryview(VALUE)[128:])]) == 2
-        assert store.get_many([b"a", b"b"]) == [VALUE, VALUE]
-        assert (store.probe([b"a", b"b", b"c"]), store.touch_many([b"c", b"a"])) == (2, [False, True])
-        assert store.delete_many([b"a", b"c"]) == 1
-        assert store.stats().misses == store.stats().drops == store.stats().faults == Counter()
-
-
-@pytest.mark.redis
-@pytest.mark.parametrize(("missing", "ttl_s"), [(m, ttl_s) for m in FAILS for ttl_s in UNUSED if m != UNUSED[ttl_s]])
-def test_with_any_right_missing_it_fails_closed(own_tls: RedisServer, missing: str, ttl_s: float | None) -> None:
-    put, drops, got, misses = FAILS[missing]
-    own_tls.client().set(KEY_PREFIX + b"k", VALUE)
-    url = with_user(own_tls, [right for right in RIGHTS if right != missing])
-    with RedisStore(url, ttl_s=ttl_s, deadline_s=LONG_S) as store:
-        health = store.health()
-        assert not health.ok and "auth: " in health.detail and f"'{missing[1:]}'" in health.detail.lower()
-        assert store.put_many([b"k"], [VALUE]) == put and store.stats().drops == drops
-        assert store.get_many([b"k"]) == got and store.stats().misses == misses
-        assert store.probe([b"k"]) == (0 if missing == "+exists" else 1)
-        assert store.touch_many([b"k"]) == [missing != "+pexpire"]  # without TOUCH, EXISTS tells
-        assert store.delete_many([b"k"]) == (0 if missing == "+del" else 1)
-        assert store.stats().faults["auth"] >= 1
-        store.stats().check()
-
-
-@pytest.mark.redis
-def test_a_user_who_may_not_ask_for_the_memory_reads_and_writes(own_tls: RedisServer) -> None:
-    url = with_user(own_tls, [right for right in RIGHTS if right != "+info"])
-    with RedisStore(url, ttl_s=100, deadline_s=LONG_S) as store:
-        health = store.health()
-        assert health.ok and "it does not tell its memory: auth: " in health.detail
-        assert store.put_many([b"k"], [VALUE]) == 1 and store.get_many([b"k"]) == [VALUE]
-        assert store.stats().drops == store.stats().misses == Counter()
-
-
-@pytest.mark.redis
-def test_keys_of_others_are_out_of_reach(own_tls: RedisServer) -> None:
-    url = with_user(own_tls, RIGHTS)
-    client = redis.Redis.from_url(url)
-    with pytest.raises(redis.exceptions.NoPermissionError):
-        client.get("session:1")
-    for command in (["KEYS", "*"], ["FLUSHALL"], ["CONFIG", "GET", "*"], ["EVAL", "return 1", "0"]):
-        with pytest.raises(redis.exceptions.NoPermissionError):
-            client.execute_command(*command)
 
 
 # --- round trips and sizes -----------------------------------------------------------------------
