@@ -1,4 +1,4 @@
-"""The rights of an ACL user: exactly those that the store's own table lists, over TLS, and what each missing one costs."""
+"""The rights of an ACL user: exactly those that the store lists, over TLS, and what each missing one costs."""
 
 from __future__ import annotations
 
