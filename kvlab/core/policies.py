@@ -1,24 +1,28 @@
-"""Who has to go when a cache is full: FIFO, LRU, LFU, S3-FIFO and ARC over keys and sizes.
+"""Which keys go when a cache is full: FIFO, LRU, LFU, S3-FIFO and ARC over keys and sizes.
 
-A policy holds no values. It is told what is used (`hit`), taken in (`admit`), deleted
-(`remove`) and in use right now (`pin`, `unpin`); it answers which keys have to go, and whoever
-holds their values deletes those. A size counts in any unit, bytes or pages or 1 a block, as
-long as the capacity counts in the same one. Bounded tiers, the page pool and the simulator
-all ask here; nothing else in kvlab chooses a victim.
+A policy holds no values. Its holder says what is used (`access`, `hit`, `admit`), what was deleted
+(`remove`) and what must stay for now (`pin`, `unpin`). The policy answers which keys were evicted,
+and the holder deletes their values. A size counts in any unit, bytes or pages or 1 a block, as long
+as the capacity counts in the same one. Bounded tiers, the page pool and the simulator all ask here;
+nothing else in kvlab chooses a victim.
 
-Every policy is one or two lines of keys (`Line`), each in the order in which they would go.
-What makes them differ is a few words long:
+The policies differ in a few words:
 
-- FIFO: by arrival. A hit changes nothing.
-- LRU: by last use.
-- LFU: by number of uses, then by last use.
-- S3-FIFO: a short line on trial before a long one. Who is evicted while on trial and soon comes
-  back goes straight into the long one.
-- ARC: one line for keys seen once and one for keys seen again. What was evicted from which line
-  and is asked for again says which of the two should be longer.
+- FIFO: the oldest arrival goes.
+- LRU: the least recently used key goes.
+- LFU: the least often used key goes; among equals, the least recently used one.
+- S3-FIFO: new keys are on trial in a small queue before a main queue. A key that was evicted there
+  and soon comes back enters the main queue at once.
+- ARC: one queue for keys used once, one for keys used again. When an evicted key is asked for, the
+  queue that it was evicted from was too short, and gets a larger share.
 
-The last two remember keys that they evicted (`Ghosts`), without values and never more than
-their capacity could hold.
+The last two remember some evicted keys as ghosts: the key and its size, without a value.
+
+All keys stand in a `Queue`, an ordered dict of sizes, so a call takes about as long at any capacity.
+A pinned key is taken out of its queue, and its last `unpin` makes it the newest there. Who unpins
+several keys decides by the order which of them goes first.
+
+`access` is written out in each policy, as few calls as possible: a simulator spends its time there.
 
 Policies are not thread-safe: their holder has a lock already.
 """
@@ -26,11 +30,11 @@ Policies are not thread-safe: their holder has a lock already.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from operator import index
 from typing import Any, Final, Generic, TypeVar
 
 from kvlab.errors import ConfigError, InputError
@@ -38,121 +42,62 @@ from kvlab.errors import ConfigError, InputError
 K = TypeVar("K", bound=Hashable)
 
 
-@dataclass(slots=True, eq=False)
-class Entry(Generic[K]):
-    """One resident key. `line` is where it stands, by `rank`, None once it is gone."""
+class Queue(Generic[K]):
+    """Keys with their sizes, oldest first.
 
-    key: K
+    Attributes:
+        sizes: the keys that may be evicted from here, with their sizes.
+        used: the sum of these sizes and of the sizes of pinned keys that will return here.
+    """
+
+    __slots__ = ("sizes", "used")
+
+    def __init__(self) -> None:
+        self.sizes: OrderedDict[K, int] = OrderedDict()
+        self.used = 0
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def put(self, key: K, size: int) -> None:
+        """Add a key that is not here, as the newest."""
+        self.sizes[key] = size
+        self.used += size
+
+    def drop(self, key: K) -> None:
+        """Take out `key`, if it is here."""
+        self.used -= self.sizes.pop(key, 0)
+
+
+@dataclass(slots=True)
+class Pinned(Generic[K]):
+    """What is known of a pinned key: its size, the queue it will return to, and its number of pins."""
+
     size: int
-    line: Line[K] | None = None
-    rank: Any = None
-    uses: int = 0
+    queue: Queue[K]
     pins: int = 0
 
 
-class Line(Generic[K]):
-    """Entries in the order in which they go: lowest rank first, pinned ones not at all.
-
-    A heap that is corrected late. Ranks only rise, so what lies in the heap is a lower bound:
-    a use costs one assignment, and the entry is moved when it comes up. One that is pinned or
-    gone is dropped when it comes up; `unpin` brings it back to the place that its rank gives it.
-
-    Attributes:
-        used: sum of the sizes of its entries, pinned ones too.
-    """
-
-    def __init__(self) -> None:
-        self.used = 0
-        self._length = 0
-        self._heap: list[tuple[Any, Entry[K]]] = []
-
-    def __len__(self) -> int:
-        return self._length
-
-    def put(self, entry: Entry[K], rank: Any) -> None:
-        """Take `entry` in, out of the line it stands in; `rank` is above any that it had, and no other's."""
-        entry.rank = rank
-        if entry.line is self:
-            return
-        if entry.line is not None:
-            entry.line.drop(entry)
-        entry.line = self
-        self.used += entry.size
-        self._length += 1
-        self.offer(entry)
-
-    def drop(self, entry: Entry[K]) -> None:
-        """Let go of `entry`, which stands here."""
-        entry.line = None
-        self.used -= entry.size
-        self._length -= 1
-
-    def offer(self, entry: Entry[K]) -> None:
-        """Make `entry`, which stands here, one that `first` can find: it is new, or no longer pinned."""
-        heappush(self._heap, (entry.rank, entry))
-        if len(self._heap) > 2 * self._length + 64:  # mostly entries that are gone: start over
-            alive = {e for _, e in self._heap if e.line is self and not e.pins}
-            self._heap = [(e.rank, e) for e in alive]
-            heapify(self._heap)
-
-    def first(self) -> Entry[K] | None:
-        """The entry that goes next; None if all are pinned."""
-        heap = self._heap
-        while heap:
-            rank, entry = heap[0]
-            if entry.line is not self or entry.pins:
-                heappop(heap)
-            elif entry.rank != rank:
-                heapreplace(heap, (entry.rank, entry))
-            else:
-                return entry
-        return None
-
-
-class Ghosts(Generic[K]):
-    """Keys that were evicted, with the sizes they had, oldest first.
-
-    Attributes:
-        used: sum of these sizes.
-    """
-
-    def __init__(self) -> None:
-        self.used = 0
-        self._sizes: OrderedDict[K, int] = OrderedDict()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._sizes
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def add(self, entry: Entry[K]) -> None:
-        """Remember an evicted entry, as the newest."""
-        self._sizes[entry.key] = entry.size
-        self.used += entry.size
-
-    def discard(self, key: K) -> None:
-        """Forget `key`, if it is here."""
-        self.used -= self._sizes.pop(key, 0)
-
-    def shrink(self, limit: int) -> None:
-        """Forget the oldest until `used` is at most `limit`, or none is left."""
-        while self.used > limit and self._sizes:
-            self.used -= self._sizes.popitem(last=False)[1]
-
-
 class Policy(ABC, Generic[K]):
-    """Which keys are resident, and which go when there is no room. O(log n) a call at worst, amortised.
+    """Which keys are resident, and which go when there is no room.
 
     Args:
         capacity: how much fits, in the unit of the sizes. With 0 everything is refused.
 
     Attributes:
-        used: sum of the sizes of the resident keys, at most `capacity`.
-        pinned: the part of `used` that is pinned; the rest could be made free.
+        pinned: the part of `used` that is pinned; the remaining part could be made free.
 
     Raises:
-        ConfigError: the capacity is negative.
+        ConfigError: the capacity is negative, or not a whole number.
+
+    A simulator's loop, which counts hits:
+
+    >>> policy = LRU[str](capacity=2)
+    >>> sum(policy.access(key) for key in "abacab")
+    2
 
     A holder's loop, here with pages of size 1:
 
@@ -169,59 +114,71 @@ class Policy(ABC, Generic[K]):
     ['a', 'c']
     """
 
+    _queues: Collection[Queue[K]]
+    """The queues that resident keys stand in."""
+
     def __init__(self, capacity: int) -> None:
-        if capacity < 0:
+        try:
+            self.capacity = index(capacity)
+        except TypeError:
+            raise ConfigError(f"expected a whole number as the capacity, got {capacity!r}; round it down") from None
+        if self.capacity < 0:
             raise ConfigError(f"expected a capacity of 0 or above, got {capacity}")
-        self.capacity = capacity
-        self.used = 0
         self.pinned = 0
-        self._entries: dict[K, Entry[K]] = {}
-        self._clock = count()
+        self._pins: dict[K, Pinned[K]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} keys, {self.used} of {self.capacity} used, {self.pinned} pinned)"
 
     def __contains__(self, key: object) -> bool:
-        return key in self._entries
+        for queue in self._queues:
+            if key in queue.sizes:
+                return True
+        return key in self._pins
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._queues)) + len(self._pins)
 
-    def hit(self, key: K) -> None:
-        """Note one use of a resident key.
+    @property
+    def used(self) -> int:
+        """Sum of the sizes of the resident keys, at most `capacity`."""
+        return sum(queue.used for queue in self._queues)
 
-        Raises:
-            InputError: `key` is not resident.
-        """
-        self._use(self._resident(key))
+    @abstractmethod
+    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+        """Use `key`, and take it in if it is not resident. A hit evicts nothing.
 
-    def admit(self, key: K, size: int = 1) -> list[K]:
-        """Take `key` in and return the keys that had to go for it, in the order in which they went.
+        A resident key with another size counts as another content: the old one is removed, and
+        the new one is a miss.
 
-        No returned key is resident any more. `[key]` means refused: it does not fit beside the
-        pinned keys, so nothing was evicted in vain. For a resident key of this size the call is
-        a `hit`. Another size is another content: the old one is removed, the new one starts over.
+        Args:
+            key: what is asked for.
+            size: how much of the capacity it takes.
+            gone: a list of the caller's. Keys that had to go for `key` are appended, in the order
+                in which they went. `key` itself is appended if it is refused, because it does not
+                fit beside the pinned keys; nothing is evicted then.
+
+        Returns:
+            Whether it was a hit.
 
         Raises:
             InputError: `size` is below 1, or differs from the size of a pinned key.
         """
-        if size < 1:
-            raise InputError(f"expected a size of 1 or above, got {size} for {key!r}")
-        if key in self._entries:
-            if self._entries[key].size == size:
-                self.hit(key)
-                return []
-            self.remove(key)
-        if self.pinned + size > self.capacity:
-            return [key]
-        self._meet(key, size)
-        gone = []
-        while self.used + size > self.capacity:  # used > pinned then: someone can go
-            gone.append(self._evict(key).key)
-        self._entries[key] = entry = Entry(key, size)
-        self.used += size
-        self._enter(entry)
+
+    def admit(self, key: K, size: int = 1) -> list[K]:
+        """Do as `access` does, and return the keys that had to go; `[key]` means refused."""
+        gone: list[K] = []
+        self.access(key, size, gone)
         return gone
+
+    def hit(self, key: K) -> None:
+        """Use a resident key.
+
+        Raises:
+            InputError: `key` is not resident.
+        """
+        pinned = self._pins.get(key)
+        self.access(key, pinned.size if pinned else self._queue_of(key).sizes[key])
 
     def remove(self, key: K) -> None:
         """Forget `key` at once, because its value is gone; no error if it is not resident.
@@ -229,14 +186,10 @@ class Policy(ABC, Generic[K]):
         Raises:
             InputError: it is pinned. Who deletes what is in use has a bug.
         """
-        entry = self._entries.get(key)
-        if entry is None:
-            return
-        if entry.pins:
-            raise InputError(
-                f"expected an unpinned key to remove or resize, got {key!r} with {entry.pins} pins; unpin it first"
-            )
-        self._forget(entry)
+        if key in self._pins:
+            raise self._in_use(key)
+        if key in self:
+            self._forget(key, self._queue_of(key))
 
     def pin(self, key: K) -> None:
         """Keep a resident key from being evicted, until each `pin` has had its `unpin`. Not a use.
@@ -244,82 +197,79 @@ class Policy(ABC, Generic[K]):
         Raises:
             InputError: `key` is not resident.
         """
-        entry = self._resident(key)
-        self.pinned += 0 if entry.pins else entry.size
-        entry.pins += 1
+        pinned = self._pins.get(key)
+        if pinned is None:
+            queue = self._queue_of(key)
+            pinned = self._pins[key] = Pinned(queue.sizes.pop(key), queue)
+            self.pinned += pinned.size
+        pinned.pins += 1
 
     def unpin(self, key: K) -> None:
-        """Undo one `pin`. The last one puts the key back where it would stand had it never been pinned.
+        """Undo one `pin`. The last one makes the key the newest of its queue. Not a use.
 
         Raises:
             InputError: `key` is not resident or not pinned.
         """
-        entry = self._resident(key)
-        if not entry.pins:
+        pinned = self._pins.get(key)
+        if pinned is None:
+            self._queue_of(key)
             raise InputError(f"expected a pinned key to unpin, got {key!r}; each unpin needs a pin before it")
-        entry.pins -= 1
-        if not entry.pins:
-            self.pinned -= entry.size
-            self._line(entry).offer(entry)
+        pinned.pins -= 1
+        if not pinned.pins:
+            del self._pins[key]
+            self.pinned -= pinned.size
+            pinned.queue.sizes[key] = pinned.size
 
-    # What a policy decides.
-    @abstractmethod
-    def _use(self, entry: Entry[K]) -> None:
-        """A resident entry was used."""
+    # What the policies share.
+    def _special(self, key: K, size: int, gone: list[K] | None) -> bool | None:
+        """Access a key that stands in no queue, where that is a hit on a pinned key or a refusal.
 
-    @abstractmethod
-    def _enter(self, entry: Entry[K]) -> None:
-        """Put a new entry into its line; there is room."""
+        Returns:
+            The answer of `access`, or None if the key is to be taken in.
+        """
+        self._check_size(key, size)
+        pinned = self._pins.get(key)
+        if pinned is not None:
+            if pinned.size != size:
+                raise self._in_use(key)
+            self._use_pinned(key, pinned)
+            return True
+        if self.pinned + size > self.capacity:
+            if gone is not None:
+                gone.append(key)
+            return False
+        return None
 
-    @abstractmethod
-    def _evict(self, key: K) -> Entry[K]:
-        """Choose one that is not pinned to make room for `key`, `_forget` it and return it. There is one."""
+    def _start_over(self, key: K, size: int) -> None:
+        """Remove `key`, which stands in a queue with another size than this."""
+        self._check_size(key, size)
+        self.remove(key)
 
-    def _meet(self, key: K, size: int) -> None:
-        """`key` will be taken in, and nothing was evicted for it yet."""
+    def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
+        """Note a use of a pinned key, where it has an effect after the key's last `unpin`."""
 
-    def _resident(self, key: K) -> Entry[K]:
-        try:
-            return self._entries[key]
-        except KeyError:
-            raise InputError(f"expected a resident key, got {key!r}; admit it first") from None
+    def _forget(self, key: K, queue: Queue[K]) -> None:
+        """Drop all that is known of `key`, which stands in `queue`."""
+        queue.drop(key)
 
-    def _forget(self, entry: Entry[K]) -> None:
-        del self._entries[entry.key]
-        self.used -= entry.size
-        self._line(entry).drop(entry)
+    def _queue_of(self, key: K) -> Queue[K]:
+        """Return the queue that a key stands in, or raise InputError if it is not resident; not for a pinned key."""
+        for queue in self._queues:
+            if key in queue.sizes:
+                return queue
+        raise InputError(f"expected a resident key, got {key!r}; admit it first")
+
+    def _in_use(self, key: K) -> InputError:
+        pins = self._pins[key].pins
+        return InputError(f"expected an unpinned key to remove or resize, got {key!r} with {pins} pins; unpin it first")
 
     @staticmethod
-    def _line(entry: Entry[K]) -> Line[K]:
-        assert entry.line is not None, "a resident entry stands in a line"
-        return entry.line
+    def _check_size(key: K, size: int) -> None:
+        if not size >= 1:  # NaN too
+            raise InputError(f"expected a size of 1 or above, got {size} for {key!r}")
 
 
-class _OneLine(Policy[K]):
-    """A policy that is an order: who ranks lowest goes."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self._all: Line[K] = Line()
-
-    def _use(self, entry: Entry[K]) -> None:
-        self._all.put(entry, self._rank(entry))
-
-    def _enter(self, entry: Entry[K]) -> None:
-        self._all.put(entry, self._rank(entry))
-
-    def _evict(self, key: K) -> Entry[K]:
-        entry = self._all.first()
-        assert entry is not None, "admit makes sure that someone can go"
-        self._forget(entry)
-        return entry
-
-    @abstractmethod
-    def _rank(self, entry: Entry[K]) -> Any:
-        """Where it stands after this use; above where it stood."""
-
-
-class FIFO(_OneLine[K]):
+class FIFO(Policy[K]):
     """First in, first out. Uses do not count.
 
     >>> policy = FIFO[str](2)
@@ -327,36 +277,144 @@ class FIFO(_OneLine[K]):
     ([], [], None, ['a'])
     """
 
-    def _use(self, entry: Entry[K]) -> None:
-        pass
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._queue: Queue[K] = Queue()
+        self._queues = (self._queue,)
+        self._moves_on_use = False
 
-    def _rank(self, entry: Entry[K]) -> int:
-        return next(self._clock)
+    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+        """See `Policy.access`."""
+        queue = self._queue
+        sizes = queue.sizes
+        if key in sizes:
+            if sizes[key] == size:
+                if self._moves_on_use:
+                    sizes.move_to_end(key)
+                return True
+            self._start_over(key, size)
+        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
+            return answer
+        sizes[key] = size
+        used = queue.used + size
+        while used > self.capacity:
+            victim, freed = sizes.popitem(False)
+            used -= freed
+            if gone is not None:
+                gone.append(victim)
+        queue.used = used
+        return False
 
 
-class LRU(_OneLine[K]):
-    """Least recently used goes first.
+class LRU(FIFO[K]):
+    """Least recently used goes first: a FIFO queue in which a use counts as an arrival.
 
     >>> policy = LRU[str](2)
     >>> policy.admit("a"), policy.admit("b"), policy.hit("a"), policy.admit("c")
     ([], [], None, ['b'])
     """
 
-    def _rank(self, entry: Entry[K]) -> int:
-        return next(self._clock)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._moves_on_use = True
 
 
-class LFU(_OneLine[K]):
+class LFU(Policy[K]):
     """Least often used goes first; among equals the least recently used. An evicted key's count is lost.
+
+    One queue for each number of uses: a use moves a key to the end of the next queue, and victims
+    come from the lowest queue (Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU
+    cache eviction scheme", 2010).
 
     >>> policy = LFU[str](2)
     >>> policy.admit("a"), policy.hit("a"), policy.admit("b"), policy.admit("c")
     ([], None, [], ['b'])
     """
 
-    def _rank(self, entry: Entry[K]) -> tuple[int, int]:
-        entry.uses += 1
-        return entry.uses, next(self._clock)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._used = 0
+        self._uses: dict[K, int] = {}  # of all resident keys
+        self._by_uses: dict[int, Queue[K]] = {}  # a queue to which no key belongs, not even a pinned one, is deleted
+        self._counts: list[int] = []  # the keys of `_by_uses`, ascending
+        self._queues = self._by_uses.values()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._uses
+
+    @property
+    def used(self) -> int:
+        """Sum of the sizes of the resident keys, at most `capacity`."""
+        return self._used
+
+    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+        """See `Policy.access`."""
+        uses = self._uses.get(key, 0)
+        if uses and key in (queue := self._by_uses[uses]).sizes:
+            if queue.sizes[key] == size:
+                queue.drop(key)
+                if not queue.used:
+                    self._delete(uses)
+                self._uses[key] = uses + 1
+                self._with_uses(uses + 1).put(key, size)
+                return True
+            self._start_over(key, size)
+        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
+            return answer
+        if self._used + size > self.capacity:
+            self._make_room(size, gone)
+        self._used += size
+        self._uses[key] = 1
+        self._with_uses(1).put(key, size)
+        return False
+
+    def _make_room(self, size: int, gone: list[K] | None) -> None:
+        """Evict until `size` fits."""
+        while self._used + size > self.capacity:
+            step = 0
+            while not (queue := self._by_uses[self._counts[step]]).sizes:  # all its keys are pinned
+                step += 1
+            victim, freed = queue.sizes.popitem(False)
+            queue.used -= freed
+            self._used -= freed
+            if not queue.used:
+                self._delete(self._uses[victim])
+            del self._uses[victim]
+            if gone is not None:
+                gone.append(victim)
+
+    def _forget(self, key: K, queue: Queue[K]) -> None:
+        self._used -= queue.sizes[key]
+        queue.drop(key)
+        if not queue.used:
+            self._delete(self._uses[key])
+        del self._uses[key]
+
+    def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
+        uses = self._uses[key]
+        pinned.queue.used -= pinned.size
+        if not pinned.queue.used:
+            self._delete(uses)
+        self._uses[key] = uses + 1
+        pinned.queue = self._with_uses(uses + 1)
+        pinned.queue.used += pinned.size
+
+    def _queue_of(self, key: K) -> Queue[K]:
+        uses = self._uses.get(key)
+        return self._by_uses[uses] if uses else super()._queue_of(key)
+
+    def _with_uses(self, uses: int) -> Queue[K]:
+        """Return the queue for so many uses."""
+        queue = self._by_uses.get(uses)
+        if queue is None:
+            queue = self._by_uses[uses] = Queue()
+            insort(self._counts, uses)
+        return queue
+
+    def _delete(self, uses: int) -> None:
+        """Delete the queue for so many uses: no key belongs to it any more."""
+        del self._by_uses[uses]
+        del self._counts[bisect_left(self._counts, uses)]
 
 
 class S3FIFO(Policy[K]):
@@ -364,12 +422,13 @@ class S3FIFO(Policy[K]):
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, Algorithm 1. A new
     key enters `small`, or `main` if its ghost is still there. A hit only counts, up to 3. To make
-    room, while `small` has a tenth of the capacity or more, its oldest is looked at: hit twice or
-    more, it moves to `main` and its count starts at 0 again; otherwise it is evicted and leaves a
-    ghost. Else the oldest of `main` is looked at: with a count above 0 it goes round once more
-    for one less; with 0 it is evicted. Ghosts have at most the size that `main` is meant to have.
+    room, while `small` has a tenth of the capacity or more, its oldest key is looked at: hit twice
+    or more, it moves to `main` and its count starts at 0 again; otherwise it is evicted and leaves
+    a ghost. Else the oldest key of `main` is looked at: with a count above 0 it goes round once
+    more for one less; with 0 it is evicted. Ghosts have at most the size that `main` is meant to
+    have.
 
-    Whatever comes through once, such as a scan, passes through a tenth of the cache only.
+    Whatever is used once, such as a scan, passes through a tenth of the cache only.
 
     >>> policy = S3FIFO[str](10)
     >>> [policy.admit(key) for key in "abcdefghij"][-1], policy.hit("a"), policy.hit("a")
@@ -383,38 +442,71 @@ class S3FIFO(Policy[K]):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.small: Line[K] = Line()
-        self.main: Line[K] = Line()
-        self.ghosts: Ghosts[K] = Ghosts()
-        self._trial = max(1, capacity // 10)
+        self.small: Queue[K] = Queue()
+        self.main: Queue[K] = Queue()
+        self.ghosts: Queue[K] = Queue()
+        self._queues = (self.small, self.main)
+        self._trial = max(1, self.capacity // 10)
+        self._most_ghosts = self.capacity - self._trial
+        self._hits: dict[K, int] = {}  # of resident keys, where they are above 0
 
-    def _use(self, entry: Entry[K]) -> None:
-        if entry.uses < self._MOST:
-            entry.uses += 1
+    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+        """See `Policy.access`."""
+        small, main, ghosts = self.small, self.main, self.ghosts
+        queue = small if key in small.sizes else main
+        if key in queue.sizes:
+            if queue.sizes[key] == size:
+                hits = self._hits.get(key, 0)
+                if hits < self._MOST:
+                    self._hits[key] = hits + 1
+                return True
+            self._start_over(key, size)
+        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
+            return answer
+        room = self.capacity - small.used - main.used - size
+        if room < 0:
+            self._make_room(room, gone)
+        if key in ghosts.sizes:
+            ghosts.drop(key)
+            main.put(key, size)
+        else:
+            small.sizes[key] = size
+            small.used += size
+        while ghosts.used > self._most_ghosts:  # not earlier: its own eviction may not cost it its ghost
+            ghosts.used -= ghosts.sizes.popitem(False)[1]
+        return False
 
-    def _enter(self, entry: Entry[K]) -> None:
-        known = entry.key in self.ghosts
-        self.ghosts.discard(entry.key)
-        self.ghosts.shrink(self.capacity - self._trial)  # not earlier: its own eviction may not cost it its ghost
-        (self.main if known else self.small).put(entry, next(self._clock))
-
-    def _evict(self, key: K) -> Entry[K]:
-        while True:
-            on_trial, settled = self.small.first(), self.main.first()
-            if on_trial and (self.small.used >= self._trial or not settled):
-                if on_trial.uses < self._ENOUGH:
-                    self._forget(on_trial)
-                    self.ghosts.add(on_trial)
-                    return on_trial
-                on_trial.uses = 0
-                self.main.put(on_trial, next(self._clock))
+    def _make_room(self, room: int, gone: list[K] | None) -> None:
+        """Evict until `room`, which is negative, is 0 or more."""
+        small, main, ghosts, hits = self.small, self.main, self.ghosts, self._hits
+        while room < 0:
+            if small.sizes and (small.used >= self._trial or not main.sizes):
+                key, size = small.sizes.popitem(False)
+                small.used -= size
+                if key in hits and hits.pop(key) >= self._ENOUGH:
+                    main.put(key, size)
+                    continue
+                ghosts.sizes[key] = size
+                ghosts.used += size
             else:
-                assert settled is not None, "admit makes sure that someone can go"
-                if not settled.uses:
-                    self._forget(settled)
-                    return settled
-                settled.uses -= 1
-                self.main.put(settled, next(self._clock))
+                key, size = main.sizes.popitem(False)
+                if key in hits:  # round once more, for one hit
+                    main.sizes[key] = size
+                    hits[key] -= 1
+                    if not hits[key]:
+                        del hits[key]
+                    continue
+                main.used -= size
+            room += size
+            if gone is not None:
+                gone.append(key)
+
+    def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
+        self._hits[key] = min(self._hits.get(key, 0) + 1, self._MOST)
+
+    def _forget(self, key: K, queue: Queue[K]) -> None:
+        super()._forget(key, queue)
+        self._hits.pop(key, None)
 
 
 class ARC(Policy[K]):
@@ -429,7 +521,7 @@ class ARC(Policy[K]):
     Adapted to sizes: lengths are sums of sizes, a miss moves `p` by its own size times the paper's
     factor, one arrival may evict several, and ghosts are cut to the paper's bounds (t1 + b1 at
     most the capacity, all four at most twice) after the arrival. With all sizes 1 this is the
-    paper's algorithm. A pinned key is passed over for the next of its line, then the other line.
+    paper's algorithm. Where all keys of a queue are pinned, the other queue gives.
 
     >>> policy = ARC[str](2)
     >>> policy.admit("a"), policy.hit("a"), policy.admit("b"), policy.admit("c")
@@ -441,39 +533,71 @@ class ARC(Policy[K]):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self.p = 0.0
-        self.t1: Line[K] = Line()
-        self.t2: Line[K] = Line()
-        self.b1: Ghosts[K] = Ghosts()
-        self.b2: Ghosts[K] = Ghosts()
+        self.t1: Queue[K] = Queue()
+        self.t2: Queue[K] = Queue()
+        self.b1: Queue[K] = Queue()
+        self.b2: Queue[K] = Queue()
+        self._queues = (self.t1, self.t2)
 
-    def _use(self, entry: Entry[K]) -> None:
-        self.t2.put(entry, next(self._clock))
+    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+        """See `Policy.access`."""
+        t1, t2, capacity = self.t1, self.t2, self.capacity
+        queue = t2 if key in t2.sizes else t1
+        if key in queue.sizes:
+            if queue.sizes[key] == size:
+                if queue is t1:
+                    t1.drop(key)
+                    t2.put(key, size)
+                else:
+                    t2.sizes.move_to_end(key)
+                return True
+            self._start_over(key, size)
+        if (self._pins or not 0 < size <= capacity) and (answer := self._special(key, size, gone)) is not None:
+            return answer
+        b1, b2 = self.b1, self.b2
+        queue, in_b2 = t1, False
+        if key in b1.sizes or key in b2.sizes:
+            queue, in_b2 = t2, self._recall(key, size)
+        room = capacity - t1.used - t2.used - size
+        while room < 0:
+            if t1.sizes and (t1.used > self.p or (in_b2 and t1.used == self.p) or not t2.sizes):
+                victim, freed = t1.sizes.popitem(False)
+                t1.used -= freed
+                b1.sizes[victim] = freed
+                b1.used += freed
+            else:
+                victim, freed = t2.sizes.popitem(False)
+                t2.used -= freed
+                b2.sizes[victim] = freed
+                b2.used += freed
+            room += freed
+            if gone is not None:
+                gone.append(victim)
+        queue.sizes[key] = size
+        queue.used += size
+        most = capacity - t1.used
+        while b1.used > most:
+            b1.used -= b1.sizes.popitem(False)[1]
+        most = capacity + room - b1.used
+        while b2.used > most:
+            b2.used -= b2.sizes.popitem(False)[1]
+        return False
 
-    def _meet(self, key: K, size: int) -> None:
-        if key in self.b1:
-            self.p = min(self.capacity, self.p + size * max(1, self.b2.used / self.b1.used))
-        elif key in self.b2:
-            self.p = max(0.0, self.p - size * max(1, self.b1.used / self.b2.used))
+    def _recall(self, key: K, size: int) -> bool:
+        """Move the border because a ghost remembers `key`, and let the ghost go. Return whether it was in `b2`."""
+        b1, b2 = self.b1, self.b2
+        if key in b1.sizes:
+            self.p = min(self.capacity, self.p + size * max(1, b2.used / b1.used))
+            b1.drop(key)
+            return False
+        self.p = max(0.0, self.p - size * max(1, b1.used / b2.used))
+        b2.drop(key)
+        return True
 
-    def _enter(self, entry: Entry[K]) -> None:
-        known = entry.key in self.b1 or entry.key in self.b2
-        self.b1.discard(entry.key)
-        self.b2.discard(entry.key)
-        (self.t2 if known else self.t1).put(entry, next(self._clock))
-        self.b1.shrink(self.capacity - self.t1.used)
-        self.b2.shrink(2 * self.capacity - self.used - self.b1.used)
-
-    def _evict(self, key: K) -> Entry[K]:
-        once, again = self.t1.first(), self.t2.first()
-        above = self.t1.used > self.p or (self.t1.used == self.p and key in self.b2)
-        if once and (above or not again):
-            self._forget(once)
-            self.b1.add(once)
-            return once
-        assert again is not None, "admit makes sure that someone can go"
-        self._forget(again)
-        self.b2.add(again)
-        return again
+    def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
+        pinned.queue.used -= pinned.size
+        pinned.queue = self.t2
+        self.t2.used += pinned.size
 
 
 POLICIES: Final[dict[str, type[Policy[Any]]]] = {"fifo": FIFO, "lru": LRU, "lfu": LFU, "s3fifo": S3FIFO, "arc": ARC}

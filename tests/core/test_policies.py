@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlab.core import policies
-from kvlab.core.policies import ARC, FIFO, LFU, LRU, POLICIES, S3FIFO, Policy
+from kvlab.core.policies import ARC, FIFO, LFU, LRU, POLICIES, S3FIFO, Policy, Queue
 from kvlab.errors import ConfigError, InputError
 
 every_policy = pytest.mark.parametrize("name", POLICIES)
@@ -20,6 +19,7 @@ steps = st.lists(
     st.tuples(
         st.sampled_from(("use", "use", "use", "use", "remove", "pin", "unpin")), st.integers(0, 12), st.integers(1, 4)
     ),
+    min_size=40,
     max_size=120,
 )
 Step = tuple[str, int, int]
@@ -50,8 +50,10 @@ def ghosts(policy: Policy[Any]) -> list[tuple[int, int]]:
     return []
 
 
-def lines(policy: Policy[Any]) -> list[policies.Line[Any]]:
-    return [part for part in vars(policy).values() if isinstance(part, policies.Line)]
+def remembered(policy: Policy[Any]) -> int:
+    """How many entries all containers of a policy have, nested ones included."""
+    parts = [part for part in vars(policy).values() if isinstance(part, dict | Queue)]
+    return sum(map(len, parts)) + sum(len(q) for q in policy._queues if q not in parts)
 
 
 # --- what holds for all -------------------------------------------------------------------------
@@ -83,13 +85,14 @@ def test_a_policy_keeps_its_promises(name: str, capacity: int, schedule: list[St
         assert {k for k in range(13) if k in policy} == sizes.keys() and len(policy) == len(sizes)
         assert policy.used == sum(sizes.values()) <= capacity
         assert policy.pinned == sum(sizes[k] for k in +pins)
-        assert sum(line.used for line in lines(policy)) == policy.used
-        assert sum(map(len, lines(policy))) == len(policy)
+        assert sum(queue.used for queue in policy._queues) == policy.used
+        assert sum(sum(queue.sizes.values()) for queue in policy._queues) == policy.used - policy.pinned
+        assert sum(map(len, policy._queues)) == len(policy) - len(+pins)
         assert all(used <= bound for used, bound in ghosts(policy))
 
 
 @every_policy
-@given(capacity=st.integers(1, 12), keys=st.lists(st.integers(0, 20), max_size=100))
+@given(capacity=st.integers(1, 12), keys=st.lists(st.integers(0, 20), min_size=40, max_size=100))
 def test_nobody_goes_without_need(name: str, capacity: int, keys: list[int]) -> None:
     policy: Policy[int] = POLICIES[name](capacity)
     for key in keys:
@@ -139,15 +142,33 @@ def test_admitting_what_is_there_is_a_hit(name: str) -> None:
 
 @every_policy
 def test_pins_are_counted_and_are_no_uses(name: str) -> None:
-    policy, other = (POLICIES[name](3) for _ in range(2))
-    for p in (policy, other):
-        fill(p, "abc")
+    policy: Policy[str] = POLICIES[name](3)
+    fill(policy, "abc")
     policy.pin("a")
     policy.pin("a")
     policy.unpin("a")
-    assert "a" not in policy.admit("d")
+    assert policy.admit("d") == ["b"]
     policy.unpin("a")
-    assert policy.admit("e") == other.admit("d") == ["a"]
+    assert fill(policy, "efg") == ["c", "d", "a"]
+
+
+@every_policy
+def test_the_last_unpin_makes_a_key_the_newest(name: str) -> None:
+    policy: Policy[str] = POLICIES[name](5)
+    fill(policy, "abcde")
+    for key in "abcb":
+        policy.pin(key)
+    for key in "bcab":
+        policy.unpin(key)
+    assert fill(policy, "vwxyz") == ["d", "e", "c", "a", "b"]
+
+
+@every_policy
+def test_a_removed_key_starts_over(name: str) -> None:
+    policy: Policy[str] = POLICIES[name](3)
+    fill(policy, "abcaaa")
+    policy.remove("a")
+    assert fill(policy, "axyz") == ["b", "c", "a"]
 
 
 @every_policy
@@ -161,6 +182,11 @@ def test_a_mistake_is_named(name: str) -> None:
         policy.unpin("a")
     with pytest.raises(InputError, match="expected a size of 1 or above, got 0 for 'b'"):
         policy.admit("b", 0)
+    with pytest.raises(InputError, match="got nan for 'b'"):
+        policy.admit("b", float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="got -2 for 'a'"):
+        policy.admit("a", -2)
+    assert policy.used == 1
     policy.remove("x")
     policy.pin("a")
     for change in (lambda: policy.remove("a"), lambda: policy.admit("a", 2)):
@@ -169,7 +195,40 @@ def test_a_mistake_is_named(name: str) -> None:
     assert policy.admit("a") == [] and policy.used == policy.pinned == 1
     with pytest.raises(ConfigError, match="got -1"):
         POLICIES[name](-1)
+    for capacity in (2.5, float("inf"), "10", None):
+        with pytest.raises(ConfigError, match="expected a whole number as the capacity, got"):
+            POLICIES[name](capacity)  # type: ignore[arg-type]
     assert repr(policy) == f"{type(policy).__name__}(1 keys, 1 of 3 used, 1 pinned)"
+
+
+@every_policy
+@given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=40, max_size=100))
+def test_access_evicts_the_same_whether_or_not_it_is_asked_who_went(
+    name: str, capacity: int, uses: list[tuple[int, int]]
+) -> None:
+    told, silent = POLICIES[name](capacity), POLICIES[name](capacity)
+    sizes: dict[int, int] = {}
+    for key, size in uses:
+        gone = [-1]
+        hit = told.access(key, size, gone)
+        assert hit == silent.access(key, size) == (sizes.get(key) == size)
+        assert gone == [-1] if hit else gone[0] == -1
+        sizes[key] = size
+        for k in gone[1:]:
+            del sizes[k]
+        for policy in (told, silent):
+            assert {k for k in range(13) if k in policy} == sizes.keys()
+
+
+@every_policy
+def test_access_says_whether_it_was_a_hit(name: str) -> None:
+    policy: Policy[str] = POLICIES[name](4)
+    gone: list[str] = []
+    assert [policy.access(key, 2, gone) for key in "aabba"] == [False, True, False, True, True]
+    assert not policy.access("a", 1) and "a" in policy  # another content
+    policy.pin("a")
+    assert policy.access("a", 1) and not policy.access("c", 4, gone)
+    assert gone == ["c"] and "b" in policy
 
 
 @every_policy
@@ -177,37 +236,54 @@ def test_its_own_memory_stays_bounded(name: str) -> None:
     policy: Policy[int] = POLICIES[name](10)
     for i in range(5):
         policy.admit(i)
-    for _ in range(1000):
+    for i in range(1000):
         policy.pin(1)
+        policy.hit(1)
         policy.unpin(1)
         policy.remove(2)
         policy.admit(2)
-    assert max(len(line._heap) for line in lines(policy)) <= 2 * 10 + 64
+        policy.hit(i % 5)
+    assert remembered(policy) <= 5 * 4
+    for i in range(1000):
+        for _ in range(i % 4):
+            policy.admit(i)
+    assert remembered(policy) <= 10 * 5
+
+
+class Watched(int):
+    """A key that counts how often a key is looked at."""
+
+    looks = 0
+
+    def __hash__(self) -> int:
+        Watched.looks += 1
+        return hash(int(self))
 
 
 @every_policy
-def test_pinned_keys_are_not_searched_again_and_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = Counter[str]()
-
-    def counted(which: str) -> Callable[..., Any]:
-        true = getattr(policies, which)
-
-        def call(*args: Any) -> Any:
-            looks[which] += 1
-            return true(*args)
-
-        return call
-
-    for which in ("heappop", "heapreplace"):
-        monkeypatch.setattr(policies, which, counted(which))
-    policy: Policy[int] = POLICIES[name](1000)
-    for i in range(1000):
+def test_pinned_keys_are_not_searched_again_and_again(name: str) -> None:
+    policy: Policy[Watched] = POLICIES[name](1000)
+    for i in map(Watched, range(1000)):
         policy.admit(i)
         if i < 990:
             policy.pin(i)
-    for i in range(1000, 2000):
+    Watched.looks = 0
+    for i in map(Watched, range(1000, 2000)):
         assert len(policy.admit(i)) == 1
-    assert looks.total() < 5000  # 1000 evictions past 990 pinned ones; a search each time takes a million
+    assert 1000 < Watched.looks < 30_000  # 1000 evictions past 990 pinned ones; a search each time takes a million
+
+
+def test_a_use_of_a_pinned_key_counts() -> None:
+    lfu, s3fifo, arc = LFU[str](3), S3FIFO[str](3), ARC[str](3)
+    for policy in (lfu, s3fifo, arc):
+        fill(policy, "abc")
+        policy.pin("a")
+        for _ in range(2):
+            policy.hit("a")
+        policy.unpin("a")
+    assert fill(lfu, "bd") == ["c"] and fill(lfu, "e") == ["d"] and "a" in lfu
+    assert s3fifo._hits == {"a": 2}
+    assert "a" in arc.t2 and (arc.t1.used, arc.t2.used) == (2, 1)
 
 
 # --- slow models --------------------------------------------------------------------------------
@@ -262,6 +338,9 @@ def test_simple_policies_do_what_sorting_would(name: str, capacity: int, schedul
         elif what == "unpin" and row and row["pins"]:
             policy.unpin(key)
             row["pins"] -= 1
+            if not row["pins"]:
+                slow.time += 1
+                row["first"] = row["last"] = slow.time
 
 
 class SlowS3FIFO:
@@ -402,18 +481,6 @@ def test_lfu_forgets_the_count_of_who_went() -> None:
     assert fill(policy, "aaabbcbc") == ["b", "c", "b"]
 
 
-def test_unpinned_keys_go_in_their_old_order() -> None:
-    policy = LRU[str](4)
-    fill(policy, "abcd")
-    for key in "ab":
-        policy.pin(key)
-    assert policy.admit("e") == ["c"]
-    policy.hit("a")  # while it is pinned
-    for key in "ab":
-        policy.unpin(key)
-    assert fill(policy, "fghi") == ["b", "d", "e", "a"]
-
-
 def test_s3fifo_needs_two_hits_on_trial() -> None:
     policy = S3FIFO[str](10)
     fill(policy, "abcdefghij")
@@ -470,11 +537,25 @@ def test_arc_moves_its_border_by_sizes() -> None:
     assert policy.admit("a", 4) == ["c"] and policy.p == 0  # down by 4, but not below 0
 
 
+def test_arc_remembers_as_much_as_fits_in_twice_the_capacity() -> None:
+    policy = ARC[str](4)
+    for key, size in (("a", 2), ("a", 2), ("b", 4), ("b", 4), ("c", 2)):
+        policy.admit(key, size)
+    assert (policy.used, policy.b1.used, policy.b2.used) == (2, 0, 6)
+
+
 def test_arc_wants_no_more_than_everything_for_t1() -> None:
     policy = ARC[str](4)
     assert fill(policy, "aabcdeb") == ["b", "c"] and policy.p == 1
     policy.admit("c", 4)
     assert policy.p == 4  # not 5
+
+
+def test_s3fifo_takes_from_main_when_the_trial_is_pinned() -> None:
+    policy = S3FIFO[str](10)
+    fill(policy, "abcdefghij" * 3 + "k")
+    policy.pin("k")
+    assert policy.admit("l") == ["b"] and (policy.small.used, policy.main.used) == (2, 8)
 
 
 def test_s3fifo_takes_from_a_short_trial_when_main_is_pinned() -> None:
