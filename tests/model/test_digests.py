@@ -346,7 +346,7 @@ from pathlib import Path
 from kvlab.model import digests
 from kvlab.model.fingerprint import fingerprint_of_folder
 digests.SETTLED_NS = 0
-print({fingerprint_of_folder(folder).hex() for _ in range(20) for folder in sys.argv[1:]})
+print({fingerprint_of_folder(folder).hex() for _ in range(5) for folder in sys.argv[1:]})
 """
 
 
