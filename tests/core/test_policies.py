@@ -20,7 +20,7 @@ steps = st.lists(
         st.sampled_from(("use", "use", "use", "use", "remove", "pin", "unpin")), st.integers(0, 12), st.integers(1, 4)
     ),
     min_size=40,
-    max_size=120,
+    max_size=80,
 )
 Step = tuple[str, int, int]
 
@@ -92,7 +92,7 @@ def test_a_policy_keeps_its_promises(name: str, capacity: int, schedule: list[St
 
 
 @every_policy
-@given(capacity=st.integers(1, 12), keys=st.lists(st.integers(0, 20), min_size=40, max_size=100))
+@given(capacity=st.integers(1, 12), keys=st.lists(st.integers(0, 20), min_size=30, max_size=60))
 def test_nobody_goes_without_need(name: str, capacity: int, keys: list[int]) -> None:
     policy: Policy[int] = POLICIES[name](capacity)
     for key in keys:
@@ -202,7 +202,7 @@ def test_a_mistake_is_named(name: str) -> None:
 
 
 @every_policy
-@given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=40, max_size=100))
+@given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=30, max_size=60))
 def test_access_evicts_the_same_whether_or_not_it_is_asked_who_went(
     name: str, capacity: int, uses: list[tuple[int, int]]
 ) -> None:
