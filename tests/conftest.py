@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted := config.getoption("lane"):
         split: dict[bool, list[pytest.Item]] = {True: [], False: []}
         for item in items:
-            split[lanes.lane_of(item.nodeid, item.keywords) in wanted].append(item)
+            split[lanes.lane_of(item.nodeid, _markers(item)) in wanted].append(item)
         config.hook.pytest_deselected(items=split[False])
         items[:] = split[True]
     phases.choose(config, items)
@@ -67,10 +67,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    if call.when == "setup":
+        item.user_properties.append(("lane", lanes.lane_of(item.nodeid, _markers(item))))
     report = yield
     lanes.fail_what_was_required(item, report, item.config.stash[REQUIRED])
     return report
+
+
+def _markers(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -87,7 +93,8 @@ class Counting:
         self._tally = tally
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._tally.setdefault(lanes.lane_of(report.nodeid, report.keywords), lanes.Lane()).count(report)
+        own = dict(report.user_properties).get("lane")  # doctests and cells, outside of tests/, have none
+        self._tally.setdefault(own or lanes.lane_of(report.nodeid, ()), lanes.Lane()).count(report)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
         ordered = {name: self._tally[name] for name in lanes.LANES if name in self._tally}
