@@ -39,6 +39,7 @@ less than it asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from array import array
@@ -116,7 +117,7 @@ class Namespace:
 
     fingerprint: bytes
     precision: str
-    salt: bytes
+    salt: bytes = dataclasses.field(repr=False)  # the tenant's secret
     block_tokens: int
 
     @property

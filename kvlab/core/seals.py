@@ -110,8 +110,9 @@ class AesGcm(Seal):
     def __init__(self, keys: Mapping[int, bytes], salt: bytes = b"", key_id: int | None = None) -> None:
         _check_keys(keys)
         self.key_id = max(keys) if key_id is None else key_id
-        if self.key_id not in keys:
-            raise ConfigError(f"expected a key id to write with out of {sorted(keys)}, got {key_id!r}")
+        if type(self.key_id) is not int or self.key_id not in keys:
+            got = "another number" if type(key_id) is int else type(key_id).__name__
+            raise ConfigError(f"expected a key id to write with out of {sorted(keys)}, got {got}")
         try:
             self._keys = {i: _derive(key, salt, i) for i, key in keys.items()}
         except ImportError:

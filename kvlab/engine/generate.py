@@ -55,9 +55,10 @@ def generate(
         InputError: an empty or over-long prompt, or a token out of the vocabulary.
     """
     begin = time.perf_counter()
-    if max_new_tokens < 1:
-        raise InputError(f"expected at least one new token, got {max_new_tokens}")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"expected at least one new token, got {max_new_tokens!r}")
     prompt = model.check_tokens(tokens, max_new_tokens)
+    tokens = prompt[0].tolist()  # a copy: keys and KV must be of the same tokens, whatever becomes of the caller's list
     T = prompt.shape[1]
     kv = model.new_kv(T + max_new_tokens)
     cached = fill_from(cache, tokens, kv[:, :, 0]) if cache else 0

@@ -177,9 +177,9 @@ class Node:
                 commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[start:stop]]
             replies = self.round_trip(commands, deadline, answer, out[start:stop] if out else None, asking)
             values = replies[: len(window)]
-            if any(isinstance(r, redis.exceptions.NoPermissionError) for r in replies[len(window) :]):
-                # Chains would die of age with nobody noticing: such a user needs ttl_s=None.
-                values = [Refused(Reason.AUTH)] * len(window)
+            refused = next((r for r in replies[len(window) :] if isinstance(r, Exception) and says_no(r)), None)
+            if refused is not None:  # chains would die of age, unnoticed: such a server or user needs ttl_s=None
+                values = [Refused(reason_of(refused))] * len(window)
             answer.replies += values
             fault = _fault_of(values)
             if out is None:
