@@ -1,7 +1,7 @@
 """The two parts of a whole run: what may share the machine, and what waits for servers.
 
 `--phase together`: everything that is only work, on all cores. `--phase servers`: tests that freeze and kill
-servers, with deadlines in fractions of a second; they mostly wait, so two of them at a time leave a core free.
+servers, with deadlines in fractions of a second, one after the other: beside each other they would share the blame.
 Either runs under pytest-xdist with `--dist loadfile --no-loadscope-reorder`: the cells of a notebook and the
 tests of a file run in one process, in order. Without the option all tests run, as they stand, in one process.
 """

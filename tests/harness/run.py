@@ -23,10 +23,10 @@ CHECKS = {
     "types": [["mypy", "--no-error-summary"]],
 }
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder")
-ON_TWO = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+ALONE = ("-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")  # their deadlines are fractions of a second
 WHOLE = {
     TOGETHER: ("--nbval", "--phase", TOGETHER, *ON_ALL_CORES),
-    SERVERS: ("--phase", SERVERS, *ON_TWO),
+    SERVERS: ("--phase", SERVERS, *ALONE),
 }
 QUICK_LANES = [word for lane in ("units", "doctests", "contracts") for word in ("--lane", lane)]
 QUICK = {"quick": ("-m", "not slow and not cluster", *QUICK_LANES, "--phase", TOGETHER, *ON_ALL_CORES)}
