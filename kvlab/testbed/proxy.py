@@ -16,135 +16,18 @@ import asyncio
 import contextlib
 import random
 import socket
-import struct
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from kvlab.testbed.link import AT_ONCE, TICK_S, Cut, Lane, Link, arrived, end
+
 READ_BYTES = 256 * 1024
 ROOM_BYTES, LATE_ROOM_BYTES = 256 * 1024, 64 * 1024 * 1024  # on their way through the proxy, per direction
-TICK_S = 0.001
-AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets
 STEP_S = 0.01  # a limited bandwidth is passed on in portions of this long
-END_S = 5.0  # for a call into the proxy's thread, and for bytes to arrive before a reset
-LINE_BYTES = 64 * 1024  # no header of RESP is longer
-
-
-class Splitter:
-    """Finds where RESP values (replies, or commands) end in a stream, whatever pieces it comes in.
-
-    A stream that is not RESP (TLS, nonsense) has no ends from there on.
-    """
-
-    AGGREGATES = {b"*": 1, b"~": 1, b">": 1, b"%": 2, b"|": 2}
-    BULKS = (b"$", b"=", b"!")
-    SIMPLE = (b"+", b"-", b":", b"_", b",", b"#", b"(")
-
-    def __init__(self) -> None:
-        self.between = True  # no value has begun that has not ended
-        self._values = 1  # still to come, until the outermost one is whole
-        self._skip = 0  # of a bulk string and its line end
-        self._line = b""
-        self._lost = False
-
-    def split(self, data: bytes) -> list[tuple[bytes, bool]]:
-        """`data` in pieces, each with whether a value ends there."""
-        pieces, start, at = [], 0, 0
-        while at < len(data) and not self._lost:
-            at = self._step(data, at)
-            if self._values == 0 and self._skip == 0:
-                pieces.append((data[start:at], True))
-                start, self._values = at, 1
-        self.between = start == len(data) if data else self.between
-        if start < len(data):
-            pieces.append((data[start:], False))
-        return pieces
-
-    def _step(self, data: bytes, at: int) -> int:
-        """Take one line, or what is there of a bulk string. Returns where it ends."""
-        if self._skip:
-            taken = min(self._skip, len(data) - at)
-            self._skip -= taken
-            return at + taken
-        end = data.find(b"\n", at) + 1 or len(data)
-        self._line += data[at:end]
-        self._lost = len(self._line) > LINE_BYTES
-        if self._line.endswith(b"\r\n"):
-            self._header(self._line[:1], self._line[1:-2])
-            self._line = b""
-        return end
-
-    def _header(self, kind: bytes, text: bytes) -> None:
-        self._values -= kind != b"|"  # attributes come before the value that they belong to
-        if kind in self.SIMPLE:
-            return
-        try:
-            length = int(text)
-        except ValueError:
-            length = -2
-        if length < -1 or kind not in (*self.BULKS, *self.AGGREGATES):
-            self._lost = True
-        elif kind in self.BULKS:
-            self._skip = length + 2 if length >= 0 else 0
-        else:
-            self._values += max(length, 0) * self.AGGREGATES[kind]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a connection is ended in the middle of an answer, and what is called then."""
-
-    reset: bool
-    call: Callable[[], object]
-
-
-@dataclass
-class Link:
-    """One client's connection, and the proxy's own to the server."""
-
-    client: asyncio.StreamWriter
-    server: asyncio.StreamWriter | None = None
-    commands: Splitter = field(default_factory=Splitter)
-    replies: Splitter = field(default_factory=Splitter)
-    client_spoke_last: bool = False
-    owed: int = 0  # commands without their reply
-    taken: int = 0  # answer bytes that are to be sent, ever
-    sent: int = 0  # of these
-    ends: deque[int] = field(default_factory=deque)  # where replies end, on the scale of `sent`
-    plan: str = ""  # what is done to the reply that is coming in
-    kept: bytes = b""  # of that reply
-    parked: bytes = b""  # a reply that goes out after the next one
-    cut: Cut | None = None  # nothing passes after this
-
-
-class Lane:
-    """The bytes on their way in one direction of a link, in order, each with the time when it is due."""
-
-    def __init__(self) -> None:
-        self.items: deque[tuple[float, bytes]] = deque()
-        self.bytes = 0
-        self.free_at = 0.0  # when bandwidth and slicing allow the next byte
-        self.more, self.less = asyncio.Event(), asyncio.Event()
-
-    def put(self, due: float, data: bytes) -> None:
-        """Add what came in; b"" is the end."""
-        self.items.append((due, data))
-        self.bytes += len(data)
-        self.more.set()
-
-    async def take(self) -> bytes:
-        """The next bytes, once they are due."""
-        while not self.items:
-            self.more.clear()
-            await self.more.wait()
-        due, data = self.items.popleft()
-        await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
-        self.bytes -= len(data)
-        self.less.set()
-        return data
+END_S = 5.0  # for a call into the proxy's thread
 
 
 class FaultProxy:
@@ -244,7 +127,7 @@ class FaultProxy:
         """How often a client sent after it was sent something, or for the first time.
 
         Exact where a client sends everything before it gets anything. In a long pipeline early replies come
-        while later commands are still going out, and each such turn counts; `exchanges` does not count them.
+        while later commands are still going out, and each such change of direction counts; `exchanges` does not count them.
         """
         return self._round_trips
 
@@ -310,12 +193,12 @@ class FaultProxy:
         for task in (waiting := list(self._tasks)):
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        await asyncio.sleep(STEP_S)  # closed transports let go of their sockets in the next turns
+        await asyncio.sleep(STEP_S)  # closed transports let go of their sockets a little later
 
     async def _drop(self, reset: bool) -> None:
         for link in list(self._links):
-            _end(link.client, reset)
-            _end(link.server, reset=True)
+            end(link.client, reset)
+            end(link.server, reset=True)
 
     async def _forget(self) -> None:
         self._marks.clear()
@@ -367,8 +250,8 @@ class FaultProxy:
             await self._both_ways(link, reader, answers)
         finally:
             self._links.remove(link)
-            _end(link.client, reset=False)
-            _end(link.server, reset=False)
+            end(link.client, reset=False)
+            end(link.server, reset=False)
 
     async def _both_ways(self, link: Link, reader: asyncio.StreamReader, answers: asyncio.StreamReader) -> None:
         up, down = Lane(), Lane()
@@ -463,11 +346,11 @@ class FaultProxy:
 
     async def _cut_off(self, link: Link, cut: Cut, reader: asyncio.StreamReader) -> None:
         """End a connection whose answer was cut: what was passed on arrives first."""
-        await _arrived(link.client)
+        await arrived(link.client)
         cut.call()
-        _end(link.server, reset=True)
+        end(link.server, reset=True)
         if cut.reset:
-            return _end(link.client, reset=True)
+            return end(link.client, reset=True)
         link.client.write_eof()  # closing while commands lie unread would be a reset
         while await reader.read(READ_BYTES):
             pass
@@ -534,34 +417,3 @@ def _bound(port: int) -> socket.socket:
     made.setblocking(False)
     made.bind(("127.0.0.1", port))
     return made
-
-
-def _end(writer: asyncio.StreamWriter | None, reset: bool) -> None:
-    """Close a connection, or reset it."""
-    if writer is None:
-        return
-    if not reset:
-        return writer.close()
-    with contextlib.suppress(OSError):  # closed already
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
-    writer.transport.abort()
-
-
-async def _arrived(writer: asyncio.StreamWriter) -> None:
-    """Wait until everything written lies at the other end: a reset would throw away what is under way."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + END_S
-    while loop.time() < end and (writer.transport.get_write_buffer_size() or _unacknowledged(writer)):
-        await asyncio.sleep(TICK_S)
-
-
-def _unacknowledged(writer: asyncio.StreamWriter) -> int:
-    """Bytes in the kernel that the other end has not got."""
-    import fcntl  # not on Windows, where everything else here works
-    import termios
-
-    number = writer.get_extra_info("socket").fileno()
-    if number < 0:
-        return 0
-    (count,) = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, b"\0" * 4))
-    return int(count)
