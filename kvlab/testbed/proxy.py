@@ -127,7 +127,7 @@ class FaultProxy:
         """How often a client sent after it was sent something, or for the first time.
 
         Exact where a client sends everything before it gets anything. In a long pipeline early replies come
-        while later commands are still going out, and each such change of direction counts; `exchanges` does not count them.
+        while later commands are still going out, and each change of direction counts; `exchanges` counts none.
         """
         return self._round_trips
 
