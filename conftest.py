@@ -43,7 +43,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if notebook.kernel is None and "setup" not in vars(notebook):
         folder = tempfile.TemporaryDirectory(prefix="kvlab-nbval-", ignore_cleanup_errors=True)
         item.config.add_cleanup(folder.cleanup)
-        notebook.setup = partial(_in_environment, kernel_environment(Path(folder.name)), notebook.setup)
+        threads = {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}  # others want a core too
+        notebook.setup = partial(_in_environment, kernel_environment(Path(folder.name), **threads), notebook.setup)
 
 
 def _in_environment(variables: dict[str, str], start_kernel: Callable[[], None]) -> None:

@@ -8,11 +8,25 @@ tests of a file run in one process, in order. Without the option all tests run, 
 
 from __future__ import annotations
 
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 TOGETHER, SERVERS = "together", "servers"
+SECONDS = {
+    "tests/engine/test_generate.py": 250,
+    "tests/course/exercises/test_lessons.py": 130,
+    "tests/test_cli.py": 70,
+    "tests/notebooks/test_build.py": 60,
+    "tests/lab/test_demo.py": 25,
+    "tests/browser/test_lab.py": 25,
+    "tests/harness/test_lanes.py": 20,
+    "tests/harness/test_learner.py": 15,
+    "tests/stores/redis/test_store.py": 15,
+    "tests/model/test_digests.py": 15,
+}
+"""About how long the longest files take. Only their order depends on it; a notebook counts as 20."""
 
 
 def phase_of(item: pytest.Item) -> str:
@@ -28,9 +42,9 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
         return
     kept = [item for item in items if phase_of(item) == phase]
     config.hook.pytest_deselected(items=[item for item in items if phase_of(item) != phase])
-    long = Counter(item.path for item in kept if item.get_closest_marker("slow") or _is_first_cell(item))
-    items[:] = sorted(kept, key=lambda item: -long[item.path])  # stable: within a file they stay as they stand
+    items[:] = sorted(kept, key=lambda item: -_seconds(item.path))  # stable: within a file they stay as they stand
 
 
-def _is_first_cell(item: pytest.Item) -> bool:
-    return item.path.suffix == ".ipynb" and item.name == "Cell 0"
+def _seconds(file: Path) -> int:
+    named = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
+    return SECONDS.get(named, 20 if file.suffix == ".ipynb" else 0)

@@ -67,6 +67,8 @@ def test_a_table_says_what_became_of_each_lane(tmp_path: Path) -> None:
     assert run_pytest(*settings, str(file), "--tally", str(tally), "-k", "nothing or half_way").returncode == 0
     counted = json.loads(tally.read_text("utf-8"))
     assert counted.keys() == {"units", "hf"} and counted["hf"]["skipped"] == {"reasons": 1}
+    said = run_pytest(*settings, str(file), "--lane", "hf", "-k", "half_way or redis", PATH="").stdout
+    assert "1 skipped, 4 deselected" in said, said
     lane = lanes.Lane(passed=1, seconds=60.0)
     lane.add(counted["hf"])
     assert (lane.passed, lane.failed, lane.skipped.total()) == (1, 0, 1) and lane.seconds > 60

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import phases
 from tests.harness.run_pytest import ROOT, run_pytest
 
 TESTS = """
@@ -24,8 +25,21 @@ def test_cluster():
 """
 
 
+CONFTEST = """
+from tests.harness import phases
+
+def pytest_addoption(parser):
+    parser.addoption("--phase")
+
+def pytest_collection_modifyitems(config, items):
+    phases.choose(config, items)
+"""
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
+    (tmp_path / "conftest.py").write_text(CONFTEST)  # the whole one imports torch: seconds
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cluster\n")
     made = [tmp_path / f"test_{name}.py" for name in ("a", "b")]
     for file in made:
         file.write_text(TESTS)
@@ -33,8 +47,9 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def run(files: list[Path], *options: str) -> str:
-    settings = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(files[0].parent), "-p", "tests.conftest")
-    return run_pytest(*settings, "--color=no", "-vv", *options, *map(str, files)).stdout
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # loading nbval takes seconds
+    settings = ("-c", str(files[0].with_name("pytest.ini")), "-p", "xdist", "--color=no", "-vv")
+    return run_pytest(*settings, *options, *map(str, files), **plain).stdout
 
 
 def test_each_test_is_in_one_phase(files: list[Path]) -> None:
@@ -52,10 +67,10 @@ def test_the_tests_of_a_file_share_a_process(files: list[Path]) -> None:
 
 
 def test_long_files_begin_first(files: list[Path]) -> None:
-    files[1].write_text(TESTS.replace("@pytest.mark.parametrize", "@pytest.mark.slow\n@pytest.mark.parametrize"))
+    (files[0].parent / "conftest.py").write_text(f"{CONFTEST}\nphases.SECONDS['test_b.py'] = 30\n")
     said = run(files, "--phase", "together")
     assert said.index("test_b.py::test_plain[0]") < said.index("test_a.py::test_plain[0]")
 
 
-def test_lanes_can_be_chosen(files: list[Path]) -> None:
-    assert "8 passed, 2 deselected" in run(files, "--lane", "units")
+def test_the_files_that_are_said_to_take_long_exist() -> None:
+    assert [name for name in phases.SECONDS if not (ROOT / name).exists()] == []
