@@ -21,7 +21,6 @@ SECONDS = {
     "tests/notebooks/test_build.py": 60,
     "tests/lab/test_demo.py": 25,
     "tests/browser/test_lab.py": 25,
-    "tests/harness/test_lanes.py": 20,
     "tests/harness/test_learner.py": 15,
     "tests/stores/redis/test_store.py": 15,
     "tests/model/test_digests.py": 15,
