@@ -42,9 +42,9 @@ def run(folder: Path, *options: str, **environment: str) -> str:
     file.parent.mkdir(exist_ok=True)
     file.write_text(LANE_TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  redis\n  cluster\n  valkey\n  browser\n  hf\n")
-    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""}  # loading nbval takes seconds
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": "", "KVLAB_REQUIRE": ""}  # loading nbval takes seconds
     settings = ("-c", str(folder / "pytest.ini"), "-p", "tests.conftest", "-rsfEpx")
-    return run_pytest(*settings, str(file), *options, **plain, **environment).stdout
+    return run_pytest(*settings, str(file), *options, **{**plain, **environment}).stdout
 
 
 def test_a_missing_program_skips_its_lane_and_fails_a_required_one(tmp_path: Path) -> None:

@@ -345,9 +345,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_pytest(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Pytest in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *arguments]
-    env = {**os.environ, **environment}
-    env.pop("PYTEST_ADDOPTS", None)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        command, cwd=cwd, env={**own, **environment}, capture_output=True, text=True, encoding="utf-8", timeout=600
+    )
 
 
 def outcomes(report: Path) -> dict[str, Counter[str]]:
