@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import redis
-
 from kvlab.errors import ConfigError
 from kvlab.stores.base import (
     Health,
@@ -257,8 +255,8 @@ class RedisStore(Store):
         hits = [i for i, reply in enumerate(replies) if is_value(reply)]
         batch = Batch("ask", [names[i] for i in hits], [(verb, names[i], *arguments) for i in hits])
         for i, reply in zip(hits, self._answer(batch, deadline), strict=True):
-            if self._ttl_ms and isinstance(reply, redis.exceptions.NoPermissionError):  # as in `Node.get`
-                replies[i] = Refused(Reason.AUTH)
+            if self._ttl_ms and isinstance(reply, Exception) and says_no(reply):  # as in `Node.get`
+                replies[i] = Refused(reason_of(reply))
 
     def _count_faults(self, reasons: set[Reason]) -> None:
         """Count a round trip that failed, and take it as a hint that keys may have moved."""

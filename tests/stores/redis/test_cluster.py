@@ -503,7 +503,20 @@ def test_several_replicas_share_the_reads(replicas: int, ttl_s: float | None) ->
         assert [len(cluster.asked(at, b"GET")) for at in range(replicas + 1)] == [0] + [3] * replicas
 
 
-def test_a_user_who_may_not_refresh_is_told_so_with_replicas_too(replicated: SlotMap) -> None:
+@pytest.mark.parametrize("read_replicas", [False, True])
+@pytest.mark.parametrize(
+    ("said", "reason"), [(b"-NOPERM no\r\n", "auth"), (b"-ERR unknown command 'PEXPIRE'\r\n", "response")]
+)
+def test_hits_whose_ttl_the_server_refuses_to_refresh_are_misses(
+    replicated: SlotMap, said: bytes, reason: str, read_replicas: bool
+) -> None:
+    with opened(replicated.url, ttl_s=100, read_replicas=read_replicas) as store:
+        assert store.get_many([A]) == values(A)
+        replicated.twist = lambda at, command: said if command[0] == b"PEXPIRE" else ...
+        assert store.get_many([A]) == [None] and store.stats().misses == Counter({reason: 1})
+
+
+def test_what_is_absent_stays_absent_where_refreshing_is_refused_at_masters(replicated: SlotMap) -> None:
     replicated.twist = lambda at, command: b"-NOPERM no\r\n" if command[0] == b"PEXPIRE" else ...
     with opened(replicated.url, ttl_s=100, read_replicas=True) as store:
         assert store.get_many([A, b"absent"]) == [None, None]
