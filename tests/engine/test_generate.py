@@ -91,15 +91,6 @@ def plain(model: Llama, prompts: Prompts) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_no_state_of_a_raw_cache_changes_a_token(
-    model: Llama, spec: KVSpec, prompts: Prompts, plain: list[list[int]]
-) -> None:
-    cache = DistributedKVCache(precision="fp32", compress=False, model=spec)
-    for check in (check_empty, check_full, check_torn):
-        check(model, prompts, plain, cache)
-
-
-@pytest.mark.slow
 def test_no_state_of_a_packed_cache_changes_a_token(
     model: Llama, spec: KVSpec, prompts: Prompts, plain: list[list[int]]
 ) -> None:
@@ -213,16 +204,7 @@ def test_a_store_that_lies_often_changes_no_token_of_small_models(kv_heads: int)
 
 
 # --- the oracle, at length ----------------------------------------------------------------------
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Sums are taken in another order than in all other tests."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
 def test_no_state_of_the_cache_changes_a_token_of_200_longer_answers(
     model: Llama, spec: KVSpec, sample: list[int]
 ) -> None:
@@ -235,6 +217,26 @@ def test_no_state_of_the_cache_changes_a_token_of_200_longer_answers(
         check_empty(model, prompts, first, cache)
         check_full(model, prompts, answers, cache)
         check_torn(model, prompts[::4], answers[::4], cache)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Sums are taken in another order than in all other tests."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_no_state_of_the_cache_changes_a_token_where_two_threads_share_the_sums(
+    model: Llama, spec: KVSpec, sample: list[int]
+) -> None:
+    prompts = prompts_from(sample, 16)
+    plain = tokens_of(model, prompts, 16)
+    cache = DistributedKVCache(precision="fp32", compress=False, model=spec)
+    for check in (check_empty, check_full, check_torn):
+        check(model, prompts, plain, cache)
 
 
 # --- one request --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOGETHER, SERVERS = "together", "servers"
 SECONDS = {
-    "tests/engine/test_generate.py": 250,
+    "tests/engine/test_generate.py": 190,
     "tests/course/exercises/test_lessons.py": 130,
     "tests/test_cli.py": 70,
     "tests/notebooks/test_build.py": 60,

@@ -227,7 +227,7 @@ class RedisStore(Store):
         parts, unserved = self._topology.split(batch.names, deadline, reading)
         if unserved is not None:
             self._count_faults({unserved})
-        replies: list[Reply] = [Refused(unserved or Reason.DOWN)] * len(batch.names)
+        replies: list[Reply] = [Refused(unserved) if unserved else None] * len(batch.names)
         for follow in range(MAX_REDIRECTS, -1, -1):
             moved: list[SubBatch] = []
             for part, answer in zip(parts, _answers(batch, parts, deadline), strict=True):
