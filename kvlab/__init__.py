@@ -2,7 +2,7 @@
 
     >>> import torch
     >>> from kvlab import DistributedKVCache
-    >>> cache = DistributedKVCache()                        # an in-process Redis; no server needed
+    >>> cache = DistributedKVCache()                        # an in-process Redis; no server is needed
     >>> k = v = torch.ones(1, 2, 16, 64)                    # [N, H, T, D]
     >>> cache.cache_kv("def main():", 0, k, v)
     True
@@ -10,9 +10,9 @@
     >>> torch.equal(keys, k)
     True
 
-The parts, each importing only what stands before it: errors, core, model, testbed, stores, cache,
-engine, connectors, lab, course. A name is imported when it is first used: `kvlab.stores` works
-without torch.
+The packages are errors, core, model, testbed, stores, cache, engine, lab and course. Each imports
+only packages that precede it in this list. A public name is imported when it is first used, so
+`kvlab.stores` works without torch.
 """
 
 from importlib import import_module
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("kvlab")
-except PackageNotFoundError:  # run from a source tree that was never installed
+except PackageNotFoundError:  # the source tree is not installed as a package
     __version__ = "0+unknown"
 
-_HOMES = {
+_NAMES = {
     "kvlab.cache": ("CacheStats", "DistributedKVCache", "KVCache"),
     "kvlab.core.keys": ("KVSpec",),
     "kvlab.engine": ("Generation", "generate"),
@@ -42,7 +42,7 @@ _HOMES = {
     "kvlab.model.fingerprint": ("fingerprint", "spec_of"),
     "kvlab.stores": ("MemoryStore", "RedisStore", "Store", "WriteBehind", "open_store"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CacheStats",
@@ -69,9 +69,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'kvlab' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -1,22 +1,22 @@
-"""The errors kvlab raises. All of them are `KVLabError`.
+"""The errors of kvlab. All of them derive from `KVLabError`.
 
-They are for the caller's mistakes: a wrong argument, a folder that holds no model. Faults
-of the world (a store that is down, a record that is damaged) are never errors: the cache
-counts them as misses and the request goes on.
+They report mistakes of the caller, such as a wrong argument or a folder without a model. Faults
+of the environment, such as an unreachable store or a damaged record, raise no error: the cache
+counts them as misses or drops, and the request continues.
 """
 
 
 class KVLabError(Exception):
-    """Base of every error of this package. The message says what was expected, what came, and what to do."""
+    """Base class of all errors of this package. A message states what was expected, what was received and a remedy."""
 
 
 class ConfigError(KVLabError, ValueError):
-    """A setting cannot be used: an unknown URL scheme, an unknown precision, a negative TTL."""
+    """A setting is invalid, such as an unknown URL scheme, an unknown precision or a negative TTL."""
 
 
 class InputError(KVLabError, ValueError):
-    """A call's data cannot be used: an empty prompt, a token out of the vocabulary, a tensor of the wrong shape."""
+    """The data of a call is invalid, such as an empty prompt, an unknown token or a tensor of the wrong shape."""
 
 
 class ModelError(KVLabError):
-    """A folder does not hold a model that this package can run."""
+    """A folder or a config does not describe a model that this package can run."""

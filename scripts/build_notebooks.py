@@ -1,22 +1,24 @@
-"""Build the course: write generated cells, run each notebook, and leave unchanged lessons' files untouched.
+"""Build the course: write generated cells, run each notebook, and do not change the files of unchanged lessons.
 
     python scripts/build_notebooks.py                          # all notebooks, and the table in README.md
-    python scripts/build_notebooks.py notebooks/03_*.ipynb     # these
-    python scripts/build_notebooks.py --check                  # write nothing; exit 1 and name what would change
-    python scripts/build_notebooks.py --no-run                 # generated cells and layout only, nothing is run
-    python scripts/build_notebooks.py --fresh FILE             # take new measurements and pictures
+    python scripts/build_notebooks.py notebooks/03_*.ipynb     # only these notebooks
+    python scripts/build_notebooks.py --check                  # write nothing; exit 1 and list the files to change
+    python scripts/build_notebooks.py --no-run                 # update generated cells and layout without a run
+    python scripts/build_notebooks.py --fresh FILE             # replace the stored measurements and pictures
 
-A notebook's first cell (header), the code cell after it (set-up on Colab) and its last cell
-(navigation) are made from `notebooks/course.toml`; edit them there. So is the text between
-`<!-- course:begin -->` and `<!-- course:end -->`, in README.md and in any Markdown cell.
+Three cells of a notebook are generated from `notebooks/course.toml`: the first (header), the code
+cell after it (set-up on Colab) and the last (navigation). The text between `<!-- course:begin -->`
+and `<!-- course:end -->`, in README.md and in any Markdown cell, is generated too. To change these
+texts, edit course.toml.
 
-Measured times and pictures differ at every run. A cell keeps its stored outputs when they equal
-the new ones after sanitising (notebooks/sanitize.cfg, the rules by which `pytest --nbval`
-compares) and no code up to this cell has changed since they were made. So building twice changes
-no byte. The cell remembers that code as a digest in its metadata, where it needs one.
+Measured times and pictures differ between runs. A cell keeps its stored outputs under two
+conditions: they equal the new outputs after sanitising, and no code up to this cell has changed
+since they were made. The sanitising rules of notebooks/sanitize.cfg also apply to `pytest --nbval`.
+A second build therefore changes no byte. If the outputs of a cell can vary, its metadata contains a
+digest of the code up to this cell.
 """
 
-# nbformat says that it is typed; half of it is.
+# nbformat declares itself typed, but many of its functions are not.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
@@ -53,10 +55,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SANITIZE = NOTEBOOKS / "sanitize.cfg"
 REPOSITORY = "kvlab/kvlab"
-CELL_TIMEOUT = 120  # seconds; pyproject.toml gives nbval the same
+CELL_TIMEOUT = 120  # seconds, as for nbval in pyproject.toml
 BEGIN, END = "<!-- course:begin -->", "<!-- course:end -->"
-GENERATED = ("header", "colab-setup", "footer")  # tags, and ids, of the generated cells
-CELL_METADATA = {"tags", "jupyter", "kvlab"}  # the rest is what editors leave behind
+GENERATED = ("header", "colab-setup", "footer")  # tags and ids of the generated cells
+CELL_METADATA = {"tags", "jupyter", "kvlab"}  # kept; other fields come from editors
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -72,7 +74,7 @@ if "google.colab" in str(get_ipython()):
 
 
 class BuildError(Exception):
-    """A notebook cannot be built; the message says which cell and why."""
+    """A notebook cannot be built; the message contains the cell and the reason."""
 
 
 # --- The course map -----------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class Lesson:
 
     @property
     def name(self) -> str:
-        """As links show it."""
+        """The text of links to the lesson."""
         return f"{self.number} · {self.title}"
 
 
@@ -132,7 +134,7 @@ class Course:
         return f"---\n\n{self.neighbours(lesson)}"
 
     def table(self, prefix: str = "") -> str:
-        """The index of the course; `prefix` leads from the page that shows it to the notebooks."""
+        """The index of the course; `prefix` is the path from its page to the notebooks."""
         rows = ["| No. | Lesson | Goal | Minutes | Needs |", "|---|---|---|---|---|"]
         for lesson in self.lessons:
             title = self._link(lesson, lesson.title, prefix)
@@ -148,7 +150,7 @@ class Course:
         return " | ".join(parts)
 
     def needs(self, lesson: Lesson, prefix: str = "", short: bool = False) -> str:
-        """What a lesson builds on: other lessons as links, knowledge in words."""
+        """The prerequisites of a lesson: other lessons as links, knowledge as text."""
         by_number = {other.number: other for other in self.lessons}
         parts = []
         for need in lesson.needs:
@@ -163,14 +165,14 @@ class Course:
 
 
 def load_course(folder: Path) -> Course:
-    """Read `course.toml` in a folder of notebooks; without one the course is empty."""
+    """Read `course.toml` in a folder of notebooks; without this file the course is empty."""
     file = folder / "course.toml"
     entries = tomllib.loads(file.read_text(encoding="utf-8"))["lesson"] if file.exists() else []
     return Course(folder, [Lesson(**entry) for entry in entries])
 
 
 def refill(text: str, table: str) -> str:
-    """`text` with the course's table between its markers; unchanged where there are none."""
+    """`text` with the course's table between the markers; unchanged if it has no markers."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
 
@@ -187,7 +189,7 @@ def code_cells(notebook: NotebookNode) -> Iterator[NotebookNode]:
 
 
 def read(path: Path) -> NotebookNode:
-    """Read a notebook; cells without an id of their own get one derived from their text."""
+    """Read a notebook; cells without a valid id of their own get an id derived from their text."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     taken: set[str] = set()
     for cell in raw["cells"]:
@@ -208,7 +210,7 @@ def _free_id(cell: Mapping[str, Any], taken: set[str]) -> str:
 
 
 def with_generated_cells(notebook: NotebookNode, lesson: Lesson, course: Course) -> NotebookNode:
-    """A copy whose header, Colab set-up and footer say what course.toml says."""
+    """A copy with the header, Colab set-up, footer and course tables that follow from course.toml."""
     result = copy.deepcopy(notebook)
     old = {tag: cell for cell in result.cells for tag in GENERATED if tag in tags(cell)}
     setup = old.get("colab-setup") or new_code_cell()
@@ -225,7 +227,7 @@ def with_generated_cells(notebook: NotebookNode, lesson: Lesson, course: Course)
 
 
 def encode(notebook: NotebookNode) -> bytes:
-    """The bytes of the file: valid, with fixed metadata and nothing that an editor left behind."""
+    """The bytes of the file: valid, with fixed metadata and without the metadata of editors."""
     notebook = copy.deepcopy(notebook)
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
@@ -237,7 +239,7 @@ def encode(notebook: NotebookNode) -> bytes:
 
 # --- Outputs ------------------------------------------------------------------------------------
 def sanitiser(rules: Path = SANITIZE) -> Callable[[Any], Any]:
-    """A function that replaces what differs from run to run, as nbval does; what is not text passes through."""
+    """A function that replaces text that differs between runs, as nbval does, and does not change other values."""
     pairs = get_sanitize_patterns(rules.read_text(encoding="ascii"))
 
     def sanitise(value: Any) -> Any:
@@ -249,7 +251,7 @@ def sanitiser(rules: Path = SANITIZE) -> Callable[[Any], Any]:
 
 
 def comparable(outputs: Sequence[NotebookNode], sanitise: Callable[[Any], Any]) -> dict[str, list[Any]]:
-    """What nbval compares of a cell's outputs: values by stream name, MIME type or error field, sanitised."""
+    """The part of a cell's outputs that nbval compares: sanitised values by stream name, MIME type or "error"."""
     found: dict[str, list[Any]] = defaultdict(list)
     for output in coalesce_streams(copy.deepcopy(list(outputs))):
         if output.output_type == "stream":
@@ -264,13 +266,13 @@ def comparable(outputs: Sequence[NotebookNode], sanitise: Callable[[Any], Any]) 
 
 
 def varies(outputs: Sequence[NotebookNode], sanitise: Callable[[Any], Any]) -> bool:
-    """Whether outputs hold anything that may differ from run to run: pictures, or text that sanitising changes."""
+    """Whether outputs may differ between runs: they contain pictures or text that sanitising changes."""
     pictures = any(PICTURES & set(output.get("data", {})) for output in outputs)
     return pictures or comparable(outputs, sanitise) != comparable(outputs, lambda value: value)
 
 
 def portable(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Outputs as they are stored: neighbouring stream pieces joined, no live-widget ids, no paths of this machine."""
+    """Outputs as they are stored: adjacent stream outputs joined, without widget ids and paths of this machine."""
     result: list[NotebookNode] = []
     for output in copy.deepcopy(list(outputs)):
         last = result[-1] if result else None
@@ -281,7 +283,7 @@ def portable(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
             output.traceback = [_without_paths(line) for line in output.traceback]
         output.get("data", {}).pop(WIDGET, None)
         result.append(output)
-    return [coalesce_streams([o])[0] for o in result]  # applies \r and \b, as a terminal would
+    return [coalesce_streams([o])[0] for o in result]  # applies \r and \b, as a terminal does
 
 
 def _without_paths(text: str) -> str:
@@ -292,7 +294,7 @@ def _without_paths(text: str) -> str:
 
 
 def settle(new: NotebookNode, old: NotebookNode, sanitise: Callable[[Any], Any], fresh: bool = False) -> None:
-    """Decide, cell by cell in the just executed `new`, whether the outputs of `old` stay."""
+    """Decide for each cell of the executed `new` whether the outputs of `old` are kept."""
     before = {cell.id: cell for cell in code_cells(old)}
     chain = hashlib.sha256()
     for cell in code_cells(new):
@@ -320,7 +322,7 @@ def _renumbered(output: NotebookNode, count: int | None) -> NotebookNode:
 
 # --- Running ------------------------------------------------------------------------------------
 class ThisPython(AsyncKernelManager):
-    """Starts kernels with the Python that runs this script, whatever kernels the user has installed."""
+    """Starts kernels with the Python that runs this script and ignores kernels that the user has installed."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(kernel_spec_manager=NbvalKernelspecManager(), **kwargs)
@@ -330,7 +332,7 @@ def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> 
     """Run all code cells in a fresh kernel, in the notebook's folder, and store their outputs in place.
 
     Raises:
-        BuildError: a cell failed, or did not fail though tagged `raises-exception`.
+        BuildError: a cell failed or timed out, a cell tagged `raises-exception` did not fail, or the kernel died.
     """
     reached = [0]
     recording = {"KVLAB_RECORD": "1"} if os.environ.get("KVLAB_RECORD") else {}  # see kvlab.course.recorded
@@ -358,7 +360,7 @@ def execute(notebook: NotebookNode, path: Path, timeout: int = CELL_TIMEOUT) -> 
 
 
 def _check_expected_errors(notebook: NotebookNode, path: Path) -> None:
-    """A lesson that promises an error must show it; nbval alone would accept a tagged cell that does not raise."""
+    """Check that cells tagged `raises-exception` raised; nbval alone would accept a tagged cell that does not."""
     for i, cell in enumerate(notebook.cells):
         raised = any(output.output_type == "error" for output in cell.get("outputs", []))
         if "raises-exception" in tags(cell) and not raised:
@@ -366,7 +368,7 @@ def _check_expected_errors(notebook: NotebookNode, path: Path) -> None:
 
 
 def _failure(notebook: NotebookNode, path: Path, index: int, reason: str = "failed") -> str:
-    """Where and why a notebook failed: file, cell, numbered source and, if there is one, the traceback."""
+    """The message for a failed notebook: file, cell, reason, numbered source and the traceback, if any."""
     cell = notebook.cells[index]
     code = sum(c.cell_type == "code" for c in notebook.cells[: index + 1])
     where = f"{path}: cell {index + 1} of {len(notebook.cells)} (code cell {code}, id {cell.id}): {reason}"
@@ -378,14 +380,14 @@ def _failure(notebook: NotebookNode, path: Path, index: int, reason: str = "fail
 
 # --- Building -----------------------------------------------------------------------------------
 def build(path: Path, course: Course, run: bool = True, fresh: bool = False, rules: Path = SANITIZE) -> bytes:
-    """What the notebook's file should hold.
+    """The new content of a notebook's file.
 
     Args:
-        run: execute it; else only the generated cells and the layout are made anew.
-        fresh: take the new outputs even where the stored ones say the same.
+        run: execute the notebook; otherwise only the generated cells and the layout are updated.
+        fresh: use the new outputs even if the stored outputs are equivalent.
 
     Raises:
-        BuildError: a cell failed.
+        BuildError: see `execute`.
     """
     old = read(path)
     lesson = course.lesson(path)
@@ -397,12 +399,12 @@ def build(path: Path, course: Course, run: bool = True, fresh: bool = False, rul
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build what the command line names; return the exit status."""
+    """Build the notebooks of the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="notebooks; all of notebooks/ if none are named")
+    parser.add_argument("files", nargs="*", type=Path, help="notebooks to build; default: all of notebooks/")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file would change")
-    parser.add_argument("--no-run", action="store_true", help="write generated cells only")
-    parser.add_argument("--fresh", action="store_true", help="take new outputs even where the stored ones say the same")
+    parser.add_argument("--no-run", action="store_true", help="update generated cells and layout only")
+    parser.add_argument("--fresh", action="store_true", help="use new outputs even if the stored ones are equivalent")
     args = parser.parse_args(argv)
     accept_any_text()
     files = [path.resolve() for path in args.files or sorted(NOTEBOOKS.glob("*.ipynb"))]
@@ -420,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_one(path: Path, args: argparse.Namespace) -> bool:
-    """Build one notebook, say how it went, and return whether its bytes differ."""
+    """Build one notebook, print the result, and return whether its bytes differ."""
     began = time.monotonic()
     print(f"{path.name} …", end=" ", flush=True)
     content = build(path, load_course(path.parent), not args.no_run, args.fresh)
@@ -433,7 +435,7 @@ def _build_one(path: Path, args: argparse.Namespace) -> bool:
 
 
 def _write_index(page: Path, check: bool) -> bool:
-    """Write the course table of a page that has markers for it; return whether its bytes differ."""
+    """Write the course table between the markers of a page; return whether its text differs."""
     if not page.exists():
         return False
     old = page.read_text(encoding="utf-8")

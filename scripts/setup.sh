@@ -1,11 +1,11 @@
 #!/bin/sh
-# Make the course's environment in .venv; do nothing where it is up to date.
+# Make the course's environment in .venv; do nothing if the environment is up to date.
 #
-#   sh scripts/setup.sh              the environment
-#   sh scripts/setup.sh --copy DIR   a working copy of the notebooks in DIR; what is there already stays as it is
+#   sh scripts/setup.sh              make the environment
+#   sh scripts/setup.sh --copy DIR   copy the notebooks to DIR; existing files do not change
 #
-# PYTHON             which Python to use; otherwise the first usable one of python3.13, 3.12, 3.11, python3
-# KVLAB_TORCH_INDEX  where CPU builds of PyTorch are; empty: only where pip is set to look anyway
+# PYTHON             Python to use; default: the first usable one of python3.13, 3.12, 3.11, python3
+# KVLAB_TORCH_INDEX  index with CPU builds of PyTorch; empty: only the indexes of the pip settings
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -18,8 +18,8 @@ fail() {
     exit 1
 }
 
-# --- is there anything to do ------------------------------------------------------------------
-# By content, not by date: a checkout changes dates. The folder counts too: environments cannot be moved.
+# --- is the environment up to date ------------------------------------------------------------
+# The state contains a checksum, because a checkout changes dates, and the folder, because environments cannot be moved.
 state() {
     cat requirements.lock pyproject.toml scripts/setup.sh | cksum
     pwd -P
@@ -30,8 +30,8 @@ up_to_date() {
 }
 
 # --- Python -----------------------------------------------------------------------------------
-# Being on the PATH proves nothing (version managers put stand-ins there): each candidate is run.
-# 3.15 has no PyTorch yet. Debian and Ubuntu split venv and ensurepip off into a package of their own.
+# Each candidate is run, because a name on the PATH may be only the shim of a version manager.
+# PyTorch has no build for 3.15 yet. Debian and Ubuntu have venv and ensurepip in a separate package.
 usable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; }
 makes_venvs() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
@@ -51,12 +51,12 @@ find_python() {
         version=$("$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         fail "$without_venv cannot make virtual environments; on Debian or Ubuntu: sudo apt-get install python$version-venv"
     elif [ -n "${PYTHON:-}" ]; then
-        fail "PYTHON=$PYTHON is not a Python 3.11 to 3.14 that runs; name another one, or none to let this script look"
+        fail "PYTHON=$PYTHON is not a working Python 3.11 to 3.14; set PYTHON to another one, or unset it to search for one"
     fi
-    fail "no Python 3.11 to 3.14 found; install one (sudo apt-get install python3 python3-venv, or brew install python@3.13) or name it: make lab PYTHON=/path/to/python3"
+    fail "no Python 3.11 to 3.14 found; install one (sudo apt-get install python3 python3-venv, or brew install python@3.13) or give its path: make lab PYTHON=/path/to/python3"
 }
 
-# An environment that works is kept. One that was moved or copied here would install elsewhere.
+# A working environment is kept. A moved or copied environment would install packages in another folder.
 has_environment() {
     usable .venv/bin/python || return 1
     case $(.venv/bin/pip --version 2>/dev/null) in
@@ -66,14 +66,14 @@ has_environment() {
 }
 
 # --- pip --------------------------------------------------------------------------------------
-# --user would go past the environment, so a setting of it is not heeded; every other pip setting is.
+# PIP_USER=0, because --user installs outside the environment. All other pip settings apply.
 pip() { PIP_USER=0 .venv/bin/python -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1; }
 
 explain_pip() {
     if grep -q 'No space left on device' "$log"; then
         fail "the disk is full; free about 3 GB (or point TMPDIR at a larger disk) and run the same command again"
     elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Max retries exceeded|SSLError|Connection (broken|reset|refused)' "$log"; then
-        fail "the package index cannot be reached; check the network and proxy (PIP_INDEX_URL names another index) and run the same command again; details: $log"
+        fail "the package index cannot be reached; check the network and proxy (PIP_INDEX_URL selects another index) and run the same command again; details: $log"
     fi
     fail "pip failed: $(grep -i '^error' "$log" | tail -n 1); details: $log"
 }
@@ -84,11 +84,11 @@ needs_space() { # in GB
 }
 
 # --- PyTorch ----------------------------------------------------------------------------------
-# The build that package indexes give to Linux does not even import without several GB of CUDA libraries.
-# So without an NVIDIA GPU the CPU build is asked for by its full name, from wherever pip looks and from
-# PyTorch's own index. That attempt is short, so that a blocked index costs seconds. --no-deps: nothing
-# else is taken from there. Where no CPU build can be had, the usual one still works, and what it costs
-# is said before it is downloaded. On macOS the usual build is the CPU build.
+# On Linux, the default build cannot be imported without several GB of CUDA libraries. Without an NVIDIA GPU,
+# this function therefore requests the CPU build by its full version, from pip's indexes and from PyTorch's
+# index. The short timeout limits the delay by a blocked index to seconds. --no-deps: no other package comes
+# from PyTorch's index. If no CPU build is available, the default build is installed, after a message about
+# its size. On macOS the default build is the CPU build.
 install_torch() {
     torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
@@ -96,29 +96,29 @@ install_torch() {
         pip install --dry-run "$torch" || explain_pip
         if grep -q 'Would install.* nvidia-' "$log"; then
             needs_space 10
-            say "      no CPU build within reach (tried ${torch_index:-the settings of pip}): taking the usual build, with about 3 GB of CUDA libraries that this machine does not use"
+            say "      no CPU build is available (tried ${torch_index:-the settings of pip}): installing the default build, with about 3 GB of CUDA libraries that this machine does not use"
         fi
     fi
     pip install "$torch" || explain_pip
 }
 
-# --- the two jobs -----------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 set_up() {
     up_to_date && return
-    rm -f .venv/.ready # a set-up that is cut short starts again
+    rm -f .venv/.ready # an interrupted set-up starts again
     if has_environment; then
-        say "[1/3] .venv is there"
+        say "[1/3] .venv exists"
     else
         needs_space 3
         find_python
         say "[1/3] making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv || fail "cannot make .venv in $(pwd -P); the reason is above"
     fi
-    say "[2/3] installing PyTorch (about 200 MB; minutes on a slow line)"
+    say "[2/3] installing PyTorch (about 200 MB; minutes on a slow connection)"
     install_torch
     say "[3/3] installing JupyterLab and the other packages of requirements.lock (about 150 MB)"
     pip install -r requirements.lock || explain_pip
-    # compat: a plain path entry. The default finder loses against a folder called kvlab in the current directory.
+    # compat: a path entry. With the default finder, Python would import a folder kvlab in the current directory.
     pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e . || explain_pip
     state >.venv/.ready
     say "ready: .venv"
@@ -129,7 +129,7 @@ copy_notebooks() {
     new=0 kept=0
     for notebook in notebooks/*.ipynb; do
         if [ ! -e "$notebook" ]; then
-            continue # no notebooks: the pattern stands for itself
+            continue # no notebooks: the shell has not expanded the pattern
         elif [ -e "$1/${notebook##*/}" ]; then
             kept=$((kept + 1))
         else
@@ -137,11 +137,11 @@ copy_notebooks() {
             new=$((new + 1))
         fi
     done
-    say "$1: $new notebooks copied, $kept kept as you left them"
+    say "$1: $new notebooks copied, $kept existing ones not changed"
 }
 
 case ${1-} in
     '') set_up ;;
     --copy) copy_notebooks "${2:?usage: setup.sh --copy DIR}" ;;
-    *) fail "unknown option $1; the first lines of scripts/setup.sh say what there is" ;;
+    *) fail "unknown option $1; the first lines of scripts/setup.sh list the options" ;;
 esac

@@ -1,16 +1,16 @@
-"""Train the model that ships with kvlab, from nothing but the Python standard library's source.
+"""Train the model that ships with kvlab on the source code of the Python standard library.
 
     python scripts/train_model.py --minutes 120 --out runs/new            # from random weights
     python scripts/train_model.py --minutes 60 --init kvlab/model/pretrained --start 0.6 --out runs/more
-    python scripts/train_model.py --evaluate kvlab/model/pretrained       # the four quality numbers
+    python scripts/train_model.py --evaluate kvlab/model/pretrained       # the four quality measures
 
-Needs the `hf` extra's neighbours only: torch, tokenizers, safetensors, numpy. Works on a CPU;
-one process per core with averaged gradients is faster than one process with two threads.
+Needs torch, tokenizers, safetensors and numpy. A CPU is enough; one process per core with
+averaged gradients is faster than one process with two threads.
 
-What made a 5.5 M parameter model use its context is the copy curriculum: at first most
-training sequences are periodic, so that copying from the context is learnt early; then their
-share falls, because a model fed on repetition repeats. Muon (Jordan et al. 2024) trains the
-matrices, AdamW the embedding and the norms.
+The copy curriculum makes a model of 5.5 million parameters use its context. At first most training
+sequences are periodic, so that the model learns early to copy from the context. Then their share
+falls, because a model that is trained on repetition repeats itself. Muon (Jordan et al. 2024)
+trains the matrices, AdamW the embedding and the norms.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TESTS = {"test", "tests", "idle_test"}
 
 @dataclass(frozen=True)
 class Stage:
-    """From this share of the training time on: sequences a process, their length, share of periodic ones."""
+    """Sequences per process, their length, and the share of periodic sequences, from a share of the training time."""
 
     begins: float
     batch: int
@@ -76,7 +76,7 @@ DECAY_FROM = 0.45
 
 
 def corpus() -> tuple[list[str], list[str], list[str]]:
-    """(library sources, library sources held out, test sources) of this Python. The split is by a hash of the path."""
+    """Sources of this Python: (library, held-out library, tests). A hash of the path decides what is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     library: list[str] = []
     held: list[str] = []
@@ -100,7 +100,7 @@ def corpus() -> tuple[list[str], list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str], out: Path) -> None:
-    """Byte-level BPE with single digits, so that any text is encodable and numbers stay regular."""
+    """Train a byte-level BPE with single digits, so that any text can be encoded and numbers are regular."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -117,7 +117,7 @@ def train_tokenizer(texts: list[str], out: Path) -> None:
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one token array, token 0 before each and at the end. uint16."""
+    """All texts as one token array, with token 0 before each text and at the end. uint16."""
     tokens: list[int] = []
     for text in texts:
         tokens += [0, *tokenizer.encode(text)]
@@ -125,7 +125,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def sample(data: np.ndarray, stage: Stage, rng: np.random.Generator) -> torch.Tensor:
-    """One batch of length + 1 tokens; some rows are a short text (or random tokens) repeated to the end."""
+    """One batch of rows of length + 1 tokens. Some rows repeat a short text or random tokens."""
     n = stage.length + 1
     rows = np.stack([data[i : i + n] for i in rng.integers(0, len(data) - n, stage.batch)])
     for row in rows:
@@ -147,7 +147,7 @@ def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
 
 
 def fresh_model(init: Path | None) -> Llama:
-    """Random weights, or those of a folder, ready to train."""
+    """A model to train, with random weights or the weights of a folder."""
     if init is not None:
         return load_model(init).requires_grad_(True).train()
     torch.manual_seed(0)
@@ -160,14 +160,14 @@ def fresh_model(init: Path | None) -> Llama:
 
 
 def loss_of(model: Llama, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy, forward pass in bfloat16."""
+    """Mean cross-entropy; the forward pass is in bfloat16."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(batch[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 def average_gradients(model: Llama, world: int) -> None:
-    """Make every process see the mean gradient."""
+    """Replace the gradients of every process by their mean."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads]).div_(world)
     dist.all_reduce(flat)
@@ -175,11 +175,11 @@ def average_gradients(model: Llama, world: int) -> None:
         g.copy_(part.view_as(g))
 
 
-def worker(rank: int, world: int, args: argparse.Namespace, meeting: str) -> None:
-    """One training process. Progress goes to stdout once a minute; rank 0 writes the weights."""
+def worker(rank: int, world: int, args: argparse.Namespace, rendezvous: str) -> None:
+    """One training process. Rank 0 prints the progress and writes the weights once per minute."""
     keep_memory()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     data, held = np.load(args.out / "train.npy"), np.load(args.out / "held.npy")
     model, rng = fresh_model(args.init), np.random.default_rng(args.seed + rank)
     opts = optimizers(model)
@@ -218,7 +218,7 @@ def worker(rank: int, world: int, args: argparse.Namespace, meeting: str) -> Non
 
 @torch.no_grad()
 def held_perplexity(model: Llama, held: np.ndarray, count: int = 24, length: int = 513) -> float:
-    """Perplexity on held-out library files, bfloat16, to watch training."""
+    """Perplexity on held-out library files in bfloat16, for the training log."""
     batch = quality.windows(held.tolist(), count, length)
     return math.exp(np.mean([loss_of(model, part).item() for part in batch.split(8)]))
 
@@ -255,7 +255,7 @@ def save(model: Llama, out: Path) -> None:
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory: large activations otherwise cost a page fault a step (1.4x slower)."""
+    """Make glibc keep freed memory: otherwise large activations cause page faults in each step (1.4x slower)."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -265,7 +265,7 @@ def keep_memory() -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Collect the corpus, train or copy the tokenizer, write the token arrays."""
+    """Collect the corpus, train or copy the tokenizer, and write the token arrays."""
     args.out.mkdir(parents=True, exist_ok=True)
     library, held, tests = corpus()
     if args.init:
@@ -274,26 +274,26 @@ def prepare(args: argparse.Namespace) -> None:
         train_tokenizer(library, args.out)
     tokenizer = Tokenizer(args.out)
     once = tokenize(tokenizer, library)
-    data = np.concatenate([once, once, tokenize(tokenizer, tests)])  # the library twice: it is the better text
+    data = np.concatenate([once, once, tokenize(tokenizer, tests)])  # the library twice: its text is better
     np.save(args.out / "train.npy", data)
     np.save(args.out / "held.npy", tokenize(tokenizer, held))
     print(f"{len(library)} library files, {len(tests)} test files, {len(data) / 1e6:.1f} M tokens")
 
 
 def evaluate(folder: Path) -> dict[str, dict[str, float]]:
-    """The four quality numbers on the frozen sample and on this Python's held-out library files."""
+    """The four quality measures on the held-out text of kvlab and on this Python's held-out library files."""
     model, tokenizer = load_model(folder), Tokenizer(folder)
     texts = {"frozen sample": held_out_tokens(tokenizer), "held-out library": tokenize(tokenizer, corpus()[1]).tolist()}
     return {name: quality.report(model, tokenizer, tokens) for name, tokens in texts.items()}
 
 
 def main() -> None:
-    """Parse the arguments and train, or evaluate."""
+    """Parse the arguments, then train or evaluate."""
     parser = argparse.ArgumentParser(description="Train or evaluate the model that ships with kvlab.")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--out", type=Path, default=Path("runs/new"))
     parser.add_argument("--init", type=Path, help="start from this model folder")
-    parser.add_argument("--start", type=float, default=0.0, help="enter the schedule at this share (with --init)")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the schedule to skip (with --init)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER")
@@ -304,7 +304,7 @@ def main() -> None:
     prepare(args)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            worker, (args.processes, args, f"{folder}/meeting"), nprocs=args.processes
+            worker, (args.processes, args, f"{folder}/rendezvous"), nprocs=args.processes
         )
     print(json.dumps(evaluate(args.out), indent=2))
 

@@ -1,4 +1,4 @@
-"""Options, hooks and shared fixtures. Lanes, phases and a learner's classes have modules of their own in harness/."""
+"""Options, hooks and shared fixtures. Lanes, phases and a learner's classes have their own modules in harness/."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ TALLY = pytest.StashKey[dict[str, lanes.Lane]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--impl", metavar="FILE", help="a learner's mykv.py, held to the contract suites too")
-    parser.addoption("--phase", choices=[phases.TOGETHER, phases.SERVERS], help="one part of a whole run")
-    parser.addoption("--lane", action="append", choices=lanes.LANES, help="only these lanes")
-    parser.addoption("--tally", metavar="FILE", help="write what became of each lane, as JSON")
+    parser.addoption("--impl", metavar="FILE", help="also run the contract suites on a learner's mykv.py")
+    parser.addoption("--phase", choices=[phases.TOGETHER, phases.SERVERS], help="run one phase of a full run")
+    parser.addoption("--lane", action="append", choices=lanes.LANES, help="run only this lane (repeatable)")
+    parser.addoption("--tally", metavar="FILE", help="write the results of each lane as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # small models gain nothing from more, and lose much where the machine is busy
+    torch.set_num_threads(1)  # more threads do not help small models, and slow them down on a busy machine
     config.stash[REQUIRED] = lanes.required(os.environ.get("KVLAB_REQUIRE", ""))
     config.stash[LEARNER] = learner_classes(config.getoption("impl"))
     config.stash[TALLY] = {}
@@ -81,19 +81,19 @@ def _markers(item: pytest.Item) -> set[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Count reports where they all arrive: not in a worker of pytest-xdist."""
+    """Count reports in the main process, which receives all reports, not in the workers of pytest-xdist."""
     if not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(Counting(session.config.stash[TALLY]), "kvlab-lanes")
 
 
 class Counting:
-    """Sums up reports by lane."""
+    """Counts reports by lane."""
 
     def __init__(self, tally: dict[str, lanes.Lane]) -> None:
         self._tally = tally
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        own = dict(report.user_properties).get("lane")  # doctests and cells, outside of tests/, have none
+        own = dict(report.user_properties).get("lane")  # doctests and cells are outside tests/ and have none
         self._tally.setdefault(own or lanes.lane_of(report.nodeid, ()), lanes.Lane()).count(report)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -114,7 +114,7 @@ def model() -> Llama:
 
 @pytest.fixture(scope="session")
 def spec(model: Llama, tmp_path_factory: pytest.TempPathFactory) -> KVSpec:
-    """The shipped model's spec. Its digest is not left in the user's cache directory."""
+    """The shipped model's spec. Its digest is not written to the user's cache directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return spec_of(model)
@@ -134,13 +134,13 @@ def sample(tokenizer: Tokenizer) -> list[int]:
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Llama]:
-    """Makes small models: `random_model(heads=4, kv_heads=2, head_dim=16, tied=True, layers=2, …)`."""
+    """A function that makes small models: `random_model(heads=4, kv_heads=2, head_dim=16, tied=True, layers=2, …)`."""
     return build_model
 
 
 @pytest.fixture(scope="session")
 def shared_redis() -> Iterator[RedisServer]:
-    """One server for all tests that do not harm it; use `redis_server`."""
+    """One server for all tests that do not stop or kill it; use `redis_server`."""
     with RedisServer() as server:
         yield server
 
@@ -154,51 +154,51 @@ def redis_server(shared_redis: RedisServer) -> RedisServer:
 
 @pytest.fixture(scope="session")
 def shared_valkey() -> Iterator[RedisServer]:
-    """One Valkey for all tests that do not harm it; use `valkey_server`."""
+    """One Valkey server for all tests that do not stop or kill it; use `valkey_server`."""
     program = valkey_program()
-    assert program is not None, "a test without the marker `valkey`"
+    assert program is not None, "the test needs the marker `valkey`"
     with RedisServer(program=program) as server:
         yield server
 
 
 @pytest.fixture
 def valkey_server(shared_valkey: RedisServer) -> RedisServer:
-    """A running, empty Valkey."""
+    """A running, empty Valkey server."""
     shared_valkey.client().flushall()
     return shared_valkey
 
 
 @pytest.fixture(scope="session")
 def shared_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One server with TLS for all tests that do not harm it; use `tls_server`."""
+    """One server with TLS for all tests that do not stop or kill it; use `tls_server`."""
     with RedisServer(tls=make_certs(tmp_path_factory.mktemp("certs"))) as server:
         yield server
 
 
 @pytest.fixture
 def tls_server(shared_tls: RedisServer) -> RedisServer:
-    """A running, empty server that `tls_url` reaches."""
+    """A running, empty server with TLS on `tls_url`."""
     shared_tls.client().flushall()
     return shared_tls
 
 
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[RedisCluster]:
-    """One cluster for all tests that do not harm it; use `redis_cluster`."""
+    """One cluster for all tests that do not stop or kill nodes; use `redis_cluster`."""
     with RedisCluster() as cluster:
         yield cluster
 
 
 @pytest.fixture
 def redis_cluster(shared_cluster: RedisCluster) -> RedisCluster:
-    """Three running, empty masters, each with a replica. A test that harms one starts its own cluster."""
+    """Three running, empty masters, each with a replica. A test that stops or kills one starts its own cluster."""
     _empty(shared_cluster.nodes)
     return shared_cluster
 
 
 @pytest.fixture(scope="session")
 def shared_sentinel() -> Iterator[RedisSentinel]:
-    """One watched master for all tests that do not harm it; use `redis_sentinel`."""
+    """One master with sentinels for all tests that do not stop or kill servers; use `redis_sentinel`."""
     with RedisSentinel() as group:
         yield group
 
@@ -211,7 +211,7 @@ def redis_sentinel(shared_sentinel: RedisSentinel) -> RedisSentinel:
 
 
 def _empty(nodes: list[RedisServer]) -> None:
-    """Empty every master; replicas follow."""
+    """Delete all keys of every master; the replicas follow."""
     for node in nodes:
         client = node.client()
         if client.info("replication")["role"] == "master":

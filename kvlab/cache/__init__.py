@@ -1,4 +1,4 @@
-"""Tokens to KV: the contract (`base`) and the cache over a shared store (`distributed`)."""
+"""The KV cache: its contract (`base`) and the cache over a shared store (`distributed`, `text`)."""
 
 from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.distributed import DistributedKVCache

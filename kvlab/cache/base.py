@@ -1,13 +1,12 @@
-"""The KV cache contract: tokens in, keys and values out.
+"""The contract of a KV cache, which maps tokens to keys and values.
 
-An engine asks three things of a cache: how long a prefix of these tokens do you have
-(`match`), give it to me (`load`), take this (`save`). Everything behind that (blocks, keys,
-records, tiers, servers) is the cache's own affair.
+An engine makes three calls. `match` returns the length of the cached prefix, `load` reads its KV,
+and `save` offers new KV. Blocks, cache keys, records and servers are internal to the cache.
 
-What a cache promises: what comes back is exactly what was saved for these tokens, joined on
-without a gap, or it is nothing. What it does not promise: that anything comes back. No call
-raises for a fault of the store; wrong arguments do raise. `match` is advice, `load` is the
-truth. One suite, `tests/contracts/test_cache.py`, holds every cache to this.
+`load` returns the KV that was saved for these tokens, rounded to the precision of the cache. This
+KV has no gaps, and it may be empty: a cache may lose any block at any time. The result of `match`
+is therefore only an estimate. Wrong arguments raise an error; a fault of the store never does. The
+tests in `tests/contracts/test_cache.py` check every cache against this contract.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from kvlab.stores.base import Health
 
 @dataclass
 class CacheStats:
-    """Counters since the cache was made, in FULL blocks (text calls count one layer as a block).
+    """Counters since the cache was created, in full blocks. A text call counts as one block.
 
-    A block is requested when `load` or `get_cached_kv` asks for it. Blocks after a gap are
-    not usable even if they are stored: they count as misses with the reason "gap".
-    Of the blocks that `save` was offered, the store took `stored` (a `WriteBehind` takes what it
-    queues) and `kept` were there already: together they are `saved`. `bytes_written` counts all
-    records that were offered. Reasons are those of `kvlab.stores.faults.Reason`.
+    `load` and `get_cached_kv` request blocks. The blocks after a missing block are unusable even if
+    they are stored, so they count as misses with the reason "gap". `stored` counts the blocks that
+    the store accepted; a `WriteBehind` accepts a block when it queues it. `kept` counts the blocks
+    offered to `save` that were already stored. `bytes_written` counts all records offered to the
+    store. `kvlab.stores.faults.Reason` defines the reasons.
     """
 
     requested: int = 0
@@ -46,12 +45,12 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Hits / requested, over full blocks; 0 before the first request."""
+        """Hits / requested blocks; 0 before the first request."""
         return self.hits / self.requested if self.requested else 0.0
 
     @property
     def saved(self) -> int:
-        """Blocks that `save` was offered and that the cache had afterwards."""
+        """Blocks that were offered and afterwards were in the cache: `stored` + `kept`."""
         return self.stored + self.kept
 
     def check(self) -> None:
@@ -60,42 +59,43 @@ class CacheStats:
 
 
 class KVCache(ABC):
-    """Base of all caches. A context manager: leaving it closes the cache."""
+    """Base class of all caches. It is a context manager that closes the cache on exit."""
 
     @property
     @abstractmethod
     def block_tokens(self) -> int:
-        """B: a prefix is cached in whole blocks of so many tokens."""
+        """B, the number of tokens per block. Prefixes are cached in whole blocks."""
 
     @abstractmethod
     def match(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens are cached, a multiple of `block_tokens`. Advice: they may be gone when loaded."""
+        """Return the number of cached leading tokens, a multiple of `block_tokens`. They may be lost before `load`."""
 
     @abstractmethod
     def load(self, tokens: Sequence[int], start: int, stop: int, out: Tensor) -> int:
         """Fill `out` with the KV of tokens[start:stop].
 
         Args:
-            tokens: the request from its first token on: KV depends on everything before it.
+            tokens: the request from its first token on, because KV depends on all earlier tokens.
             start, stop: positions, multiples of `block_tokens`.
-            out: [L, P, H, stop - start, D], any strides.
+            out: [L, P, H, stop - start, D], with any strides.
 
         Returns:
-            The position up to which the KV is there: `start` (nothing) to `stop` (all),
-            a multiple of `block_tokens`. Beyond it `out` may hold anything.
+            The position before which `out` is filled, from `start` (no KV) to `stop` (all KV). It
+            is a multiple of `block_tokens`. The contents of `out` from there on are undefined.
 
         Raises:
-            InputError: positions or `out` do not fit.
+            InputError: the positions or `out` do not fit.
         """
 
     @abstractmethod
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """Offer the KV of `tokens`; return how many blocks are saved: just stored, or there already.
+        """Offer the KV of `tokens`. Return the number of blocks that are now stored or already were.
 
         Args:
             tokens: the request from its first token on.
             kv: [L, P, H, len(tokens), D], valid at every position.
-            start: position before which nothing needs saving. A partial last block is left out.
+            start: blocks that begin before this position are not offered. A partial last block is
+                not offered either.
 
         Raises:
             InputError: `kv` has another shape.
@@ -103,15 +103,15 @@ class KVCache(ABC):
 
     @abstractmethod
     def stats(self) -> CacheStats:
-        """A copy of the counters."""
+        """Return a copy of the counters."""
 
     @abstractmethod
     def health(self) -> Health:
-        """Whether the cache can work, and one line that says why not."""
+        """Return whether the cache works, and one line about its state or the problem."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything. Calls after this are misses and drops. Closing twice is fine."""
+        """Release all resources. Later calls are misses and drops. Further calls of `close` have no effect."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,9 @@
-"""The distributed cache: blocks of KV as sealed records in a shared store.
+"""The distributed cache. It stores blocks of KV as sealed records in a shared store.
 
     tokens -> block keys (`core.keys`) -> values (`stores`) -> tensors (`core.record`)
 
-An engine uses the `KVCache` calls, which match tokens block by block. A script that wants to keep one
-layer's tensors under a text uses `cache_kv` and `get_cached_kv`, which live in `text`.
+An engine uses the `KVCache` calls, which match tokens block by block. A script can cache the tensors of
+one layer under a text with `cache_kv` and `get_cached_kv`, which use `kvlab.cache.text`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.model.fingerprint import spec_of
 from kvlab.stores import Health, Store, open_store
-from kvlab.stores.base import MAX_VALUE_BYTES, told
+from kvlab.stores.base import MAX_VALUE_BYTES, described
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 from kvlab.stores.url import url_of
 
-WINDOW_BYTES = 16 << 20  # of records that a load holds at once
+WINDOW_BYTES = 16 << 20  # of the records that one fetch returns
 MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
-_NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the store has something under this key that is no record
+_NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class _Default:
-    """An argument that was not given."""
+    """Marks an argument that was not given."""
 
     def __repr__(self) -> str:
         return "default"
@@ -50,34 +50,34 @@ _DEFAULT = _Default()
 
 
 class DistributedKVCache(KVCache):
-    """KV in a Redis that several processes and machines share.
+    """A KV cache in a Redis that several processes and machines share.
 
-    Without `redis_host` or `store` it lives in an in-process Redis (fakeredis), private to this
-    cache: good for learning and tests, shared with nobody.
+    Without `redis_host` and `store`, the cache uses an in-process Redis (fakeredis) of its own. This
+    Redis suits learning and tests.
 
     Args:
-        redis_host, redis_port: one Redis without a password. `store` names any other.
-        precision: fp32, fp16, bf16, int8 or int4 (or float32, float16, bfloat16). Part of a key's
-            identity. What the small ones cost in quality is in docs/02_architecture_deep_dive.md.
-        compress: pack payloads without loss: True or "zstd", or "gzip", or False. Readers accept
-            records written any of these ways.
-        ttl_seconds: lifetime after the last write or read, by default a day; None leaves it to the
-            server. A store that was made elsewhere has a TTL of its own.
-        store: where records go: a URL (see `kvlab.stores.open_store`), or a `Store`. The cache
-            closes it with itself.
-        model: whose KV this is: a loaded `Llama`, or its `KVSpec`. Needed for the token calls;
-            for the text calls optional, and then keys are bound to no model: a second model
-            using the same text reads the first one's tensors.
-        salt: the tenant's secret. Other salt, other keys: tenants cannot see each other's hits.
+        redis_host, redis_port: a single Redis without a password. `store` supports all others.
+        precision: fp32, fp16, bf16, int8 or int4 (or float32, float16, bfloat16). The cache keys
+            depend on it. docs/02_architecture_deep_dive.md compares the quality.
+        compress: lossless compression of payloads: True or "zstd", "gzip", or False for none. A
+            reader accepts records with any of these.
+        ttl_seconds: the lifetime after the last write or read, by default a day. With None the
+            server decides. A `Store` object has its own TTL.
+        store: a URL (see `kvlab.stores.open_store`) or a `Store`. Closing the cache closes it.
+        model: the model whose KV is cached, as a loaded `Llama` or its `KVSpec`. The token calls
+            need it. Without a model, the cache keys of the text calls are not bound to one: a second
+            model that uses the same text reads the tensors of the first one.
+        salt: the tenant's secret. The cache keys depend on it, so tenants with different salts
+            cannot see each other's hits.
         encryption_keys: master keys (32 random bytes) by key id. Records are then encrypted and
-            authenticated, and no others are accepted. Without it, whoever can write to the store
-            can forge records. See `kvlab.core.seals`.
-        encryption_key_id: the id that new records are written with; by default the highest.
-        block_tokens: B, if not the default for the model.
+            authenticated, and all other records are rejected. Without master keys, anyone who can
+            write to the store can forge records. See `kvlab.core.seals`.
+        encryption_key_id: the id of the master key for new records; by default the highest one.
+        block_tokens: B; by default `KVSpec.block_tokens`.
 
     Raises:
-        ConfigError: settings that do not work: unknown precision or URL scheme, negative TTL; or
-            settings that contradict each other, or that nothing here would use.
+        ConfigError: a setting is invalid (an unknown precision or URL scheme, a negative TTL),
+            contradicts another setting, or would have no effect.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class DistributedKVCache(KVCache):
         fingerprint = b"" if self.spec is None else self.spec.fingerprint
         self._text = TextRecords(self.store, self.format, self._salt, fingerprint)
         self._stats = CacheStats()
-        self._suspects: dict[bytes, None] = {}  # keys to write even if the store has them; oldest first
+        self._suspects: dict[bytes, None] = {}  # cache keys to write even if the store has them; oldest first
         self._scratch = threading.local()
         self.reset_after_fork()
         reset_in_children(self)
@@ -119,7 +119,7 @@ class DistributedKVCache(KVCache):
         return self._bound()[1].block_tokens
 
     def match(self, tokens: Sequence[int]) -> int:
-        """See `KVCache.match`. One round trip."""
+        """See `KVCache.match`. It takes one round trip."""
         ns = self._bound()[1]
         return self.store.probe(ns.keys(tokens)) * ns.block_tokens
 
@@ -127,39 +127,40 @@ class DistributedKVCache(KVCache):
         """See `KVCache.load`."""
         spec, ns = self._bound()
         B = ns.block_tokens
-        count = _count_of(tokens)
+        count = _length(tokens)
         _check_positions(start, stop)
         if start % B or stop % B or not 0 <= start <= stop <= count:
-            got = f"{told(start)} and {told(stop)}"
+            got = f"{described(start)} and {described(stop)}"
             raise InputError(f"expected 0 <= start <= stop <= {count} in steps of {B}, got {got}")
         _check_kv(out, spec, stop - start)
         chain = ns.keys(tokens[:stop])
         before, keys = chain[: start // B], chain[start // B :]
-        if before:  # used, though not fetched: a root must not expire before its leaves
+        if before:  # used but not fetched; they must not expire before the later blocks
             self.store.touch_many(before)
-        good, reason = self._load_blocks(keys, out, B)
-        self._count(len(keys), good, {reason: 1, Reason.GAP: len(keys) - good - 1} if reason else {})
-        return start + good * B
+        hits, reason = self._load_blocks(keys, out, B)
+        self._count(len(keys), hits, {reason: 1, Reason.GAP: len(keys) - hits - 1} if reason else {})
+        return start + hits * B
 
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """See `KVCache.save`. Blocks that are there already are not sent again, but live as long as new ones.
+        """See `KVCache.save`. Blocks that are already stored are not sent again, but their TTL is renewed.
 
-        Blocks at and after one that was seen damaged are always written: that repairs them.
-        Blocks with a value that the precision cannot hold are dropped, and all after them.
+        After a load found an unusable record, `save` writes this block and the later blocks of that
+        load even if they are stored. If the precision cannot represent a number of a block, this
+        block and all later blocks are dropped.
         """
         spec, ns = self._bound()
         B = ns.block_tokens
-        _check_kv(kv, spec, _count_of(tokens))
+        _check_kv(kv, spec, _length(tokens))
         _check_positions(start)
         chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
         present = self.store.touch_many(chain)
-        there = [is_there and key not in self._suspects for is_there, key in zip(present, chain, strict=True)]
+        kept = [is_stored and key not in self._suspects for is_stored, key in zip(present, chain, strict=True)]
         keys: list[bytes] = []
         values: list[Pieces] = []
         overflow = 0
         for i in range(first, len(chain)):
-            if there[i]:
+            if kept[i]:
                 continue
             try:
                 values.append(record.encode(kv[:, :, :, i * B : (i + 1) * B], chain[i], self.format))
@@ -168,27 +169,28 @@ class DistributedKVCache(KVCache):
                 break
             keys.append(chain[i])
         stored = self.store.put_many(keys, values)
-        kept = sum(there[first : len(chain) - overflow])
+        kept_count = sum(kept[first : len(chain) - overflow])
         with self._lock:
             for key in keys if stored == len(keys) else ():
                 self._suspects.pop(key, None)
             self._stats.stored += stored
-            self._stats.kept += kept
+            self._stats.kept += kept_count
             self._stats.bytes_written += sum(len(p) for v in values for p in v)
             self._stats.drops += Counter({Reason.OVERFLOW: overflow, Reason.STORE: len(values) - stored})
-        return stored + kept
+        return stored + kept_count
 
     def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
-        """Keep one layer's keys and values under an exact text; True if the store took them.
+        """Store one layer's keys and values under an exact text. Return whether the store accepted them.
+
+        Tensors that are already stored under this text remain if the store does not accept the new ones.
 
         Args:
-            k_tensor, v_tensor: same shape (any, up to 7 dims) and dtype, say [N, H, T, D]. int8 and
-            int4 take the last two dims as tokens and channels.
+            k_tensor, v_tensor: tensors of the same shape (up to 7 dims) and dtype, for example
+                [N, H, T, D]. int8 and int4 use the last two dims as tokens and channels.
 
         Raises:
-            InputError: an empty prefix, a negative layer, tensors that differ in shape or dtype.
-
-        What was kept under this text before stays if the store does not take the new tensors.
+            InputError: the prefix is empty, the layer is negative, or the tensors differ in shape
+                or dtype.
         """
         dropped, size = self._text.put(prefix, layer, k_tensor, v_tensor)
         with self._lock:
@@ -199,16 +201,16 @@ class DistributedKVCache(KVCache):
         return dropped is None
 
     def get_cached_kv(self, prefix: str, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The keys and values that `cache_kv` kept, in their original shape and dtype; None on a miss.
+        """Return the keys and values that `cache_kv` stored, or None on a miss.
 
-        With precision float16 the values are those of the float16 rounding.
+        They have their original shape and dtype. The numbers are rounded to the cache's precision.
         """
         pair, reason, size = self._text.get(prefix, layer)
         self._count(1, int(pair is not None), {reason: 1} if reason else {}, size)
         return pair
 
     def stats(self) -> CacheStats:
-        """See `KVCache.stats`. The store's own view, in bytes and faults, is `cache.store.stats()`."""
+        """See `KVCache.stats`. `cache.store.stats()` returns the counters of the store, such as faults."""
         with self._lock:
             return copy.deepcopy(self._stats)
 
@@ -226,29 +228,33 @@ class DistributedKVCache(KVCache):
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if not (block_tokens is None or (type(block_tokens) is int and 0 < block_tokens < 2**32)):
-            raise ConfigError(f"expected a block of at least one token, a whole number, got {told(block_tokens)}")
+            raise ConfigError(
+                f"expected a block size as a whole number in 1 … 2**32 - 1, got {described(block_tokens)}"
+            )
         if self.spec is None:
             if block_tokens is not None:
-                raise ConfigError("expected model= with block_tokens=: only the token calls have blocks")
+                raise ConfigError("expected model= with block_tokens=, because only the token calls use blocks")
             return None
         precision = self.format.precision
         B = block_tokens or self.spec.block_tokens(precision)
         if B * self.spec.kv_bytes_per_token(precision) > MAX_VALUE_BYTES:
             raise ConfigError(
                 f"expected a block whose record is at most {MAX_VALUE_BYTES >> 20} MiB, got {B} tokens of "
-                f"{self.spec.kv_bytes_per_token(precision):,} bytes"
+                f"{self.spec.kv_bytes_per_token(precision):,} bytes each"
             )
         return Namespace(self.spec.fingerprint, precision, self._salt, B)
 
     def _bound(self) -> tuple[KVSpec, Namespace]:
         if self.spec is None or self._namespace is None:
-            raise ConfigError("this cache was made without model=; the token calls need to know whose KV it holds")
+            raise ConfigError(
+                "expected a cache with model= for the token calls, got one without; pass model= to its constructor"
+            )
         return self.spec, self._namespace
 
     def _load_blocks(self, keys: Sequence[bytes], out: Tensor, B: int) -> tuple[int, str]:
-        """Fill `out` block by block; how many are good, and what was wrong with the next one, "" for nothing.
+        """Fill `out` block by block. Return the number of hits and the reason for the first miss ("" for none).
 
-        Records arrive in buffers that the next call of this thread uses again: fresh memory costs page faults.
+        Records are received in buffers that this thread reuses, because new memory causes page faults.
         """
         room = record.max_record_bytes(self.format, (*out.shape[:3], B, out.shape[4]))
         window = max(1, WINDOW_BYTES // room)
@@ -261,7 +267,7 @@ class DistributedKVCache(KVCache):
                 if value is not None:
                     reason = self._decode_into(value, key, out[:, :, :, i * B : (i + 1) * B])
                 if reason:
-                    if value is not None or reason in _NO_RECORD:  # what follows was not looked at
+                    if value is not None or reason in _NO_RECORD:  # the later blocks were not checked
                         self._suspect(keys[i:])
                     return i, reason
         return len(keys), ""
@@ -274,14 +280,14 @@ class DistributedKVCache(KVCache):
 
     def _suspect(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            for key in reversed(keys):  # the first one is the one to remember longest: without it no load goes on
+            for key in reversed(keys):  # the first key is deleted last: the later blocks are unusable without it
                 self._suspects.pop(key, None)
                 self._suspects[key] = None
             while len(self._suspects) > MAX_SUSPECTS:
                 del self._suspects[next(iter(self._suspects))]
 
     def _decode_into(self, value: bytes | memoryview, key: bytes, out: Tensor) -> str:
-        """Fill one block; the reason if it cannot be."""
+        """Fill one block. Return the reason for a failure, or "" for none."""
         try:
             record.decode(value, key, self.format, tuple(out.shape), out=out)
         except BadRecord as error:
@@ -292,7 +298,7 @@ class DistributedKVCache(KVCache):
         return ""
 
     def _remove_if_damaged(self, key: bytes, error: BadRecord) -> None:
-        """Never remove what another reader, newer or with other keys, may still use."""
+        """Delete a damaged record. Keep other bad records, which a newer reader or other master keys may decode."""
         if error.damaged:
             self.store.delete_many([key])
 
@@ -307,14 +313,16 @@ class DistributedKVCache(KVCache):
 def _format(
     precision: str, compress: bool | str, keys: Mapping[int, bytes] | None, salt: bytes, key_id: int | None
 ) -> Format:
-    """How records are written."""
+    """Return how records are written."""
     if not isinstance(precision, str) or not isinstance(compress, bool | str):
         raise ConfigError(
             "expected precision as text and compress as True, False or text, "
             f"got {type(precision).__name__} and {type(compress).__name__}"
         )
     if keys is None and key_id is not None:
-        raise ConfigError("expected encryption_keys= with encryption_key_id=; without keys records are not encrypted")
+        raise ConfigError(
+            "expected encryption_keys= with encryption_key_id=; records are not encrypted without master keys"
+        )
     codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
     seal = Xxh3() if keys is None else AesGcm(keys, salt, key_id)
     return Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
@@ -323,14 +331,14 @@ def _format(
 def _store(
     redis_host: str | None, redis_port: int | _Default, store: str | Store | None, ttl: float | _Default | None
 ) -> Store:
-    """The store that the arguments name."""
+    """Return the store that the arguments describe."""
     if redis_host is not None and store is not None:
         raise ConfigError("expected at most one of redis_host and store")
     if redis_host is None and not isinstance(redis_port, _Default):
-        raise ConfigError("expected redis_host= with redis_port=; without a host the cache would be private")
+        raise ConfigError("expected redis_host= with redis_port=; without a host, the cache uses an in-process Redis")
     if isinstance(store, Store):
         if not isinstance(ttl, _Default):
-            raise ConfigError("expected no ttl_seconds with a store that is made already: it has a TTL of its own")
+            raise ConfigError("expected no ttl_seconds= with a Store object: it has a TTL of its own")
         return store
     if not (store is None or isinstance(store, str)):
         raise ConfigError(f"expected store= as a URL or a kvlab.stores.Store, got {type(store).__name__}")
@@ -341,30 +349,35 @@ def _store(
 
 
 def _salt_bytes(salt: str | bytes) -> bytes:
+    if isinstance(salt, bytes):
+        return salt
+    if not isinstance(salt, str):
+        raise ConfigError(
+            f"expected the salt as text or bytes, got {type(salt).__name__}; check that its setting is not missing"
+        )
     try:
-        if isinstance(salt, str | bytes):
-            return salt.encode() if isinstance(salt, str) else salt
+        return salt.encode()
     except UnicodeEncodeError:
-        pass
-    raise ConfigError(f"expected the salt as text or bytes, got {type(salt).__name__}; is a setting missing?")
+        pass  # an error raised here would carry the salt in its context
+    raise ConfigError("expected a salt that can be encoded as UTF-8, got text with a lone surrogate")
 
 
-def _count_of(tokens: Sequence[int]) -> int:
+def _length(tokens: Sequence[int]) -> int:
     try:
         return len(tokens)
     except TypeError:
-        raise InputError(f"expected tokens as a list of numbers, got {type(tokens).__name__}") from None
+        raise InputError(f"expected tokens as a sequence of integers, got {type(tokens).__name__}") from None
 
 
 def _check_positions(*positions: int) -> None:
     for position in positions:
         if not isinstance(position, Integral) or isinstance(position, bool):
-            raise InputError(f"expected positions as whole numbers, got {told(position)}")
+            raise InputError(f"expected positions as whole numbers, got {described(position)}")
 
 
 def _check_kv(kv: Tensor, spec: KVSpec, tokens: int) -> None:
     want = (spec.layers, 2, spec.heads, tokens, spec.head_dim)
     if not isinstance(kv, Tensor):
-        raise InputError(f"expected KV as a tensor [L, P, H, T, D] = {want}, got {type(kv).__name__}")
+        raise InputError(f"expected KV as a tensor of shape [L, P, H, T, D] = {want}, got {type(kv).__name__}")
     if tuple(kv.shape) != want or not kv.is_floating_point():
         raise InputError(f"expected KV of shape [L, P, H, T, D] = {want}, got {tuple(kv.shape)} {kv.dtype}")

@@ -1,7 +1,7 @@
-"""Keeping one layer's keys and values under a text: the two calls of the source document.
+"""Text records: the keys and values of one layer, stored under an exact text.
 
-A text prefix is not a token prefix, because cutting a text changes its tokens. So these records never meet
-those of the token calls: another record kind, another key domain, any shape, one layer each.
+A text prefix is not a token prefix, because a cut text can have other tokens. Text records are therefore
+separate from block records: they have another record kind, another key domain, any shape and one layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvlab.core.precisions import Unholdable
 from kvlab.core.record import BadRecord, Format
 from kvlab.errors import InputError
 from kvlab.stores import Store
-from kvlab.stores.base import told
+from kvlab.stores.base import described
 from kvlab.stores.faults import Reason
 
 
@@ -26,8 +26,8 @@ class TextRecords:
     """Pairs of tensors in a store, by text and layer.
 
     Attributes:
-        fingerprint: of the model; b"" binds the keys to none, and a second model that uses the same text
-            reads the first one's tensors.
+        fingerprint: the fingerprint of the model. With b"" the cache keys are not bound to a model: a
+            second model that uses the same text reads the tensors of the first one.
     """
 
     store: Store
@@ -39,10 +39,11 @@ class TextRecords:
         """Store a pair.
 
         Returns:
-            why it was dropped, None if the store took it; and the bytes that were offered.
+            The reason for a drop (None if the store accepted the pair), and the bytes offered.
 
         Raises:
-            InputError: an empty text, a negative layer, tensors that differ or that no record holds.
+            InputError: the text is empty, the layer is negative, or the tensors differ or do not
+                fit into a record.
         """
         key = self._key(prefix, layer)
         _check_pair(keys, values)
@@ -54,10 +55,10 @@ class TextRecords:
         return None if taken else Reason.STORE, sum(len(piece) for piece in value)
 
     def get(self, prefix: str, layer: int) -> tuple[tuple[Tensor, Tensor] | None, str, int]:
-        """The pair in its original shape and dtype, None on a miss; why it is a miss, "" for none; its bytes.
+        """Return the pair in its original shape and dtype (None on a miss), the reason for the miss, and the bytes.
 
         Raises:
-            InputError: an empty text, a negative layer.
+            InputError: the text is empty, or the layer is negative.
         """
         key = self._key(prefix, layer)
         reasons: list[str] = []
@@ -76,9 +77,9 @@ class TextRecords:
 
     def _key(self, prefix: str, layer: int) -> bytes:
         if not (isinstance(prefix, str) and prefix and prefix.encode(errors="replace").decode() == prefix):
-            raise InputError(f"expected a text as prefix, not empty and encodable, got {told(prefix)}")
+            raise InputError(f"expected a prefix of non-empty text that UTF-8 can encode, got {described(prefix)}")
         if type(layer) is not int or not 0 <= layer < 2**32:
-            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {told(layer)}")
+            raise InputError(f"expected a layer number of 0 … 2**32 - 1, got {described(layer)}")
         return text_key(prefix, layer, self.format.precision, self.salt, self.fingerprint)
 
 
@@ -87,7 +88,7 @@ def _check_pair(keys: Tensor, values: Tensor) -> None:
         raise InputError(f"expected two tensors, got {type(keys).__name__} and {type(values).__name__}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
         raise InputError(
-            "expected keys and values of one shape and dtype, got "
+            "expected keys and values of the same shape and dtype, got "
             f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
         )
     if keys.ndim >= record.MAX_DIMS or keys.layout != torch.strided or keys.is_meta:

@@ -1,1 +1,1 @@
-"""What a block is called (`keys`), what its bytes are (`record`) and how they are packed (`codecs`)."""
+"""Block keys (`keys`), records (`record`, `precisions`, `codecs`, `seals`) and eviction policies (`policies`)."""

@@ -1,16 +1,16 @@
-"""Parts to payload bytes and back, without loss.
+"""Lossless conversion of parts to payload bytes and back.
 
-    raw    the parts' little-endian bytes, one part after the other
-    gzip   the same as one gzip member, level 6
-    zstd   the parts cut into byte planes (all lowest bytes, …, all highest bytes), each plane
-           one zstd frame that declares its content size; before the frames their lengths, u32
-           each. Frames follow the order of the parts; a part of bytes is one plane
+    raw    the little-endian bytes of all parts, concatenated
+    gzip   the same bytes as one gzip member, level 6
+    zstd   the lengths of all frames, u32 each, and then the frames. A part has one byte plane per
+           byte of its numbers (all lowest bytes, …, all highest bytes). A byte plane is one zstd
+           frame that declares its content size. The frames have the order of the parts
 
-Why planes: the high bytes of floating-point numbers hold sign and exponent and repeat, the
-low bytes hold mantissa and look random. A compressor that sees them mixed finds neither.
+The high bytes of floating-point numbers hold the sign and the exponent, which repeat. The low
+bytes hold the mantissa, which looks random. Byte planes separate the two for the compressor.
 
-Nothing here checks who wrote a payload; `kvlab.core.record` does. But any bytes may come in,
-so what will be allocated is known before anything is unpacked.
+This module does not authenticate payloads; `kvlab.core.record` does. `unpack` accepts any bytes,
+and knows the size of every allocation in advance.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from kvlab.core.precisions import Array, Layout, layout_bytes
 CODECS: Final = {"raw": 0, "gzip": 1, "zstd": 2}
 GZIP_LEVEL: Final = 6
 
-_GZIP_WINDOW: Final = 31  # zlib's way to say: gzip framing
+_GZIP_WINDOW: Final = 31  # selects gzip framing in zlib
 
 
 def pack(parts: list[Array], codec: str) -> tuple[bytes | memoryview, ...]:
-    """The payload, in pieces. Raw pieces are the parts' own memory."""
+    """Return the payload in pieces. Raw pieces share the memory of the parts."""
     flat = [p.reshape(-1).view(np.uint8).data for p in parts]
     if codec == "raw":
         return tuple(flat)
     if codec == "gzip":
-        packer = zlib.compressobj(GZIP_LEVEL, wbits=_GZIP_WINDOW)  # writes no time stamp: equal input, equal bytes
+        packer = zlib.compressobj(GZIP_LEVEL, wbits=_GZIP_WINDOW)  # no time stamp, so equal input gives equal bytes
         return (*map(packer.compress, flat), packer.flush())
     frames = [frame for part in parts for frame in _zstd_frames(part)]
     return struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames
 
 
 def unpack(payload: memoryview, codec: int, parts: Layout) -> list[Array]:
-    """The parts of a payload, which may share its memory and be read-only.
+    """Return the parts of a payload. They may share its memory and be read-only.
 
     Raises:
-        ValueError: it does not unpack to exactly these parts.
+        ValueError: the payload does not unpack to exactly these parts.
     """
     if codec == CODECS["zstd"]:
         return _unzstd(payload, parts)
@@ -56,7 +56,7 @@ def unpack(payload: memoryview, codec: int, parts: Layout) -> list[Array]:
     if codec == CODECS["gzip"]:
         payload = memoryview(_gunzip(payload, size))
     elif codec != CODECS["raw"]:
-        raise ValueError(f"no codec has the number {codec}")
+        raise ValueError(f"unknown codec number {codec}")
     if payload.nbytes != size:
         raise ValueError(f"expected {size} bytes, got {payload.nbytes}")
     arrays, at = [], 0
@@ -68,75 +68,75 @@ def unpack(payload: memoryview, codec: int, parts: Layout) -> list[Array]:
 
 
 def _gunzip(payload: memoryview, size: int) -> bytes:
-    """Unpack exactly `size` bytes: a decompression bomb costs no more memory than an honest record."""
+    """Unpack exactly `size` bytes, so that a decompression bomb takes no more memory than an intact record."""
     unpacker = zlib.decompressobj(wbits=_GZIP_WINDOW)
     try:
-        data = unpacker.decompress(payload, size or 1)  # 0 would mean "no limit"
+        data = unpacker.decompress(payload, size or 1)  # a limit of 0 would mean no limit
         more = unpacker.decompress(unpacker.unconsumed_tail, 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
     if more or not unpacker.eof or unpacker.unused_data:
-        raise ValueError(f"does not unpack to exactly {size} bytes")
+        raise ValueError(f"the gzip member does not unpack to exactly {size} bytes")
     return data
 
 
 def _unzstd(payload: memoryview, parts: Layout) -> list[Array]:
-    head = 4 * sum(dtype.itemsize for dtype, _ in parts)
-    if payload.nbytes < head:
-        raise ValueError("too short for the lengths of its frames")
-    lengths = struct.unpack_from(f"<{head // 4}I", payload)
-    if head + sum(lengths) != payload.nbytes:
-        raise ValueError("the lengths of the frames do not add up to the payload")
-    frames, at, arrays = iter(lengths), head, []
+    frame_count = sum(dtype.itemsize for dtype, _ in parts)
+    if payload.nbytes < 4 * frame_count:
+        raise ValueError("the payload is too short for the lengths of its frames")
+    lengths = struct.unpack_from(f"<{frame_count}I", payload)
+    if 4 * frame_count + sum(lengths) != payload.nbytes:
+        raise ValueError("the lengths of the frames do not add up to the length of the payload")
+    frames, at, arrays = iter(lengths), 4 * frame_count, []
     for dtype, shape in parts:
-        planes = []
+        byte_planes = []
         for _ in range(dtype.itemsize):
             length = next(frames)
-            planes.append(_unzstd_frame(payload[at : at + length], math.prod(shape)))
+            byte_planes.append(_unzstd_frame(payload[at : at + length], math.prod(shape)))
             at += length
-        arrays.append(_unshuffled(planes, dtype).reshape(shape))
+        arrays.append(_unshuffled(byte_planes, dtype).reshape(shape))
     return arrays
 
 
 def _unzstd_frame(frame: memoryview, size: int) -> Array:
-    """One plane. The size that a frame claims is checked first, because that is what would be allocated."""
+    """Unpack one byte plane. The declared size is checked first, because it determines the allocation."""
     try:
         if zstandard.frame_content_size(frame) != size:
-            raise ValueError(f"a frame does not claim {size} bytes")
+            raise ValueError(f"a frame does not declare {size} bytes")
         return np.frombuffer(_zstd.decompressor.decompress(frame, allow_extra_data=False), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 
 
 def _shuffled(part: Array) -> list[Array]:
-    """The byte planes of a part, lowest byte first."""
+    """Return the byte planes of a part, lowest byte first."""
     flat = part.reshape(-1)
     if part.itemsize == 1:
         return [flat.view(np.uint8)]
     return [(flat >> 8 * i).astype(np.uint8) for i in range(part.itemsize)]
 
 
-def _unshuffled(planes: list[Array], dtype: np.dtype[Any]) -> Array:
+def _unshuffled(byte_planes: list[Array], dtype: np.dtype[Any]) -> Array:
     if dtype.itemsize == 1:
-        return planes[0].view(dtype)
-    whole = planes[-1].astype(dtype)
-    for plane in reversed(planes[:-1]):
+        return byte_planes[0].view(dtype)
+    whole = byte_planes[-1].astype(dtype)
+    for byte_plane in reversed(byte_planes[:-1]):
         whole <<= 8
-        whole |= plane
+        whole |= byte_plane
     return whole
 
 
 def _zstd_frames(part: Array) -> list[bytes]:
     *low, highest = _shuffled(part)
-    return [*[_zstd.low.compress(plane.data) for plane in low], _zstd.high.compress(highest.data)]
+    return [*[_zstd.low.compress(byte_plane.data) for byte_plane in low], _zstd.high.compress(highest.data)]
 
 
 class _Zstd(threading.local):
-    """The contexts of one thread: costly to make, not safe to share.
+    """The zstd contexts of one thread. They are costly to create and not safe to share.
 
-    Entropy coding does the work on a highest plane; matches shorter than 7 bytes only disturb
-    it, and without them it gets 1 % smaller than at level 1. On the planes below there is next
-    to nothing to find, so they are searched in larger steps: 0.1 % larger, up to 5 times faster.
+    Entropy coding compresses the highest byte plane. Matches shorter than 7 bytes only impair it:
+    without them the plane is 1 % smaller than at level 1. The lower byte planes contain almost no
+    matches. A search in larger steps makes them 0.1 % larger and is up to 5 times faster.
     """
 
     def __init__(self) -> None:

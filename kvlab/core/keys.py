@@ -1,9 +1,9 @@
-"""Who a piece of KV belongs to: the fingerprint of what made it, and the chained keys of its blocks.
+"""The identity of a piece of KV: the fingerprint of its model and the chained keys of its blocks.
 
-Two requests may share KV only if everything that shaped it is the same: weights, config,
-tokenizer, adapter, compute dtype, precision, tenant, block size, and every token from the
-first on. All of that goes into a SHA-256 chain, version 1 of which is frozen here (the
-fingerprint and its digests are computed in `kvlab.model.fingerprint`, the keys in this module):
+Two requests may share KV only if everything that determines it is the same: weights, config,
+tokenizer, adapter, compute dtype, precision, tenant, block size, and every token from the first
+on. A SHA-256 chain covers all of these. The following definition is version 1 and frozen.
+`kvlab.model.fingerprint` computes the fingerprint and its digests; this module computes the keys.
 
     field(x)    = length of x as u32 little-endian, then x
     fingerprint = SHA256( field("kvlab/1/fingerprint") field(config) field(weights digest)
@@ -21,20 +21,21 @@ fingerprint and its digests are computed in `kvlab.model.fingerprint`, the keys 
     tokenizer   = SHA256( field("kvlab/1/tokenizer") field(JSON of tokenizer.json without its keys
                   version, truncation and padding) ), or b"" where there is no tokenizer.json
 
-All integers are little-endian, all text is UTF-8. JSON has sorted keys, no spaces and only
-ASCII, other letters escaped as `json.dumps` does, floats in the shortest form that reads back
-(`json.dumps(x, sort_keys=True, separators=(",", ":"))`). `config` is the JSON of the
-allow-listed fields (`KV_FIELDS`); `rope_scaling` is null or an object with the five fields of
-`kvlab.model.llama.RopeScaling`. A dtype is torch's name for it, "float32". Tensor bytes
-are row-major, little-endian. Two kinds of tensor are left out, because they follow from the rest:
-an output head ("lm_head.weight") that is only the tied embedding ("model.embed_tokens.weight")
-again, and the buffers of RoPE that older files store ("….rotary_emb.inv_freq").
-Keys keep all 32 bytes. Why SHA-256: builtin `hash` differs between processes, and
-non-cryptographic hashes can be forged, which in a shared cache means reading another
-tenant's KV (CVE-2025-25183).
+All integers are little-endian, and all text is UTF-8. JSON is the result of
+`json.dumps(x, sort_keys=True, separators=(",", ":"))`: its keys are sorted, it has no spaces, all
+characters outside ASCII are escaped, and a float has the shortest form that reads back exactly.
+`config` is the JSON of the allow-listed fields (`KV_FIELDS`); `rope_scaling` is null or an object
+with the five fields of `kvlab.model.llama.RopeScaling`. A dtype is torch's name for it, for
+example "float32". Tensor bytes are row-major and little-endian. Two kinds of tensor are left out,
+because they follow from the rest: an output head ("lm_head.weight") that equals the embedding
+("model.embed_tokens.weight"), and the RoPE buffers of older files ("….rotary_emb.inv_freq").
 
-Lossless compression is not part of identity; precision is, so that a reader never gets
-less than it asked for.
+A key keeps all 32 bytes. SHA-256 is used because the builtin `hash` differs between processes, and
+because non-cryptographic hashes can be forged. In a shared cache, a forged key reads another
+tenant's KV. Source: CVE-2025-25183.
+
+The precision is part of the identity, so a reader never gets less precision than it requested.
+Lossless compression is not part of the identity.
 """
 
 from __future__ import annotations
@@ -56,31 +57,31 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 PRECISION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-"""Bytes an element takes at each precision, scales of the int groups not counted."""
-MIN_BLOCK, MAX_BLOCK, MAX_RECORD_BYTES = 16, 64, 1 << 20
+"""Bytes per element at each precision, without the scales and lows of the integer precisions."""
+MIN_BLOCK, MAX_BLOCK, TARGET_RECORD_BYTES = 16, 64, 1 << 20
 
 
 def field(data: bytes) -> bytes:
-    """Length-prefix one hash input, so that no two different inputs run together to the same bytes."""
+    """Prefix one hash input with its length, so that different inputs never concatenate to the same bytes."""
     return struct.pack("<I", len(data)) + data
 
 
 def digest(domain: str, *parts: bytes) -> bytes:
-    """SHA-256 over a domain tag and length-prefixed parts. 32 bytes."""
+    """Return the SHA-256 of a domain tag and the parts, each with a length prefix. 32 bytes."""
     return hashlib.sha256(b"".join(field(p) for p in (domain.encode(), *parts))).digest()
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """All that a cache needs to know of a model: the shape of its KV and who made it.
+    """What a cache needs to know of a model: the shape of its KV, and the fingerprint.
 
     Attributes:
-        layers, heads, head_dim: L, H (KV heads) and D. There are always 2 planes, keys and values.
-        dtype: what the model computes in, and the dtype of loaded KV.
-        fingerprint: 32 bytes; `kvlab.model.fingerprint` computes them.
+        layers, heads, head_dim: L, H (KV heads) and D. P is always 2: keys and values.
+        dtype: the dtype in which the model computes its KV.
+        fingerprint: 32 bytes from `kvlab.model.fingerprint`.
 
     Raises:
-        ConfigError: a size that is no positive integer, or a fingerprint of another length.
+        ConfigError: a size is not a positive integer, or the fingerprint has another length.
     """
 
     layers: int
@@ -95,20 +96,20 @@ class KVSpec:
             raise ConfigError(f"expected positive sizes and a fingerprint of {KEY_BYTES} bytes, got {self}")
 
     def kv_bytes_per_token(self, precision: str = "fp32") -> int:
-        """Bytes that one token's KV takes over all layers: L x 2 x H x D x bytes an element."""
+        """Return the bytes of KV per token over all layers: L x 2 x H x D x bytes per element."""
         return int(self.layers * 2 * self.heads * self.head_dim * element_bytes(precision))
 
     def block_tokens(self, precision: str = "fp32") -> int:
-        """B: the largest power of two in 16 … 64 whose raw record is at most 1 MiB, else 16."""
+        """Return B: the largest power of two in 16 … 64 whose KV takes at most 1 MiB, or 16 if none does."""
         B = MAX_BLOCK
-        while B > MIN_BLOCK and B * self.kv_bytes_per_token(precision) > MAX_RECORD_BYTES:
+        while B > MIN_BLOCK and B * self.kv_bytes_per_token(precision) > TARGET_RECORD_BYTES:
             B //= 2
         return B
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """One family of block keys: same fingerprint, precision, salt and block size. Nothing is shared across.
+    """One family of block keys with the same fingerprint, precision, salt and block size. Families share no keys.
 
     >>> ns = Namespace(fingerprint=bytes(32), precision="fp32", salt=b"", block_tokens=2)
     >>> [k.hex()[:8] for k in ns.keys([1, 2, 3, 4, 5])]
@@ -122,18 +123,18 @@ class Namespace:
 
     @property
     def root(self) -> bytes:
-        """The parent of every first block."""
+        """The parent key of every first block."""
         B = struct.pack("<I", self.block_tokens)
         return digest("kvlab/1/root", self.fingerprint, self.precision.encode(), self.salt, B)
 
     def keys(self, tokens: Sequence[int]) -> list[bytes]:
-        """One 32-byte key for each FULL block of `tokens`; a partial last block has none.
+        """Return one 32-byte key per full block of `tokens`. A partial last block has no key.
 
         Raises:
-            InputError: a token that is not an integer in 0 … 2**32 - 1.
+            InputError: a token is not an integer in 0 … 2**32 - 1.
         """
         data, step = token_bytes(tokens), 4 * self.block_tokens
-        domain = hashlib.sha256(field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES))  # the same for every block
+        domain = hashlib.sha256(field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES))  # all blocks share this prefix
         size, key, out = struct.pack("<I", step), self.root, []
         for i in range(0, len(data) - step + 1, step):
             block = domain.copy()
@@ -144,15 +145,15 @@ class Namespace:
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Tokens as u32 little-endian, the canonical form that is hashed.
+    """Return the tokens as little-endian u32, the canonical form that is hashed.
 
     Raises:
-        InputError: a token that is not an integer in 0 … 2**32 - 1.
+        InputError: a token is not an integer in 0 … 2**32 - 1.
     """
     try:
         ids = np.asarray(_array_of(tokens) if isinstance(tokens, list | tuple) else tokens)
         if ids.ndim != 1:
-            raise ValueError(f"got {ids.ndim} dims instead of one")
+            raise ValueError(f"got {ids.ndim} dims instead of 1")
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"got {ids.dtype}")
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):
@@ -163,23 +164,23 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
 
 
 def _array_of(tokens: list[int] | tuple[int, ...]) -> array[int]:
-    """Python ints as an array: refuses what is no u32, and takes a quarter of the time that numpy takes for it."""
+    """Convert Python ints to an array. `array` rejects values outside u32 and takes a quarter of numpy's time."""
     if tokens and isinstance(tokens[0], bool):
         raise TypeError("got bool")
     return array("I", tokens)
 
 
 def text_key(prefix: str, layer: int, precision: str, salt: bytes = b"", fingerprint: bytes = b"") -> bytes:
-    """Key of one layer's KV under an exact text prefix. Without a fingerprint the key is bound to no model."""
+    """Return the key of one layer's KV under an exact text. Without a fingerprint the key is not bound to a model."""
     return digest("kvlab/1/text", fingerprint, precision.encode(), salt, prefix.encode(), struct.pack("<I", layer))
 
 
 def element_bytes(precision: str) -> float:
-    """Bytes an element takes.
+    """Return the bytes per element at a precision.
 
     Raises:
-        ConfigError: a precision that does not exist.
+        ConfigError: the precision is unknown.
     """
     if precision not in PRECISION_BYTES:
-        raise ConfigError(f"expected a precision of {', '.join(PRECISION_BYTES)}, got {precision!r}")
+        raise ConfigError(f"expected one of the precisions {', '.join(PRECISION_BYTES)}, got {precision!r}")
     return PRECISION_BYTES[precision]

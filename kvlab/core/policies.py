@@ -1,30 +1,25 @@
-"""Which keys go when a cache is full: FIFO, LRU, LFU, S3-FIFO and ARC over keys and sizes.
+"""Eviction policies over keys and sizes: FIFO, LRU, LFU, S3-FIFO and ARC.
 
-A policy holds no values. Its holder says what is used (`access`, `hit`, `admit`), what was deleted
-(`remove`) and what must stay for now (`pin`, `unpin`). The policy answers which keys were evicted,
-and the holder deletes their values. A size counts in any unit, bytes or pages or 1 a block, as long
-as the capacity counts in the same one. Bounded tiers, the page pool and the simulator all ask here;
-nothing else in kvlab chooses a victim.
+A policy holds no values. Its owner reports uses (`access`, `hit`, `admit`), deletions (`remove`)
+and keys that must not be evicted (`pin`, `unpin`). The policy returns the evicted keys, and the
+owner deletes their values. Sizes and the capacity have the same unit, for example bytes or blocks.
 
-The policies differ in a few words:
+- FIFO evicts the oldest key.
+- LRU evicts the least recently used key.
+- LFU evicts the least frequently used key. Of several such keys it evicts the least recently used.
+- S3-FIFO adds new keys to a small queue before a main queue. A key that was evicted from the small
+  queue and is soon requested again enters the main queue directly.
+- ARC has a queue for keys used once and a queue for keys used again. A request for a key that was
+  evicted recently increases the share of the queue that the key was evicted from.
 
-- FIFO: the oldest arrival goes.
-- LRU: the least recently used key goes.
-- LFU: the least often used key goes; among equals, the least recently used one.
-- S3-FIFO: new keys are on trial in a small queue before a main queue. A key that was evicted there
-  and soon comes back enters the main queue at once.
-- ARC: one queue for keys used once, one for keys used again. When an evicted key is asked for, the
-  queue that it was evicted from was too short, and gets a larger share.
+S3-FIFO and ARC store ghosts: evicted keys and their sizes, without values.
 
-The last two remember some evicted keys as ghosts: the key and its size, without a value.
+A `Queue` is an ordered dict of sizes, so the time per call hardly depends on the capacity. A pinned
+key leaves its queue, and its last `unpin` makes it the newest key there. Keys of one queue are
+therefore evicted in the order of their last `unpin`.
 
-All keys stand in a `Queue`, an ordered dict of sizes, so a call takes about as long at any capacity.
-A pinned key is taken out of its queue, and its last `unpin` makes it the newest there. Who unpins
-several keys decides by the order which of them goes first.
-
-`access` is written out in each policy, as few calls as possible: a simulator spends its time there.
-
-Policies are not thread-safe: their holder has a lock already.
+Each policy implements `access` with few function calls, because simulators spend most of their
+time in it. Policies are not thread-safe: the owner must hold a lock.
 """
 
 from __future__ import annotations
@@ -46,8 +41,8 @@ class Queue(Generic[K]):
     """Keys with their sizes, oldest first.
 
     Attributes:
-        sizes: the keys that may be evicted from here, with their sizes.
-        used: the sum of these sizes and of the sizes of pinned keys that will return here.
+        sizes: the keys that may be evicted, with their sizes.
+        used: the sum of `sizes`, plus the sizes of the pinned keys that belong to this queue.
     """
 
     __slots__ = ("sizes", "used")
@@ -63,18 +58,18 @@ class Queue(Generic[K]):
         return len(self.sizes)
 
     def put(self, key: K, size: int) -> None:
-        """Add a key that is not here, as the newest."""
+        """Add a new key as the newest."""
         self.sizes[key] = size
         self.used += size
 
     def drop(self, key: K) -> None:
-        """Take out `key`, if it is here."""
+        """Remove `key` if it is in the queue."""
         self.used -= self.sizes.pop(key, 0)
 
 
 @dataclass(slots=True)
 class Pinned(Generic[K]):
-    """What is known of a pinned key: its size, the queue it will return to, and its number of pins."""
+    """The size of a pinned key, the queue that the key belongs to, and its number of pins."""
 
     size: int
     queue: Queue[K]
@@ -82,40 +77,39 @@ class Pinned(Generic[K]):
 
 
 class Policy(ABC, Generic[K]):
-    """Which keys are resident, and which go when there is no room.
+    """The set of resident keys, and the choice of keys to evict when there is no room.
 
     Args:
-        capacity: how much fits, in the unit of the sizes. With 0 everything is refused.
+        capacity: the largest sum of the sizes. With 0 every key is refused.
 
     Attributes:
-        pinned: the part of `used` that is pinned; the remaining part could be made free.
+        pinned: the sum of the sizes of the pinned keys. They are part of `used`.
 
     Raises:
-        ConfigError: the capacity is negative, or not a whole number.
+        ConfigError: the capacity is negative or not a whole number.
 
-    A simulator's loop, which counts hits:
+    A simulator counts hits:
 
     >>> policy = LRU[str](capacity=2)
     >>> sum(policy.access(key) for key in "abacab")
     2
 
-    A holder's loop, here with pages of size 1:
+    The owner of pages deletes evicted pages. Each page has the size 1:
 
     >>> pages, policy = {}, LRU[str](capacity=2)
     >>> for key in "abac":
     ...     if key in policy:
     ...         policy.hit(key)
     ...     else:
-    ...         for gone in policy.admit(key):
-    ...             _ = pages.pop(gone, None)
+    ...         for evicted in policy.admit(key):
+    ...             _ = pages.pop(evicted, None)
     ...         if key in policy:  # not refused
     ...             pages[key] = f"the page of {key}"
     >>> sorted(pages)
     ['a', 'c']
     """
 
-    _queues: Collection[Queue[K]]
-    """The queues that resident keys stand in."""
+    _queues: Collection[Queue[K]]  # of resident keys
 
     def __init__(self, capacity: int) -> None:
         try:
@@ -123,7 +117,7 @@ class Policy(ABC, Generic[K]):
         except TypeError:
             raise ConfigError(f"expected a whole number as the capacity, got {capacity!r}; round it down") from None
         if self.capacity < 0:
-            raise ConfigError(f"expected a capacity of 0 or above, got {capacity}")
+            raise ConfigError(f"expected a capacity of 0 or more, got {capacity}")
         self.pinned = 0
         self._pins: dict[K, Pinned[K]] = {}
 
@@ -145,31 +139,26 @@ class Policy(ABC, Generic[K]):
         return sum(queue.used for queue in self._queues)
 
     @abstractmethod
-    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
-        """Use `key`, and take it in if it is not resident. A hit evicts nothing.
+    def access(self, key: K, size: int = 1, evicted: list[K] | None = None) -> bool:
+        """Use `key`, and add it if it is not resident. Return whether this was a hit.
 
-        A resident key with another size counts as another content: the old one is removed, and
-        the new one is a miss.
+        A hit evicts nothing. Another size means another value: a resident key with another size is
+        removed first, and the access is a miss.
 
         Args:
-            key: what is asked for.
-            size: how much of the capacity it takes.
-            gone: a list of the caller's. Keys that had to go for `key` are appended, in the order
-                in which they went. `key` itself is appended if it is refused, because it does not
-                fit beside the pinned keys; nothing is evicted then.
-
-        Returns:
-            Whether it was a hit.
+            evicted: a list to which the evicted keys are appended, in the order of eviction. If
+                `key` does not fit beside the pinned keys, it is refused: no key is evicted, and
+                `key` itself is appended.
 
         Raises:
-            InputError: `size` is below 1, or differs from the size of a pinned key.
+            InputError: `size` is below 1, or `key` is pinned with another size.
         """
 
     def admit(self, key: K, size: int = 1) -> list[K]:
-        """Do as `access` does, and return the keys that had to go; `[key]` means refused."""
-        gone: list[K] = []
-        self.access(key, size, gone)
-        return gone
+        """Do the same as `access`, and return the evicted keys. `[key]` means that `key` was refused."""
+        evicted: list[K] = []
+        self.access(key, size, evicted)
+        return evicted
 
     def hit(self, key: K) -> None:
         """Use a resident key.
@@ -181,10 +170,10 @@ class Policy(ABC, Generic[K]):
         self.access(key, pinned.size if pinned else self._queue_of(key).sizes[key])
 
     def remove(self, key: K) -> None:
-        """Forget `key` at once, because its value is gone; no error if it is not resident.
+        """Remove `key`, because its value was deleted. A key that is not resident is ignored.
 
         Raises:
-            InputError: it is pinned. Who deletes what is in use has a bug.
+            InputError: `key` is pinned.
         """
         if key in self._pins:
             raise self._in_use(key)
@@ -192,7 +181,7 @@ class Policy(ABC, Generic[K]):
             self._forget(key, self._queue_of(key))
 
     def pin(self, key: K) -> None:
-        """Keep a resident key from being evicted, until each `pin` has had its `unpin`. Not a use.
+        """Protect a resident key from eviction until every `pin` has its `unpin`. A pin is not a use.
 
         Raises:
             InputError: `key` is not resident.
@@ -205,7 +194,7 @@ class Policy(ABC, Generic[K]):
         pinned.pins += 1
 
     def unpin(self, key: K) -> None:
-        """Undo one `pin`. The last one makes the key the newest of its queue. Not a use.
+        """Undo one `pin`. The last `unpin` makes the key the newest of its queue. An unpin is not a use.
 
         Raises:
             InputError: `key` is not resident or not pinned.
@@ -220,13 +209,9 @@ class Policy(ABC, Generic[K]):
             self.pinned -= pinned.size
             pinned.queue.sizes[key] = pinned.size
 
-    # What the policies share.
-    def _special(self, key: K, size: int, gone: list[K] | None) -> bool | None:
-        """Access a key that stands in no queue, where that is a hit on a pinned key or a refusal.
-
-        Returns:
-            The answer of `access`, or None if the key is to be taken in.
-        """
+    # Helpers of all policies.
+    def _hit_pinned_or_refuse(self, key: K, size: int, evicted: list[K] | None) -> bool | None:
+        """Return the result of `access` for a pinned or refused key, and None for a key to add."""
         self._check_size(key, size)
         pinned = self._pins.get(key)
         if pinned is not None:
@@ -235,25 +220,25 @@ class Policy(ABC, Generic[K]):
             self._use_pinned(key, pinned)
             return True
         if self.pinned + size > self.capacity:
-            if gone is not None:
-                gone.append(key)
+            if evicted is not None:
+                evicted.append(key)
             return False
         return None
 
-    def _start_over(self, key: K, size: int) -> None:
-        """Remove `key`, which stands in a queue with another size than this."""
+    def _remove_resized(self, key: K, size: int) -> None:
+        """Remove `key` from its queue, where its size differs from `size`."""
         self._check_size(key, size)
         self.remove(key)
 
     def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
-        """Note a use of a pinned key, where it has an effect after the key's last `unpin`."""
+        """Record a use of a pinned key if it affects the key after its last `unpin`."""
 
     def _forget(self, key: K, queue: Queue[K]) -> None:
-        """Drop all that is known of `key`, which stands in `queue`."""
+        """Remove `key` from `queue`, and delete its counters."""
         queue.drop(key)
 
     def _queue_of(self, key: K) -> Queue[K]:
-        """Return the queue that a key stands in, or raise InputError if it is not resident; not for a pinned key."""
+        """Return the queue of an unpinned key. Raise InputError if the key is not resident."""
         for queue in self._queues:
             if key in queue.sizes:
                 return queue
@@ -265,12 +250,12 @@ class Policy(ABC, Generic[K]):
 
     @staticmethod
     def _check_size(key: K, size: int) -> None:
-        if not size >= 1:  # NaN too
+        if not size >= 1:  # also rejects NaN
             raise InputError(f"expected a size of 1 or above, got {size} for {key!r}")
 
 
 class FIFO(Policy[K]):
-    """First in, first out. Uses do not count.
+    """First in, first out: evicts the oldest key.
 
     >>> policy = FIFO[str](2)
     >>> policy.admit("a"), policy.admit("b"), policy.hit("a"), policy.admit("c")
@@ -283,7 +268,7 @@ class FIFO(Policy[K]):
         self._queues = (self._queue,)
         self._moves_on_use = False
 
-    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+    def access(self, key: K, size: int = 1, evicted: list[K] | None = None) -> bool:
         """See `Policy.access`."""
         queue = self._queue
         sizes = queue.sizes
@@ -292,22 +277,24 @@ class FIFO(Policy[K]):
                 if self._moves_on_use:
                     sizes.move_to_end(key)
                 return True
-            self._start_over(key, size)
-        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
-            return answer
+            self._remove_resized(key, size)
+        if self._pins or not 0 < size <= self.capacity:
+            answer = self._hit_pinned_or_refuse(key, size, evicted)
+            if answer is not None:
+                return answer
         sizes[key] = size
         used = queue.used + size
         while used > self.capacity:
             victim, freed = sizes.popitem(False)
             used -= freed
-            if gone is not None:
-                gone.append(victim)
+            if evicted is not None:
+                evicted.append(victim)
         queue.used = used
         return False
 
 
 class LRU(FIFO[K]):
-    """Least recently used goes first: a FIFO queue in which a use counts as an arrival.
+    """Least recently used: a FIFO queue in which a use makes a key the newest.
 
     >>> policy = LRU[str](2)
     >>> policy.admit("a"), policy.admit("b"), policy.hit("a"), policy.admit("c")
@@ -320,11 +307,11 @@ class LRU(FIFO[K]):
 
 
 class LFU(Policy[K]):
-    """Least often used goes first; among equals the least recently used. An evicted key's count is lost.
+    """Least frequently used: evicts the key with the fewest uses.
 
-    One queue for each number of uses: a use moves a key to the end of the next queue, and victims
-    come from the lowest queue (Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU
-    cache eviction scheme", 2010).
+    Each number of uses has its queue. A use moves a key to the end of the next queue, and the oldest
+    key of the lowest queue is evicted. Evicted keys lose their number of uses. Source: Shah, Mitra and
+    Matani, 2010, "An O(1) algorithm for implementing the LFU cache eviction scheme".
 
     >>> policy = LFU[str](2)
     >>> policy.admit("a"), policy.hit("a"), policy.admit("b"), policy.admit("c")
@@ -334,8 +321,8 @@ class LFU(Policy[K]):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._used = 0
-        self._uses: dict[K, int] = {}  # of all resident keys
-        self._by_uses: dict[int, Queue[K]] = {}  # a queue to which no key belongs, not even a pinned one, is deleted
+        self._uses: dict[K, int] = {}  # by resident key
+        self._by_uses: dict[int, Queue[K]] = {}  # a queue is deleted with its last key
         self._counts: list[int] = []  # the keys of `_by_uses`, ascending
         self._queues = self._by_uses.values()
 
@@ -347,7 +334,7 @@ class LFU(Policy[K]):
         """Sum of the sizes of the resident keys, at most `capacity`."""
         return self._used
 
-    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+    def access(self, key: K, size: int = 1, evicted: list[K] | None = None) -> bool:
         """See `Policy.access`."""
         uses = self._uses.get(key, 0)
         if uses and key in (queue := self._by_uses[uses]).sizes:
@@ -358,18 +345,20 @@ class LFU(Policy[K]):
                 self._uses[key] = uses + 1
                 self._with_uses(uses + 1).put(key, size)
                 return True
-            self._start_over(key, size)
-        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
-            return answer
+            self._remove_resized(key, size)
+        if self._pins or not 0 < size <= self.capacity:
+            answer = self._hit_pinned_or_refuse(key, size, evicted)
+            if answer is not None:
+                return answer
         if self._used + size > self.capacity:
-            self._make_room(size, gone)
+            self._make_room(size, evicted)
         self._used += size
         self._uses[key] = 1
         self._with_uses(1).put(key, size)
         return False
 
-    def _make_room(self, size: int, gone: list[K] | None) -> None:
-        """Evict until `size` fits."""
+    def _make_room(self, size: int, evicted: list[K] | None) -> None:
+        """Evict keys until `size` fits."""
         while self._used + size > self.capacity:
             step = 0
             while not (queue := self._by_uses[self._counts[step]]).sizes:  # all its keys are pinned
@@ -380,8 +369,8 @@ class LFU(Policy[K]):
             if not queue.used:
                 self._delete(self._uses[victim])
             del self._uses[victim]
-            if gone is not None:
-                gone.append(victim)
+            if evicted is not None:
+                evicted.append(victim)
 
     def _forget(self, key: K, queue: Queue[K]) -> None:
         self._used -= queue.sizes[key]
@@ -404,7 +393,7 @@ class LFU(Policy[K]):
         return self._by_uses[uses] if uses else super()._queue_of(key)
 
     def _with_uses(self, uses: int) -> Queue[K]:
-        """Return the queue for so many uses."""
+        """Return the queue of this number of uses."""
         queue = self._by_uses.get(uses)
         if queue is None:
             queue = self._by_uses[uses] = Queue()
@@ -412,33 +401,34 @@ class LFU(Policy[K]):
         return queue
 
     def _delete(self, uses: int) -> None:
-        """Delete the queue for so many uses: no key belongs to it any more."""
+        """Delete the queue of this number of uses, which no key belongs to."""
         del self._by_uses[uses]
         del self._counts[bisect_left(self._counts, uses)]
 
 
 class S3FIFO(Policy[K]):
-    """Three FIFO queues: a small one on trial, the main one, and ghosts of those that failed.
+    """Three FIFO queues: a small queue for new keys, a main queue, and ghosts of the small queue.
 
-    Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, Algorithm 1. A new
-    key enters `small`, or `main` if its ghost is still there. A hit only counts, up to 3. To make
-    room, while `small` has a tenth of the capacity or more, its oldest key is looked at: hit twice
-    or more, it moves to `main` and its count starts at 0 again; otherwise it is evicted and leaves
-    a ghost. Else the oldest key of `main` is looked at: with a count above 0 it goes round once
-    more for one less; with 0 it is evicted. Ghosts have at most the size that `main` is meant to
-    have.
+    A new key enters `small`, or `main` if it has a ghost. A hit increases a counter, up to 3. To
+    make room, S3-FIFO takes the oldest key of `small` if `small` uses a tenth of the capacity or
+    more, and otherwise the oldest key of `main`. A key of `small` with 2 hits or more moves to
+    `main`, and its counter is reset; with fewer hits it is evicted and becomes a ghost. A key of
+    `main` with hits becomes the newest of `main`, and its counter decreases by 1; without hits it
+    is evicted. The sum of ghost sizes is at most the capacity minus this tenth.
 
-    Whatever is used once, such as a scan, passes through a tenth of the cache only.
+    Keys that are used only once, in a scan for example, evict few keys from `main`.
+
+    Source: Yang et al., 2023, "FIFO queues are all you need for cache eviction", Algorithm 1.
 
     >>> policy = S3FIFO[str](10)
     >>> [policy.admit(key) for key in "abcdefghij"][-1], policy.hit("a"), policy.hit("a")
     ([], None, None)
-    >>> policy.admit("k"), policy.admit("b"), policy.main.used  # a passed, b failed and was back soon
+    >>> policy.admit("k"), policy.admit("b"), policy.main.used  # a moved to main, and b had a ghost
     (['b'], ['c'], 2)
     """
 
-    _ENOUGH = 2  # hits on trial that pass it
-    _MOST = 3  # what two bits can count
+    _HITS_TO_PROMOTE = 2  # from `small` to `main`
+    _MAX_HITS = 3  # a counter has two bits
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
@@ -446,51 +436,53 @@ class S3FIFO(Policy[K]):
         self.main: Queue[K] = Queue()
         self.ghosts: Queue[K] = Queue()
         self._queues = (self.small, self.main)
-        self._trial = max(1, self.capacity // 10)
-        self._most_ghosts = self.capacity - self._trial
-        self._hits: dict[K, int] = {}  # of resident keys, where they are above 0
+        self._small_capacity = max(1, self.capacity // 10)
+        self._ghost_capacity = self.capacity - self._small_capacity
+        self._hits: dict[K, int] = {}  # by resident key, without zeros
 
-    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+    def access(self, key: K, size: int = 1, evicted: list[K] | None = None) -> bool:
         """See `Policy.access`."""
         small, main, ghosts = self.small, self.main, self.ghosts
         queue = small if key in small.sizes else main
         if key in queue.sizes:
             if queue.sizes[key] == size:
                 hits = self._hits.get(key, 0)
-                if hits < self._MOST:
+                if hits < self._MAX_HITS:
                     self._hits[key] = hits + 1
                 return True
-            self._start_over(key, size)
-        if (self._pins or not 0 < size <= self.capacity) and (answer := self._special(key, size, gone)) is not None:
-            return answer
+            self._remove_resized(key, size)
+        if self._pins or not 0 < size <= self.capacity:
+            answer = self._hit_pinned_or_refuse(key, size, evicted)
+            if answer is not None:
+                return answer
         room = self.capacity - small.used - main.used - size
         if room < 0:
-            self._make_room(room, gone)
+            self._make_room(room, evicted)
         if key in ghosts.sizes:
             ghosts.drop(key)
             main.put(key, size)
         else:
             small.sizes[key] = size
             small.used += size
-        while ghosts.used > self._most_ghosts:  # not earlier: its own eviction may not cost it its ghost
+        while ghosts.used > self._ghost_capacity:  # after the look-up: evictions may delete this key's ghost
             ghosts.used -= ghosts.sizes.popitem(False)[1]
         return False
 
-    def _make_room(self, room: int, gone: list[K] | None) -> None:
-        """Evict until `room`, which is negative, is 0 or more."""
+    def _make_room(self, room: int, evicted: list[K] | None) -> None:
+        """Evict keys until `room`, which is negative, is 0 or more."""
         small, main, ghosts, hits = self.small, self.main, self.ghosts, self._hits
         while room < 0:
-            if small.sizes and (small.used >= self._trial or not main.sizes):
+            if small.sizes and (small.used >= self._small_capacity or not main.sizes):
                 key, size = small.sizes.popitem(False)
                 small.used -= size
-                if key in hits and hits.pop(key) >= self._ENOUGH:
+                if key in hits and hits.pop(key) >= self._HITS_TO_PROMOTE:
                     main.put(key, size)
                     continue
                 ghosts.sizes[key] = size
                 ghosts.used += size
             else:
                 key, size = main.sizes.popitem(False)
-                if key in hits:  # round once more, for one hit
+                if key in hits:  # becomes the newest again, for one hit
                     main.sizes[key] = size
                     hits[key] -= 1
                     if not hits[key]:
@@ -498,11 +490,11 @@ class S3FIFO(Policy[K]):
                     continue
                 main.used -= size
             room += size
-            if gone is not None:
-                gone.append(key)
+            if evicted is not None:
+                evicted.append(key)
 
     def _use_pinned(self, key: K, pinned: Pinned[K]) -> None:
-        self._hits[key] = min(self._hits.get(key, 0) + 1, self._MOST)
+        self._hits[key] = min(self._hits.get(key, 0) + 1, self._MAX_HITS)
 
     def _forget(self, key: K, queue: Queue[K]) -> None:
         super()._forget(key, queue)
@@ -510,23 +502,25 @@ class S3FIFO(Policy[K]):
 
 
 class ARC(Policy[K]):
-    """Adaptive replacement: recency against frequency, with a border that moves where it misses.
+    """Adaptive replacement cache: two LRU queues with shares that adapt to recency or frequency.
 
-    Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003, Figure 4.
-    `t1` has keys used once, `t2` keys used again, both by last use; `b1` and `b2` are ghosts of
-    what was evicted from them. A miss that `b1` remembers says that `t1` is too short, so `p`, the
-    size it should have, grows; one in `b2` lets it shrink; either key then enters `t2`. The oldest
-    of `t1` goes if `t1` is above `p`, else the oldest of `t2`.
+    `t1` holds keys used once, and `t2` holds keys used again. `b1` and `b2` hold the ghosts of the
+    keys evicted from `t1` and `t2`. `p` is the target size of `t1`. A miss whose ghost is in `b1`
+    increases `p`, and one whose ghost is in `b2` decreases it; the key then enters `t2`. The oldest
+    key of `t1` is evicted if `t1` exceeds `p`, otherwise the oldest key of `t2`. If all keys of one
+    queue are pinned, the other queue's oldest key is evicted.
 
-    Adapted to sizes: lengths are sums of sizes, a miss moves `p` by its own size times the paper's
-    factor, one arrival may evict several, and ghosts are cut to the paper's bounds (t1 + b1 at
-    most the capacity, all four at most twice) after the arrival. With all sizes 1 this is the
-    paper's algorithm. Where all keys of a queue are pinned, the other queue gives.
+    The original algorithm has only keys of size 1, for which this one is identical. Here a length
+    is a sum of sizes, and a miss changes `p` by its size times the ratio of the ghost lengths, or
+    by its size if that is more. One insertion may evict several keys. After it, ghosts are deleted
+    until t1 + b1 is at most the capacity, and all four queues are at most twice the capacity.
+
+    Source: Megiddo and Modha, 2003, "ARC: a self-tuning, low overhead replacement cache", Figure 4.
 
     >>> policy = ARC[str](2)
     >>> policy.admit("a"), policy.hit("a"), policy.admit("b"), policy.admit("c")
     ([], None, [], ['b'])
-    >>> policy.admit("b"), policy.p  # b is remembered: more room for what was seen once
+    >>> policy.admit("b"), policy.p  # the ghost of b is in b1, so p grows
     (['a'], 1.0)
     """
 
@@ -539,7 +533,7 @@ class ARC(Policy[K]):
         self.b2: Queue[K] = Queue()
         self._queues = (self.t1, self.t2)
 
-    def access(self, key: K, size: int = 1, gone: list[K] | None = None) -> bool:
+    def access(self, key: K, size: int = 1, evicted: list[K] | None = None) -> bool:
         """See `Policy.access`."""
         t1, t2, capacity = self.t1, self.t2, self.capacity
         queue = t2 if key in t2.sizes else t1
@@ -551,13 +545,15 @@ class ARC(Policy[K]):
                 else:
                     t2.sizes.move_to_end(key)
                 return True
-            self._start_over(key, size)
-        if (self._pins or not 0 < size <= capacity) and (answer := self._special(key, size, gone)) is not None:
-            return answer
+            self._remove_resized(key, size)
+        if self._pins or not 0 < size <= capacity:
+            answer = self._hit_pinned_or_refuse(key, size, evicted)
+            if answer is not None:
+                return answer
         b1, b2 = self.b1, self.b2
         queue, in_b2 = t1, False
         if key in b1.sizes or key in b2.sizes:
-            queue, in_b2 = t2, self._recall(key, size)
+            queue, in_b2 = t2, self._adapt(key, size)
         room = capacity - t1.used - t2.used - size
         while room < 0:
             if t1.sizes and (t1.used > self.p or (in_b2 and t1.used == self.p) or not t2.sizes):
@@ -571,8 +567,8 @@ class ARC(Policy[K]):
                 b2.sizes[victim] = freed
                 b2.used += freed
             room += freed
-            if gone is not None:
-                gone.append(victim)
+            if evicted is not None:
+                evicted.append(victim)
         queue.sizes[key] = size
         queue.used += size
         most = capacity - t1.used
@@ -583,8 +579,8 @@ class ARC(Policy[K]):
             b2.used -= b2.sizes.popitem(False)[1]
         return False
 
-    def _recall(self, key: K, size: int) -> bool:
-        """Move the border because a ghost remembers `key`, and let the ghost go. Return whether it was in `b2`."""
+    def _adapt(self, key: K, size: int) -> bool:
+        """Change `p` for a key with a ghost, and delete the ghost. Return whether it was in `b2`."""
         b1, b2 = self.b1, self.b2
         if key in b1.sizes:
             self.p = min(self.capacity, self.p + size * max(1, b2.used / b1.used))
@@ -601,4 +597,4 @@ class ARC(Policy[K]):
 
 
 POLICIES: Final[dict[str, type[Policy[Any]]]] = {"fifo": FIFO, "lru": LRU, "lfu": LFU, "s3fifo": S3FIFO, "arc": ARC}
-"""All policies by the name that settings and tables use."""
+"""All policies by name."""

@@ -1,7 +1,7 @@
-"""Tensor to parts and back: at which precision the numbers are kept.
+"""Conversion of a tensor to parts and back, at a given precision.
 
-A precision turns a tensor into one array or more, the parts. Their types and shapes follow
-from the tensor's shape, so nothing needs a table of contents:
+A precision converts a tensor to one or more arrays, the parts. The shape of the tensor determines
+their dtypes and shapes, so a record needs no table of contents:
 
     fp32, fp16, bf16   the numbers
     int8               keys: integers k, scales; values: integers v, scales
@@ -9,17 +9,19 @@ from the tensor's shape, so nothing needs a table of contents:
     int4               keys: nibbles k, scales, lows; values: nibbles v, scales
                            key = k * scale + low, k in 0 … 15   value = (v - 8) * scale, v in 1 … 15
 
-Integers share a scale in groups of 64 (or a whole axis that is no multiple of 64). Keys are
-grouped along the tokens of one channel, because a few channels of keys are many times larger
-than the rest; values along the channels of one token (Liu et al. 2024, "KIVI"). Keys get
-more levels than values, because an error in a key changes where attention looks: on the
-shipped model, int8 keys cost about five times the KL of int8 values.
+The 64 integers of a group share a scale. An axis whose length is not a multiple of 64 is one
+group. Keys are grouped along the tokens of one channel, because a few channels of keys are many
+times larger than the others. Values are grouped along the channels of one token. Keys have
+larger integers than values, because an error in a key changes the attention weights: with
+127 for both, int8 keys cause about five times the KL divergence of int8 values on the shipped model.
+Source: Liu et al., 2024, "KIVI".
 
-How integers are chosen: a scale is the group's largest magnitude (int4 keys: its range above
-the low) divided by the levels, rounded up to a bf16 with 6 bits of mantissa, at least 2**-126;
-a low is the smallest number rounded down to a bf16. The integer is the number (less the low)
-times the fp32 inverse of the scale, rounded half to even. Nibbles go two to a byte, the first
-one low, an odd one at the end beside a zero.
+A scale is the largest magnitude of its group divided by the largest integer. For int4 keys it is
+the largest number minus the low, divided by 15. A scale is rounded up to a bf16 with 6 bits of
+mantissa, and is at least 2**-126. A low is the smallest number of the group, rounded down to a
+bf16. An integer is the number (for int4 keys, minus the low) times the fp32 inverse of the scale,
+rounded half to even. A byte holds two nibbles, the first one in its low bits. After an odd number
+of nibbles, the high bits of the last byte are zero.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ GROUP: Final = 64
 
 _STORED: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SAME_SIZE: Final = {4: torch.int32, 2: torch.int16}
-_INFINITE: Final = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # as exponents
-_KEY_LEVELS: Final = {"int8": 127, "int4": 15}  # int8: -127 … 127; int4: 0 … 15 above the group's lowest value
-_VALUE_LEVELS: Final = {"int8": 72, "int4": 7}  # -72 … 72, -7 … 7
-_SCALE_BITS: Final = 6  # of a scale's mantissa, rounded up: these compress better than all 7 of a bf16
-_TINY: Final = np.float32(2.0**-126)  # the smallest scale whose inverse is finite
+_INFINITE: Final = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # exponent bits
+_KEY_MAX: Final = {"int8": 127, "int4": 15}  # int8: -127 … 127; int4: 0 … 15
+_VALUE_MAX: Final = {"int8": 72, "int4": 7}  # int8: -72 … 72; int4: -7 … 7
+_SCALE_BITS: Final = 6  # of a scale's mantissa; scales with all 7 bits of a bf16 compress less
+_TINY: Final = np.float32(2.0**-126)  # the smallest normal fp32; its inverse is finite
 _U1: Final = np.dtype(np.uint8)
 _I1: Final = np.dtype(np.int8)
 _U2: Final = np.dtype("<u2")
@@ -53,23 +55,23 @@ Layout = list[tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class Unholdable(Exception):
-    """Numbers that a precision cannot hold: too large, or NaN or infinity among integers."""
+    """A tensor cannot be stored: a number is too large, or is NaN or infinite at an integer precision."""
 
 
-def layout(precision: str, shape: tuple[int, ...], planes: int) -> Layout:
-    """Type and shape of each part of a tensor of this shape.
+def layout(precision: str, shape: tuple[int, ...], plane_axis: int) -> Layout:
+    """Return the dtype and the shape of each part of a tensor of this shape.
 
     Args:
-        planes: the axis with keys at 0 and values at 1; only the integer precisions ask.
+        plane_axis: the axis of keys (index 0) and values (index 1). Only the integer precisions use it.
 
     Raises:
-        ValueError: an integer precision for a shape without planes, tokens and channels.
+        ValueError: the precision is int8 or int4, and the shape lacks planes, tokens or channels.
     """
     if precision in _STORED:
         return [(_U4 if precision == "fp32" else _U2, shape)]
-    if len(shape) < planes + 3 or shape[planes] != 2:
-        raise ValueError(f"expected two planes at axis {planes}, then tokens and channels, got {shape}")
-    keys, values = _group_shapes(shape[:planes] + shape[planes + 1 :])
+    if len(shape) < plane_axis + 3 or shape[plane_axis] != 2:
+        raise ValueError(f"expected two planes at axis {plane_axis}, and tokens and channels at the end, got {shape}")
+    keys, values = _group_shapes(shape[:plane_axis] + shape[plane_axis + 1 :])
     key_scale, value_scale = (_U2, (*keys[:-2], 1, keys[-1])), (_U2, (*values[:-1], 1))
     if precision == "int8":
         return [(_I1, keys), key_scale, (_I1, values), value_scale]
@@ -78,43 +80,43 @@ def layout(precision: str, shape: tuple[int, ...], planes: int) -> Layout:
 
 
 def layout_bytes(parts: Layout) -> int:
-    """Bytes of all parts together."""
+    """Return the sum of the bytes of all parts."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts)
 
 
-def to_parts(tensor: Tensor, precision: str, planes: int) -> list[Array]:
-    """The parts of a tensor. A contiguous CPU tensor of the stored dtype is its own part, not a copy.
+def to_parts(tensor: Tensor, precision: str, plane_axis: int) -> list[Array]:
+    """Return the parts of a tensor. A contiguous CPU tensor of the stored dtype shares memory with its part.
 
     Raises:
-        Unholdable: see there.
-        ValueError: see `layout`.
+        Unholdable: the precision cannot represent a number.
+        ValueError: as in `layout`.
     """
     tensor = tensor.detach()
     return (
         [_floats(tensor, precision)]
         if precision in _STORED
-        else _quantise(tensor.float().cpu().numpy(), precision, planes)
+        else _quantise(tensor.float().cpu().numpy(), precision, plane_axis)
     )
 
 
-def from_parts(parts: list[Array], precision: str, planes: int, out: Tensor) -> None:
-    """Fill `out` (any strides, any device, any floating dtype) from parts of its layout.
+def from_parts(parts: list[Array], precision: str, plane_axis: int, out: Tensor) -> None:
+    """Fill `out` (any strides, any device, any floating dtype) from the parts of its layout.
 
     Raises:
-        Unholdable: a number that `out`'s dtype cannot hold.
+        Unholdable: the dtype of `out` cannot represent a number.
     """
     if precision in _STORED:
         _put_floats(parts[0], precision, out)
     elif out.device.type == "cpu" and out.dtype == torch.float32:
-        _dequantise(parts, precision, planes, out.numpy())
+        _dequantise(parts, precision, plane_axis, out.numpy())
     else:
         whole = np.empty(out.shape, np.float32)
-        _dequantise(parts, precision, planes, whole)
+        _dequantise(parts, precision, plane_axis, whole)
         _copy(torch.from_numpy(whole), out)
 
 
 def _floats(tensor: Tensor, precision: str) -> Array:
-    """The numbers at a precision, as unsigned integers of the same bits."""
+    """Return the numbers at a precision, as unsigned integers with the same bits."""
     dtype = _STORED[precision]
     stored = tensor.cpu() if tensor.dtype == dtype else _rounded(tensor, precision)
     bits: Array = stored.contiguous().view(_SAME_SIZE[dtype.itemsize]).numpy()
@@ -124,10 +126,10 @@ def _floats(tensor: Tensor, precision: str) -> Array:
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:
     stored = tensor.to("cpu", _STORED[precision])
-    # fp16 to bf16: the reader has fp16 again, and 65504 has become 65536
+    # readers convert back: bf16 rounds the fp16 number 65504 to 65536, which fp16 cannot represent
     back = stored.to(tensor.dtype) if _max(stored) > _max(tensor) else stored
     if _has_infinite(back) and not torch.equal(back.isinf(), tensor.isinf().cpu()):
-        raise Unholdable(f"a value is beyond what {precision} holds")
+        raise Unholdable(f"a number is too large for {precision}")
     return stored
 
 
@@ -136,7 +138,7 @@ def _max(tensor: Tensor) -> float:
 
 
 def _has_infinite(tensor: Tensor) -> bool:
-    """Whether there is an infinity or NaN, by the exponents: much faster than asking each number."""
+    """Return whether a number is infinite or NaN. Testing the exponents is faster than testing numbers."""
     mask = _INFINITE[tensor.dtype]
     bits: Array = tensor.view(_SAME_SIZE[tensor.itemsize]).numpy()
     return bool(bits.size) and bool((bits & mask).max() == mask)
@@ -146,7 +148,7 @@ def _put_floats(bits: Array, precision: str, out: Tensor) -> None:
     dtype = _STORED[precision]
     signed = bits.view(f"i{bits.itemsize}")
     if out.device.type == "cpu" and out.dtype == dtype:
-        # numpy reads bytes that may not be written to, torch does not: this saves a copy of each record.
+        # Unlike torch, numpy accepts read-only memory. This saves a copy of each record.
         np.copyto(out.view(_SAME_SIZE[bits.itemsize]).numpy(), signed)
     else:
         _copy(torch.from_numpy(signed if bits.flags.writeable else signed.copy()).view(dtype), out)
@@ -155,68 +157,68 @@ def _put_floats(bits: Array, precision: str, out: Tensor) -> None:
 def _copy(source: Tensor, out: Tensor) -> None:
     out.copy_(source)
     if _max(out) < _max(source) and not torch.equal(source.isinf(), out.isinf().cpu()):
-        raise Unholdable(f"a value is beyond what {out.dtype} holds")
+        raise Unholdable(f"a number is too large for {out.dtype}")
 
 
-def _quantise(x: Array, precision: str, planes: int) -> list[Array]:
-    """Parts of an integer precision from fp32 numbers."""
-    parts = layout(precision, x.shape, planes)
+def _quantise(x: Array, precision: str, plane_axis: int) -> list[Array]:
+    """Return the parts of fp32 numbers at an integer precision."""
+    parts = layout(precision, x.shape, plane_axis)
     if x.size == 0:
         return [np.zeros(shape, dtype) for dtype, shape in parts]
-    keys, values = _grouped(x, planes)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found in the scales
+    keys, values = _grouped(x, plane_axis)
+    with np.errstate(over="ignore", invalid="ignore"):  # _scale detects overflow
         if precision == "int8":
-            return [*_symmetric(keys, -2, _KEY_LEVELS["int8"]), *_symmetric(values, -1, _VALUE_LEVELS["int8"])]
+            return [*_symmetric(keys, -2, _KEY_MAX["int8"]), *_symmetric(values, -1, _VALUE_MAX["int8"])]
         low = _bf16_below(keys.min(-2, keepdims=True))
-        scale = _scale(keys.max(-2, keepdims=True) - _from_bf16(low), _KEY_LEVELS["int4"], _from_bf16(low))
+        scale = _scale(keys.max(-2, keepdims=True) - _from_bf16(low), _KEY_MAX["int4"], _from_bf16(low))
         steps = (keys - _from_bf16(low)) * (1 / _from_bf16(scale))
-        integers, value_scale = _symmetric(values, -1, _VALUE_LEVELS["int4"])
+        integers, value_scale = _symmetric(values, -1, _VALUE_MAX["int4"])
     return [_nibbles(np.rint(steps).astype(np.uint8)), scale, low, _nibbles(integers + 8), value_scale]
 
 
-def _dequantise(parts: list[Array], precision: str, planes: int, out: Array) -> None:
+def _dequantise(parts: list[Array], precision: str, plane_axis: int, out: Array) -> None:
     """Fill `out` (fp32, any strides) from the parts of an integer precision."""
     if out.size == 0:
         return
-    keys, values = _halves(out, planes)
+    keys, values = _halves(out, plane_axis)
     if precision == "int8":
         k, ks, v, vs = parts
-        np.copyto(keys, _times(k, ks).reshape(keys.shape))
-        np.copyto(values, _times(v, vs).reshape(values.shape))
+        np.copyto(keys, _scaled(k, ks).reshape(keys.shape))
+        np.copyto(values, _scaled(v, vs).reshape(values.shape))
         return
     k, ks, low, v, vs = parts
     grouped_k, grouped_v = _group_shapes(keys.shape)
-    keys4 = _times(_from_nibbles(k, grouped_k), ks)
+    keys4 = _scaled(_from_nibbles(k, grouped_k), ks)
     keys4 += _from_bf16(low)
     np.copyto(keys, keys4.reshape(keys.shape))
     values4 = _from_nibbles(v, grouped_v).view(np.int8)
     values4 -= 8
-    np.copyto(values, _times(values4, vs).reshape(values.shape))
+    np.copyto(values, _scaled(values4, vs).reshape(values.shape))
 
 
-def _symmetric(x: Array, axis: int, levels: int) -> tuple[Array, Array]:
-    """int8 in -levels … levels, and bf16 scales, of groups along `axis`."""
+def _symmetric(x: Array, axis: int, max_integer: int) -> tuple[Array, Array]:
+    """Return int8 integers in -max_integer … max_integer and bf16 scales, for groups along `axis`."""
     largest = np.maximum(x.max(axis, keepdims=True), -x.min(axis, keepdims=True))
-    scale = _scale(largest, levels)
+    scale = _scale(largest, max_integer)
     return np.rint(x * (1 / _from_bf16(scale))).astype(np.int8), scale
 
 
-def _scale(width: Array, levels: int, low: Array | float = 0.0) -> Array:
-    """Scales of groups so wide, as bf16 bits, rounded up so that no integer exceeds its levels.
+def _scale(width: Array, max_integer: int, low: Array | float = 0.0) -> Array:
+    """Return the scales of groups of these widths as bf16 bits, rounded up so that no integer exceeds `max_integer`.
 
     Raises:
-        Unholdable: NaN or infinity in the group, or the largest number that it would decode to is none of fp32.
+        Unholdable: a group contains NaN or infinity, or fp32 cannot represent its largest decoded number.
     """
     drop = 23 - _SCALE_BITS
-    bits = np.maximum(width / np.float32(levels), _TINY).view(np.uint32)
+    bits = np.maximum(width / np.float32(max_integer), _TINY).view(np.uint32)
     rounded: Array = (((bits + ((1 << drop) - 1)) >> drop << drop) >> 16).astype(_U2)
-    if not (np.isfinite(width).all() and np.isfinite(low + levels * _from_bf16(rounded)).all()):
-        raise Unholdable("integers hold no NaN, no infinity, and no numbers at the very end of fp32's range")
+    if not (np.isfinite(width).all() and np.isfinite(low + max_integer * _from_bf16(rounded)).all()):
+        raise Unholdable("int8 and int4 cannot represent NaN, infinity or numbers near the end of fp32's range")
     return rounded
 
 
 def _bf16_below(x: Array) -> Array:
-    """The next bf16 at or below each number, as bits."""
+    """Return the bits of the largest bf16 at or below each number."""
     bits = x.view(np.uint32)
     below: Array = (bits + (bits >> 31) * np.uint32(0xFFFF)) >> 16
     return below.astype(_U2)
@@ -227,14 +229,14 @@ def _from_bf16(bits: Array) -> Array:
     return wide
 
 
-def _times(integers: Array, scale: Array) -> Array:
-    with np.errstate(over="ignore"):  # only a forger writes such scales
+def _scaled(integers: Array, scale: Array) -> Array:
+    with np.errstate(over="ignore"):  # only the scales of forged records overflow
         product: Array = np.multiply(integers, _from_bf16(scale), dtype=np.float32)
     return product
 
 
 def _nibbles(integers: Array) -> Array:
-    """Two integers of 0 … 15 in a byte, the first one low."""
+    """Pack two integers in 0 … 15 per byte, the first one into the low bits."""
     flat = np.zeros((integers.size + 1) // 2 * 2, np.uint8)
     flat[: integers.size] = integers.reshape(-1)
     pairs: Array = flat.view(_U2)
@@ -249,22 +251,22 @@ def _from_nibbles(packed: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _group_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """[…, T, D] as keys are grouped, […, groups, tokens, D], and as values are, […, T, groups, channels]."""
+    """Return the grouped shapes of […, T, D]: keys […, groups, tokens, D] and values […, T, groups, channels]."""
     *rest, T, D = shape
-    return (*rest, *_cut(T), D), (*rest, T, *_cut(D))
+    return (*rest, *_groups_of(T), D), (*rest, T, *_groups_of(D))
 
 
-def _cut(n: int) -> tuple[int, int]:
+def _groups_of(n: int) -> tuple[int, int]:
     return (n // GROUP, GROUP) if n % GROUP == 0 and n else (1, n)
 
 
-def _halves(x: Array, planes: int) -> tuple[Array, Array]:
-    """Views of the keys and of the values."""
-    moved = np.moveaxis(x, planes, 0)
+def _halves(x: Array, plane_axis: int) -> tuple[Array, Array]:
+    """Return views of the keys and of the values."""
+    moved = np.moveaxis(x, plane_axis, 0)
     return moved[0], moved[1]
 
 
-def _grouped(x: Array, planes: int) -> tuple[Array, Array]:
-    keys, values = _halves(x, planes)
+def _grouped(x: Array, plane_axis: int) -> tuple[Array, Array]:
+    keys, values = _halves(x, plane_axis)
     key_shape, value_shape = _group_shapes(keys.shape)
     return np.ascontiguousarray(keys).reshape(key_shape), np.ascontiguousarray(values).reshape(value_shape)

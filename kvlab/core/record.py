@@ -1,6 +1,6 @@
-"""The record: one block's KV as bytes that describe and guard themselves.
+"""The record: the KV of one block as self-describing bytes with a checksum or an authentication tag.
 
-A record is a header of 128 bytes and a payload. Version 1, all integers little-endian:
+A record is a header of 128 bytes and a payload. In version 1, all integers are little-endian:
 
     offset  size  field
     0       4     magic "KVL1"
@@ -11,22 +11,23 @@ A record is a header of 128 bytes and a payload. Version 1, all integers little-
     8       1     dtype of the tensor before encoding: 1 fp32, 2 fp16, 3 bf16
     9       1     seal kind: 1 xxh3, 2 aes-gcm
     10      1     number of dims, at most 8
-    11      1     zero; readers do not look at it
-    12      4     key id: which key of the seal, 0 for xxh3
+    11      1     zero; readers ignore it
+    12      4     key id: the id of the master key, 0 for xxh3
     16      32    dims, 8 x u32, unused ones zero; a block is [L, P, H, B, D]
     48      8     payload length in bytes
-    56      8     zero; readers do not look at it
-    64      32    the full key
-    96      32    seal: xxh3 64 of (header with this field zero, then payload) in 8 bytes and
-                  zeros; aes-gcm: nonce 12, tag 16, zeros; the 96 bytes before are its
-                  associated data
+    56      8     zero; readers ignore it
+    64      32    the full cache key
+    96      32    seal. xxh3: 8 bytes of XXH3-64 over the header (with this field zero) and
+                  the payload, then zeros. aes-gcm: nonce 12, tag 16, zeros; its associated
+                  data are the 96 bytes before
 
-What the payload holds is said in `precisions` and `codecs`, how seals work in `seals`.
+`precisions` and `codecs` define the payload, and `seals` defines the seals.
 
-`encode` gives header and payload in pieces, so that a raw payload is never copied.
-`decode` gives back a tensor only for an intact record of exactly the key and shape asked
-for; anything else is a `BadRecord` with a reason, which the cache counts as a miss. It
-executes nothing and allocates no more than the shape it was asked for.
+`encode` returns the header and the payload in pieces. It does not copy a contiguous CPU tensor of
+the stored dtype if the payload is raw and not encrypted. `decode` returns a tensor only for an
+intact record of exactly the requested cache key and shape. Any other value raises `BadRecord` with
+a reason, which the cache counts as a miss. `decode` executes no code from a record. The sizes of
+the value and of the requested tensor bound its allocations.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch import Tensor
 from kvlab.core import codecs, precisions
 from kvlab.core.keys import KEY_BYTES
 from kvlab.core.precisions import Unholdable
-from kvlab.core.seals import Broken, Pieces, Seal, Xxh3
+from kvlab.core.seals import BadSeal, Pieces, Seal, Xxh3
 from kvlab.errors import ConfigError, InputError
 
 MAGIC: Final = b"KVL1"
@@ -51,12 +52,12 @@ VERSION: Final = 1
 KIND_BLOCK: Final = 1
 KIND_TEXT: Final = 2
 MAX_DIMS: Final = 8
-MAX_TENSOR_BYTES: Final = 1 << 30  # of a tensor as fp32: no reader allocates more, so no writer stores more
+MAX_TENSOR_BYTES: Final = 1 << 30  # of a tensor as fp32; readers allocate at most this, so writers store at most this
 HEADER = struct.Struct("<4s8BI8IQQ32s32s")
 HEADER_BYTES: Final = HEADER.size
-_HEAD = struct.Struct("<4s8BI8IQQ32s")  # all but the seal
-_SEAL_AT: Final = _HEAD.size
-_PLANES: Final = {KIND_BLOCK: 1, KIND_TEXT: 0}  # the axis with keys and values
+_UNSEALED_HEADER = struct.Struct("<4s8BI8IQQ32s")  # the header without the seal
+_SEAL_AT: Final = _UNSEALED_HEADER.size
+_PLANE_AXIS: Final = {KIND_BLOCK: 1, KIND_TEXT: 0}  # the axis of keys (0) and values (1)
 
 DTYPES: Final = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
 _DTYPE_IDS: Final = {t: i for i, t in DTYPES.items()}
@@ -64,7 +65,7 @@ _XXH3: Final = Xxh3()
 
 
 class BadRecord(Exception):
-    """Bytes that are not an intact record of the key and shape asked for. Never leaves the cache.
+    """Bytes are not an intact record of the requested cache key and shape. The cache handles this error itself.
 
     Reasons: magic, version, key_id, length, checksum, forged, kind, key, precision, codec, dims, overflow.
     """
@@ -75,17 +76,17 @@ class BadRecord(Exception):
 
     @property
     def damaged(self) -> bool:
-        """Whether the record is worthless to everyone.
+        """Whether the record is unusable for every reader.
 
-        "forged" is not: to a reader with a wrong master key every record looks forged, and it
-        must not empty the store for all others. The next save replaces such a record anyway.
+        A "forged" record may be intact: to a reader with a wrong master key, every record looks
+        forged. That reader must not delete the records of all others. Its next save replaces them.
         """
         return self.reason == "checksum"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How records are written: precision (part of identity), codec and seal (not part of it)."""
+    """How records are written. The precision is part of the cache key; the codec and the seal are not."""
 
     precision: str = "fp32"
     codec: str = "raw"
@@ -93,26 +94,28 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.precision not in precisions.PRECISIONS:
-            raise ConfigError(f"expected a precision of {', '.join(precisions.PRECISIONS)}, got {self.precision!r}")
+            raise ConfigError(
+                f"expected one of the precisions {', '.join(precisions.PRECISIONS)}, got {self.precision!r}"
+            )
         if self.codec not in codecs.CODECS:
-            raise ConfigError(f"expected a codec of {', '.join(codecs.CODECS)}, got {self.codec!r}")
+            raise ConfigError(f"expected one of the codecs {', '.join(codecs.CODECS)}, got {self.codec!r}")
 
 
 def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> Pieces:
-    """Turn one block into pieces, the header first.
+    """Encode one block as pieces, the header first.
 
     Args:
         tensor: fp32, fp16 or bf16; any device, any strides; up to 8 dims. The integer precisions
-            want the planes at axis 1 of a block and at axis 0 of a text record, tokens and
-            channels as the last two.
-        key: its 32-byte key.
+            require the planes at axis 1 of a block or axis 0 of a text record, and tokens and
+            channels as the last two axes.
+        key: the 32-byte cache key.
 
-    The payload of a raw record may share memory with `tensor`: send it before you change that.
+    The payload of a raw record may share memory with `tensor`: send the record before `tensor` changes.
 
     Raises:
-        InputError: a dtype or shape that no record of this precision holds.
-        Unholdable: a value too large for the precision, NaN or infinity at int8 or int4, or a tensor
-            that no reader would allocate.
+        InputError: a record of this precision cannot have this dtype, shape or cache key.
+        Unholdable: a number is too large for the precision, is NaN or infinite at int8 or int4, or
+            the tensor is larger than readers allocate.
     """
     if tensor.dtype not in _DTYPE_IDS:
         raise InputError(f"expected a tensor of float32, float16 or bfloat16, got {tensor.dtype}")
@@ -121,25 +124,25 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(f"expected a dense tensor with data, got {tensor.layout} on {tensor.device}")
     if _tensor_bytes(tensor.shape) > MAX_TENSOR_BYTES:
-        raise Unholdable(f"a tensor of shape {tuple(tensor.shape)} is more than any reader allocates")
+        raise Unholdable(f"a tensor of shape {tuple(tensor.shape)} is larger than readers allocate")
     if len(key) != KEY_BYTES:
-        raise InputError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
+        raise InputError(f"expected a cache key of {KEY_BYTES} bytes, got {len(key)}")
     try:
-        payload = codecs.pack(precisions.to_parts(tensor, fmt.precision, _PLANES[kind]), fmt.codec)
+        payload = codecs.pack(precisions.to_parts(tensor, fmt.precision, _PLANE_AXIS[kind]), fmt.codec)
     except ValueError as error:
         raise InputError(f"{fmt.precision}: {error}") from error
     dims = (*tensor.shape, *[0] * (MAX_DIMS - tensor.ndim))
     ids = (codecs.CODECS[fmt.codec], precisions.PRECISIONS[fmt.precision], _DTYPE_IDS[tensor.dtype])
-    guard, size = (fmt.seal.kind, tensor.ndim, 0, fmt.seal.key_id), sum(map(len, payload))
-    head = _HEAD.pack(MAGIC, VERSION, kind, *ids, *guard, *dims, size, 0, key)
-    seal, payload = fmt.seal.close(head, payload)
-    return head + seal, *payload
+    seal_ids, size = (fmt.seal.kind, tensor.ndim, 0, fmt.seal.key_id), sum(map(len, payload))
+    header = _UNSEALED_HEADER.pack(MAGIC, VERSION, kind, *ids, *seal_ids, *dims, size, 0, key)
+    seal, payload = fmt.seal.close(header, payload)
+    return header + seal, *payload
 
 
 def max_record_bytes(fmt: Format, shape: Sequence[int], kind: int = KIND_BLOCK) -> int:
-    """Room for any honest record of this shape and precision, whatever its codec; a multiple of 64."""
-    size = precisions.layout_bytes(precisions.layout(fmt.precision, tuple(shape), _PLANES[kind]))
-    return -(-(HEADER_BYTES + size + size // 64 + 4096) // 64) * 64  # what does not compress grows by less than that
+    """Return the size of a buffer for any intact record of this shape and precision. It is a multiple of 64."""
+    size = precisions.layout_bytes(precisions.layout(fmt.precision, tuple(shape), _PLANE_AXIS[kind]))
+    return -(-(HEADER_BYTES + size + size // 64 + 4096) // 64) * 64  # incompressible data grows by less
 
 
 def decode(
@@ -151,40 +154,41 @@ def decode(
     out: Tensor | None = None,
     max_bytes: int = MAX_TENSOR_BYTES,
 ) -> Tensor:
-    """Turn a record back into its tensor.
+    """Decode a record.
 
     Args:
-        value: what the store returned; any alignment.
-        key, fmt.precision, fmt.seal, shape, kind: what was asked for; the record must agree.
-            `shape` None accepts any shape whose tensor takes at most `max_bytes` (text
-            records). The codec is read from the record: writers may differ in it.
-        out: a tensor of `shape` to fill, of any strides and floating dtype. Without it a new
-            tensor of the dtype that was encoded is made.
+        value: the value from the store, with any alignment.
+        key, fmt.precision, fmt.seal, shape, kind: the request, which the record must match. If
+            `shape` is None, as for text records, every shape matches. The codec is read from the
+            record, because writers may use different codecs.
+        out: a tensor of `shape` to fill, with any strides and floating dtype. Without it, the
+            result is a new tensor of the dtype before encoding.
+        max_bytes: the largest new tensor, measured as fp32.
 
     Returns:
-        `out`, or the new tensor. It has no memory in common with `value`.
+        `out` or the new tensor. It shares no memory with `value`.
 
     Raises:
-        BadRecord: with the reason; `out` may then hold anything.
+        BadRecord: the record cannot be used, for this reason. The contents of `out` are then undefined.
     """
     view = memoryview(value)
     if view.nbytes < HEADER_BYTES:
         raise BadRecord("length")
-    magic, version, got_kind, codec, precision, dtype, seal, ndim, _, key_id, *rest = _HEAD.unpack_from(view)
+    magic, version, got_kind, codec, precision, dtype, seal, ndim, _, key_id, *rest = _UNSEALED_HEADER.unpack_from(view)
     dims, (length, _, got_key) = tuple(rest[:MAX_DIMS]), rest[MAX_DIMS:]
-    # The order matters: what this reader does not know is told before what is damaged.
+    # The order matters: an unknown format is reported before damage.
     if magic != MAGIC:
         raise BadRecord("magic")
     if version != VERSION:
         raise BadRecord("version")
-    if seal != fmt.seal.kind:  # a reader with a key takes no mere checksum: anyone could have written that
+    if seal != fmt.seal.kind:  # with a master key, a reader rejects checksums, which anyone can compute
         raise BadRecord("key_id")
     payload = view[HEADER_BYTES:]
     if length != payload.nbytes:
         raise BadRecord("length")
     try:
         payload = fmt.seal.open(bytes(view[:_SEAL_AT]), bytes(view[_SEAL_AT:HEADER_BYTES]), payload, key_id)
-    except Broken as error:
+    except BadSeal as error:
         raise BadRecord(error.reason) from None
     if got_kind != kind:
         raise BadRecord("kind")
@@ -201,11 +205,11 @@ def decode(
         raise BadRecord("dims")
     if out is None and _tensor_bytes(dims) > max_bytes:
         raise BadRecord("overflow")
-    return _unpack(payload, codec, fmt.precision, _PLANES[kind], dims, DTYPES[dtype], out)
+    return _unpack(payload, codec, fmt.precision, _PLANE_AXIS[kind], dims, DTYPES[dtype], out)
 
 
 def _tensor_bytes(dims: Sequence[int]) -> int:
-    """Of a tensor as fp32. A dim of 0 must not hide the others: torch computes strides from them."""
+    """Return the size as fp32. A dim of 0 counts as 1, because torch computes strides from the other dims."""
     return 4 * math.prod(max(d, 1) for d in dims)
 
 
@@ -213,19 +217,19 @@ def _unpack(
     payload: memoryview,
     codec: int,
     precision: str,
-    planes: int,
+    plane_axis: int,
     dims: tuple[int, ...],
     dtype: torch.dtype,
     out: Tensor | None,
 ) -> Tensor:
     try:
-        layout = precisions.layout(precision, dims, planes)
+        layout = precisions.layout(precision, dims, plane_axis)
     except ValueError:
         raise BadRecord("dims") from None
     try:
         parts = codecs.unpack(payload, codec, layout)
         out = torch.empty(dims, dtype=dtype) if out is None else out
-        precisions.from_parts(parts, precision, planes, out)
+        precisions.from_parts(parts, precision, plane_axis, out)
     except ValueError:
         raise BadRecord("codec") from None
     except Unholdable:

@@ -1,4 +1,4 @@
-"""Requests through the model: so far one at a time (`generate`)."""
+"""The engine. `generate` runs one request."""
 
 from kvlab.engine.generate import Generation, generate
 

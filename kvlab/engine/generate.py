@@ -1,9 +1,9 @@
-"""Greedy generation with a KV cache in front of the prefill.
+"""Greedy generation with a KV cache before the prefill.
 
     match -> load -> prefill the rest -> decode -> save
 
-The cache can be empty, partly filled, slow or broken: the tokens that come out are the same.
-Batching and scheduling live elsewhere in `kvlab.engine`; here is one request, start to end.
+The generated tokens are the same for an empty, partly filled, slow or broken cache, if the model and
+the cache use fp32. This module runs one request at a time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kvlab.model import Llama
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request gave.
+    """The result of one request.
 
     Attributes:
         tokens: the new tokens.
-        prompt_tokens: length of the prompt.
-        cached_tokens: how many of the prompt's tokens came from the cache.
-        ttft_s: seconds from the call to the first new token (cache look-up and load included).
-        total_s: seconds from the call to the last new token; saving is not in it.
-        saved_blocks: how many blocks the cache took.
+        prompt_tokens: the length of the prompt.
+        cached_tokens: the number of prompt tokens whose KV came from the cache.
+        ttft_s: seconds from the call to the first new token, including cache look-up and load.
+        total_s: seconds from the call to the last new token, without the save.
+        saved_blocks: the result of `KVCache.save`.
     """
 
     tokens: list[int]
@@ -52,13 +52,13 @@ def generate(
     """Continue `tokens` greedily.
 
     Raises:
-        InputError: an empty or over-long prompt, or a token out of the vocabulary.
+        InputError: the prompt is empty or too long, or a token is not in the vocabulary.
     """
     begin = time.perf_counter()
     if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"expected at least one new token, got {max_new_tokens!r}")
+        raise InputError(f"expected max_new_tokens as a whole number of at least 1, got {max_new_tokens!r}")
     prompt = model.check_tokens(tokens, max_new_tokens)
-    tokens = prompt[0].tolist()  # a copy: keys and KV must be of the same tokens, whatever becomes of the caller's list
+    tokens = prompt[0].tolist()  # a copy, so that block keys and KV belong to the same tokens
     T = prompt.shape[1]
     kv = model.new_kv(T + max_new_tokens)
     cached = fill_from(cache, tokens, kv[:, :, 0]) if cache else 0
@@ -70,16 +70,17 @@ def generate(
         new.append(int(model(step, kv, T + len(new) - 1, last_only=True).argmax()))
     total = time.perf_counter() - begin
     saved = 0
-    if cache:  # the last token was never fed back, so its KV does not exist
+    if cache:  # the KV of the last token was not computed
         known = [*tokens, *new[:-1]]
         saved = cache.save(known, kv[:, :, 0, :, : len(known)], cached)
     return Generation(new, T, cached, ttft, total, saved)
 
 
 def fill_from(cache: KVCache, tokens: Sequence[int], kv: Tensor) -> int:
-    """Load the longest cached prefix of `tokens` into `kv` [L, P, H, C, D]; return its length.
+    """Load the longest cached prefix of `tokens` into `kv` [L, P, H, C, D], and return its length.
 
-    At least the last token is left to compute: its logits start the answer, and no cache holds logits.
+    The length excludes the last token: its logits are needed for the first new token, and a cache
+    holds no logits.
     """
     found = cache.match(tokens)
     if not found:

@@ -1,18 +1,18 @@
-"""Wrong bytes on purpose: what decoding does with records that were damaged, forged or mixed up.
+"""Fuzzing: decodes records that were damaged, forged or exchanged on purpose.
 
     python -m kvlab bench fuzz --n 1000000 --seed 1 --json
 
-Each case takes an intact record and spoils it in a way that knows the format: header fields
-changed and the checksum made to fit again, lengths and frame tables that lie, decompression
-bombs, records of another key, shape, kind, precision or tenant, cut and stretched values, and
-plain bit flips. Then it is decoded as the cache would.
+Each case changes an intact record with knowledge of the format: changed header fields with a
+recomputed checksum, wrong lengths and frame tables, decompression bombs, records of another key,
+shape, kind, precision or tenant, shortened and lengthened values, bit flips, and random bytes. The
+record is then decoded as the cache decodes records.
 
-A case must end as a `BadRecord`, or as exactly the right tensor (a field that does not matter
-was changed). Anything else is counted:
+Decoding must raise `BadRecord` or return exactly the right tensor (after a change that has no
+effect). Every other result is counted:
 
-    wrong_tensors    another tensor came back
-    uncaught         another exception than `BadRecord`
-    over_allocated   more memory than the tensor, one copy of it and the value account for
+    wrong_tensors    decoding returned another tensor
+    uncaught         decoding raised an exception other than `BadRecord`
+    over_allocated   decoding allocated more than three fp32 tensors, two copies of the value and 64 KiB
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.lab.machine import describe_machine, versions
 
 SHAPES = ((2, 2, 1, 4, 3), (1, 2, 2, 16, 8))
-SLACK = 64 << 10  # of Python objects, headers and the like
+SLACK = 64 << 10  # bytes for Python objects and headers
 SEAL_AT = 96
 ANOTHER_KEY = b"\xee" * 32
-FIELDS = {  # offset and bytes of every header field that a forger can set
+FIELDS = {  # offset and size of every header field that a forger can set
     "magic": (0, 4),
     "version": (4, 1),
     "kind": (5, 1),
@@ -58,15 +58,15 @@ FIELDS = {  # offset and bytes of every header field that a forger can set
     "key": (64, 32),
 }
 ABOUT = (
-    "each case decodes a record that was damaged or forged on purpose: wrong_tensors, uncaught and over_allocated must "
-    "be 0; by_reason: how cases ended, by_case: how they were spoiled"
+    "each case decodes a record that was damaged or forged on purpose; wrong_tensors, uncaught and over_allocated must "
+    "be 0; by_reason: number of cases by result; by_case: number of cases by kind of damage"
 )
 EXTREMES = (0, 1, 2, 3, 7, 8, 9, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the reader asks for, its intact record, and the tensor that it should get."""
+    """A requested format, shape and key, the intact record, and the tensor that decoding must return."""
 
     fmt: Format
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ class Target:
 
     @property
     def allowed(self) -> int:
-        """Bytes that decoding may allocate: the tensor in fp32, one copy at most, and what the value takes."""
+        """Bytes that decoding may allocate in addition to copies of the value: three fp32 tensors and `SLACK`."""
         return 3 * 4 * self.right.numel() + SLACK
 
 
@@ -84,7 +84,7 @@ Spoil = Callable[[random.Random, Target, list[Target]], bytes]
 
 
 def run(n: int = 100_000, seed: int = 0) -> dict[str, Any]:
-    """`n` cases. The same seed gives the same cases, but for the nonces of sealed records."""
+    """Run `n` cases. The same seed gives the same cases, except for the nonces of encrypted records."""
     rng, targets = random.Random(seed), _targets()
     counts = Counter(wrong_tensors=0, uncaught=0, over_allocated=0)
     reasons: Counter[str] = Counter()
@@ -119,7 +119,7 @@ def run(n: int = 100_000, seed: int = 0) -> dict[str, Any]:
 
 
 def _decode(target: Target, value: bytes) -> tuple[list[str], str]:
-    """What was wrong, and how it ended: a reason, "right" or the exception's name."""
+    """Decode a value. Returns the failures and the result: a `BadRecord` reason, "right" or an exception's name."""
     out = torch.full(target.shape, 7.0)
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
@@ -130,7 +130,7 @@ def _decode(target: Target, value: bytes) -> tuple[list[str], str]:
             bad.append("wrong_tensors")
     except BadRecord as error:
         reason = error.reason
-    except Exception as error:  # exactly what must not happen
+    except Exception as error:
         reason = type(error).__name__
         bad.append("uncaught")
     if tracemalloc.get_traced_memory()[1] - before > target.allowed + 2 * len(value):
@@ -155,9 +155,9 @@ def _target(tensor: Tensor, key: bytes, fmt: Format) -> Target:
     return Target(fmt, tuple(tensor.shape), key, value, record.decode(value, key, fmt, tensor.shape))
 
 
-# --- ways to spoil a record ---------------------------------------------------------------------
+# --- kinds of damage ----------------------------------------------------------------------------
 def _resealed(value: bytes) -> bytes:
-    """The value with a checksum that fits. Only xxh3 can be made to fit; a sealed record stays broken."""
+    """The value with a matching checksum. Only xxh3 can be recomputed; an encrypted record stays invalid."""
     if len(value) < HEADER_BYTES or value[9] != Xxh3.kind:
         return value
     seal = Xxh3().close(value[:SEAL_AT], (value[HEADER_BYTES:],))[0]
@@ -197,7 +197,7 @@ def _cut_or_stretch(rng: random.Random, target: Target, _: list[Target]) -> byte
 
 
 def _other_record(rng: random.Random, target: Target, targets: list[Target]) -> bytes:
-    """An intact record of something else; sometimes with the key, or the whole header, of what is asked for."""
+    """Another intact record, sometimes with the key or the whole header of the requested record."""
     other = rng.choice([t for t in rng.sample(targets, 8) if t.value is not target.value])
     if rng.random() < 0.5:
         return other.value
@@ -218,14 +218,14 @@ def _other_kind(rng: random.Random, target: Target, _: list[Target]) -> bytes:
 
 
 def _bomb(rng: random.Random, target: Target, _: list[Target]) -> bytes:
-    """A small payload that unpacks to much, or claims to."""
-    size = 13 + rng.choice((0, 1 << 10, 1 << 16, 1 << 20))  # never what the tensor takes
+    """A small payload that decompresses to a large size or claims a large size."""
+    size = 13 + rng.choice((0, 1 << 10, 1 << 16, 1 << 20))  # never the size of the tensor
     codec = rng.choice(("gzip", "zstd"))
     if codec == "gzip":
         payload = gzip.compress(bytes(size), 1)
     else:
         frame = zstandard.ZstdCompressor(level=1).compress(bytes(size))
-        if rng.random() < 0.5:  # descriptor: 8 bytes of content size, single segment; then the lie
+        if rng.random() < 0.5:  # descriptor: 8 bytes of content size, single segment; then a false size
             frame = frame[:4] + b"\xe0" + struct.pack("<Q", rng.choice(EXTREMES)) + frame[6:]
         frames = [frame] * rng.choice((1, 2, 4, 8))
         payload = struct.pack(f"<{len(frames)}I", *map(len, frames)) + b"".join(frames)
@@ -235,7 +235,7 @@ def _bomb(rng: random.Random, target: Target, _: list[Target]) -> bytes:
 
 
 def _frame_table(rng: random.Random, target: Target, _: list[Target]) -> bytes:
-    """A zstd record whose table of frame lengths lies."""
+    """A zstd record with a wrong table of frame lengths; for other codecs, a record with changed fields."""
     value = target.value
     if value[6] != CODECS["zstd"] or len(value) < HEADER_BYTES + 8:
         return _set_fields(rng, target, [])

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: every benchmark's JSON carries it."""
+"""Description of the machine and the software versions, which every benchmark's JSON contains."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PACKAGES = (
 
 
 def describe_machine() -> str:
-    """Processor, cores, memory and system in one line; no host name."""
+    """Processor, cores, memory, GPU (if any) and system in one line, without the host name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {cores} cores{_memory()}{gpu}, {platform.system()}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter for a measurement."""
+    """Versions of Python and of the installed packages that affect a measurement."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,15 +1,15 @@
-"""How good is a model, in the four numbers that matter for a KV-cache course.
+"""Four quality measures of a model for a KV-cache course.
 
-A model whose loss does not depend on its context would make every measurement of KV quality
-meaningless, so perplexity alone is not enough:
+Measurements of KV quality need a model whose loss depends on its context. Perplexity alone does
+not show this dependence:
 
-    perplexity        on held-out text, lower is better
-    second-copy gain  how much easier the second copy of a text is than the first (nats a token)
-    retrieval         a name defined early is asked for late: share of names completed exactly,
-                      and what the definition is worth in nats a token
-    looping           share of 8-grams in greedy text that repeat an earlier one
+    perplexity        on held-out text; lower is better
+    second-copy gain  how much lower the loss is on the second copy of a text (nats per token)
+    retrieval         a name is defined early and completed later: share of exact completions, and
+                      how much the definition lowers the loss (nats per token)
+    looping           share of 8-grams in greedily generated text that repeat an earlier one
 
-Copying and looping are two sides of one skill: a model that copies well also loops. Report both.
+A model that copies well also loops. Report both.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def windows(tokens: Sequence[int], count: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def losses(model: Llama, batch: Tensor) -> Tensor:
-    """Cross-entropy of each token given those before it, nats. [N, T] -> [N, T - 1]."""
+    """Cross-entropy of each token given the tokens before it, in nats. [N, T] -> [N, T - 1]."""
     rows = [model(row[None, :-1]).float().squeeze(0) for row in batch]
     logits = torch.stack(rows)
     return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
 
 
 def perplexity(model: Llama, tokens: Sequence[int], count: int = 32, length: int = 513) -> float:
-    """Exp of the mean loss over windows of `length - 1` predictions."""
+    """Exponential of the mean loss over `count` windows with `length - 1` predictions each."""
     return math.exp(losses(model, windows(tokens, count, length)).mean().item())
 
 
 def second_copy(model: Llama, tokens: Sequence[int], count: int = 32, length: int = 256) -> tuple[float, float]:
-    """Mean loss (nats a token) on the first and on the second copy of the same text."""
+    """Mean loss (nats per token) on the first and on the second copy of the same text."""
     once = windows(tokens, count, length)
     loss = losses(model, torch.cat([once, once], dim=1))
     return loss[:, : length - 1].mean().item(), loss[:, length:].mean().item()
@@ -59,11 +59,11 @@ def second_copy(model: Llama, tokens: Sequence[int], count: int = 32, length: in
 def retrieval(
     model: Llama, tokenizer: Tokenizer, tokens: Sequence[int], count: int = 64, gap: int = 128, seed: int = 0
 ) -> tuple[float, float]:
-    """Ask for made-up class names that were defined `gap` tokens earlier, given only their first token.
+    """Complete invented class names, defined `gap` tokens earlier, from their first token.
 
     Returns:
-        Share of names that greedy decoding completes exactly, and how many nats a token the
-        definition is worth (the loss without it minus the loss with it).
+        Share of names that greedy decoding completes exactly, and the loss without the
+        definition minus the loss with the definition (mean, nats per token).
     """
     rng, syllables, exact, gained = random.Random(seed), _SYLLABLES.split(), 0, 0.0
     for _ in range(count):
@@ -73,17 +73,17 @@ def retrieval(
         asked = tokenizer.encode(f" {name}(")
         rest = [*tokens[begin : begin + gap], *tokenizer.encode("\n\nitem ="), *asked]
         want = torch.tensor(asked[1:])
-        told = model(torch.tensor([definition + rest]))[0, -len(asked) : -1].float()
-        untold = model(torch.tensor([rest]))[0, -len(asked) : -1].float()
-        exact += bool((told.argmax(-1) == want).all())  # each right given the ones before: what greedy decoding does
-        gained += (F.cross_entropy(untold, want) - F.cross_entropy(told, want)).item()
+        defined = model(torch.tensor([definition + rest]))[0, -len(asked) : -1].float()
+        undefined = model(torch.tensor([rest]))[0, -len(asked) : -1].float()
+        exact += bool((defined.argmax(-1) == want).all())  # then greedy decoding completes the name exactly
+        gained += (F.cross_entropy(undefined, want) - F.cross_entropy(defined, want)).item()
     return exact / count, gained / count
 
 
 def looping(
     model: Llama, tokens: Sequence[int], count: int = 16, prompt: int = 128, new: int = 256, n: int = 8
 ) -> float:
-    """Share of n-grams in greedy text that already occurred in the same continuation."""
+    """Share of n-grams in greedily generated text that already occurred in the same continuation."""
     repeated = total = 0
     for row in windows(tokens, count, prompt):
         text = generate(model, row.tolist(), new, stop_at_eos=False).tokens
@@ -93,7 +93,7 @@ def looping(
 
 
 def report(model: Llama, tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[str, float]:
-    """All four numbers on one text."""
+    """All four measures on one text."""
     first, second = second_copy(model, tokens)
     exact, gain = retrieval(model, tokenizer, tokens)
     return {

@@ -1,4 +1,4 @@
-"""A store that must work: what measures one fails at once where it does not, instead of counting misses."""
+"""Opens a store for a measurement. A store that does not work raises an error instead of counting misses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from kvlab.stores import Store, open_store
 
 
 def open_reachable(url: str, **settings: Any) -> Store:
-    """`open_store`, for a store whose health is good now.
+    """Open a store with `open_store` and check its health.
 
     Raises:
-        ConfigError: no store has such a URL.
-        KVLabError: it does not answer, or cannot be used.
+        ConfigError: the URL is not a store URL.
+        KVLabError: the store does not answer or cannot be used.
     """
     store = open_store(url, **settings)
     health = store.health()
     if not health.ok:
         store.close()
-        raise KVLabError(f"the store cannot be used ({health.detail}); start or mend it, or leave --store out")
+        raise KVLabError(f"the store cannot be used ({health.detail}); start or repair it, or leave --store out")
     return store

@@ -1,4 +1,4 @@
-"""What a program prints to: a terminal, a file or a pipe, in whatever encoding the surroundings chose."""
+"""The program's output streams (terminal, file or pipe), which may have any encoding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 
 
 def accept_any_text() -> None:
-    """Make stdout and stderr take every character; one that their encoding lacks is printed as an escape.
+    """Make stdout and stderr accept every character; characters outside their encoding are printed as escapes.
 
-    Without this, one such character ends the program: with LANG=C, in a pipe on Windows, or
-    where a file name is no valid UTF-8. A stream that is closed (None), or that a notebook put
-    in its place, is left as it is.
+    Without this, such a character raises UnicodeEncodeError, for example with LANG=C, in a pipe on
+    Windows, or in a file name that is not valid UTF-8. Streams that are closed (None) or that a
+    notebook has replaced do not change.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""A benchmark's result as text: the sentence that explains it, its rows as tables, the rest as lines."""
+"""A benchmark's result as text: its explanation, its rows as tables, and every other value as a line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """What `about` says comes first; lists of rows become tables under their name, everything else `name: value`."""
+    """Format a result: `about` first, each list of rows as a table under its name, other values as `name: value`."""
     lines = [str(result["about"])] if "about" in result else []
     for name, value in result.items():
         if name == "about":

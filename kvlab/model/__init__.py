@@ -1,4 +1,4 @@
-"""A readable Llama (`llama`), how it is loaded (`load`), its tokenizer and its fingerprint."""
+"""A readable Llama (`llama`), its loader (`load`), its tokenizer (`tokenizer`) and its `fingerprint`."""
 
 from kvlab.model.llama import Llama, LlamaConfig, attention
 from kvlab.model.load import PRETRAINED, load_model

@@ -1,8 +1,8 @@
-"""A Llama's settings out of `config.json` and `generation_config.json`, as transformers 4 or 5 writes them.
+"""The config of a Llama, from `config.json` and `generation_config.json` of transformers 4 or 5.
 
-Where two fields contradict each other, the one that transformers 5 follows counts. What would
-make this model compute other numbers than transformers is refused. `KV_FIELDS` is the one list
-of the fields that are part of a fingerprint.
+If two fields contradict each other, the field that transformers 5 uses has priority. A config with
+which this model would compute other numbers than transformers is rejected. `KV_FIELDS` lists the
+fields that are part of a fingerprint.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from kvlab.errors import ModelError
 from kvlab.model.files import WEIGHTS, ModelFolder, read_folder
 from kvlab.model.llama import LlamaConfig, RopeScaling
 
-# Fields that change the numbers in the KV. The vocabulary, the output head and the context
-# limit do not; they are left out so that a re-saved model keeps its cache.
+# Fields that change the numbers in the KV. The vocabulary size, the output head and the context
+# limit do not change them, and are left out so that a model that is saved again keeps its cache.
 KV_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -39,26 +39,29 @@ SIZES = (
     "max_position_embeddings",
 )
 _KV_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Settings under which other numbers come out; transformers reads them for a Llama too.
+# Settings that change the numbers of a Llama in transformers, and that this model lacks.
 _NOT_SUPPORTED = ("sliding_window", "attention_chunk_size", "per_layer_config", "quantization_config", "text_config")
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The config of a model folder.
+    """Return the config of a model folder.
 
     Raises:
-        ModelError: there is none, or as `parse_config`.
+        ModelError: the folder has no config, or as in `parse_config`.
     """
     return read_folder(folder, config_of)
 
 
 def config_of(files: ModelFolder) -> LlamaConfig:
-    """As `read_config`, of a folder that is being read."""
+    """Return the config of an open folder; see `read_config`."""
     raw = files.json("config.json")
     if raw is None:
-        raise ModelError(f"{files.name}: not a model folder: config.json cannot be read (there is none)")
-    if raw.get("transformers_weights") not in (None, WEIGHTS):
-        raise ModelError(f"{files.name}/config.json: transformers_weights names another file than {WEIGHTS}: rename it")
+        raise ModelError(f"{files.name}: not a model folder: config.json is missing")
+    if (weights := raw.get("transformers_weights")) not in (None, WEIGHTS):
+        raise ModelError(
+            f"{files.name}/config.json: expected no transformers_weights other than {WEIGHTS}, got {weights!r:.80}; "
+            f"remove the setting and rename the file to {WEIGHTS}"
+        )
     generation = files.json("generation_config.json")
     try:
         return parse_config(raw, generation)
@@ -67,16 +70,16 @@ def config_of(files: ModelFolder) -> LlamaConfig:
 
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> LlamaConfig:
-    """The whole config of a Llama.
+    """Return the complete config of a Llama.
 
     Args:
-        raw: what `config.json` holds.
-        generation: what `generation_config.json` holds, if there is one. Its `eos_token_id`
-            counts before that of `raw`, as in transformers.
+        raw: the content of `config.json`.
+        generation: the content of `generation_config.json`, if it exists. Its `eos_token_id` has
+            priority over that of `raw`, as in transformers.
 
     Raises:
-        ModelError: not a Llama, a field is missing or of a wrong type, or a feature that this
-            model does not have.
+        ModelError: the model is not a Llama, a field is missing or has a wrong type, or this model
+            lacks a feature.
     """
     if raw.get("model_type") != "llama":
         raise ModelError(f"expected a model of type 'llama', got {raw.get('model_type')!r}")
@@ -86,19 +89,19 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         **kv_fields(raw),
         vocab_size=raw["vocab_size"],
         max_position_embeddings=raw["max_position_embeddings"],
-        tie_word_embeddings=_switch(raw, "tie_word_embeddings"),
+        tie_word_embeddings=_bool(raw, "tie_word_embeddings"),
         eos_token_ids=_token_ids(raw.get("eos_token_id") if eos is None else eos),
     )
 
 
 def kv_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `KV_FIELDS`, each in one form whichever library wrote it.
+    """Return the fields of `KV_FIELDS`, each in the same form for transformers 4 and 5.
 
-    Fields for which transformers documents a default may be missing or null. So may `model_type`,
-    which config objects keep elsewhere.
+    Fields with a documented default in transformers may be missing or null, but `rope_theta` may
+    not be null. `model_type` may be missing, because config objects store it elsewhere.
 
     Raises:
-        ModelError: as `parse_config`.
+        ModelError: as in `parse_config`.
     """
     _check_supported(raw)
     sizes = _sizes(raw, _KV_SIZES)
@@ -118,8 +121,8 @@ def kv_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": _number(raw, "rms_norm_eps", 1e-6, least=0.0),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "attention_bias": _switch(raw, "attention_bias"),
-        "mlp_bias": _switch(raw, "mlp_bias"),
+        "attention_bias": _bool(raw, "attention_bias"),
+        "mlp_bias": _bool(raw, "mlp_bias"),
     }
     return {name: fields[name] for name in KV_FIELDS}
 
@@ -127,11 +130,11 @@ def kv_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _check_supported(raw: Mapping[str, Any]) -> None:
     if raw.get("model_type", "llama") != "llama":
         raise ModelError(f"expected a model of type 'llama', got {raw['model_type']!r}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names for the same function
         raise ModelError(f"expected hidden_act 'silu', got {raw['hidden_act']!r}")
     for name in _NOT_SUPPORTED:
         if raw.get(name) is not None:
-            raise ModelError(f"{name} is {raw[name]!r:.80}, which this model cannot do: expected none")
+            raise ModelError(f"{name} is {raw[name]!r:.80}, which this model does not support; expected null")
     if raw.get("is_causal") not in (None, True):
         raise ModelError(f"expected causal attention, got is_causal {raw['is_causal']!r}")
     if (kinds := raw.get("layer_types")) is not None:
@@ -167,7 +170,7 @@ def _head_dim(raw: Mapping[str, Any], hidden: int, heads: int) -> int:
 
 
 def _number(raw: Mapping[str, Any], name: str, default: float | None = None, least: float = 1e-10) -> float:
-    """A finite number that fp32 can compute with."""
+    """Return a number from `least` to 1e30, which fp32 can represent."""
     value = raw.get(name)
     if value is None and default is not None:
         return default
@@ -176,7 +179,7 @@ def _number(raw: Mapping[str, Any], name: str, default: float | None = None, lea
     return float(value)
 
 
-def _switch(raw: Mapping[str, Any], name: str) -> bool:
+def _bool(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name)
     if value is not None and not isinstance(value, bool):
         raise ModelError(f"expected {name} as true or false, got {value!r}")
@@ -191,10 +194,11 @@ def _token_ids(value: object) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Transformers 5 keeps everything in `rope_parameters`; 4 had `rope_theta` and `rope_scaling`.
+    """Return the theta and the scaling of RoPE.
 
-    With both, a `rope_scaling` that is not empty replaces `rope_parameters` whole, and a
-    `rope_theta` inside of it counts before the one beside it.
+    transformers 5 has both in `rope_parameters`; transformers 4 has `rope_theta` and `rope_scaling`.
+    A non-empty `rope_scaling` replaces `rope_parameters` completely. A `rope_theta` inside this
+    object has priority over one beside it.
     """
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     params = raw.get(name) or {}
@@ -215,7 +219,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _llama3(raw: Mapping[str, Any], params: Mapping[str, Any]) -> RopeScaling:
-    """The original context may stand beside the parameters, which counts first, or be that of the model."""
+    """Return the scaling. The original context is taken from `raw`, then `params`, then the model's context."""
     field = "original_max_position_embeddings"
     original = {field: raw.get(field, params.get(field, raw.get("max_position_embeddings")))}
     low, high = (_number(params, f"{speed}_freq_factor") for speed in ("low", "high"))

@@ -1,6 +1,6 @@
-"""Digests of weights and tokenizers, and a memory so that unchanged weights are hashed once.
+"""Digests of weights and tokenizers, and a digest cache on disk, so that unchanged weights are hashed once.
 
-What is hashed stands in `kvlab.core.keys`.
+`kvlab.core.keys` defines what is hashed.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from torch import Tensor
 from kvlab.core.keys import KEY_BYTES, digest, field
 from kvlab.errors import InputError
 from kvlab.model.files import ModelFolder, Stamp, parse_json
-from kvlab.model.stored import EMBEDDING, HEAD, StoredTensor, is_rotary_buffer
+from kvlab.model.stored import EMBEDDING, OUTPUT_HEAD, StoredTensor, is_rotary_buffer
 
 Progress = Callable[[int, int], None]
 log = logging.getLogger("kvlab")
 TOKENIZER = "tokenizer.json"
-# File systems count time in steps, the coarsest of 2 s. Within one step two contents have the same stamp.
+# File systems have time steps of up to 2 s. Two changes within one step give a file the same stamp.
 SETTLED_NS = 3_000_000_000
 
 
 class WeightsDigest:
-    """SHA-256 over names, dtypes, shapes and bytes, whatever the order and the files they came in.
+    """SHA-256 of the names, dtypes, shapes and bytes of weights, independent of their order and files.
 
-    Two kinds of tensor are no weights of their own and are left out: rotary buffers, which follow
-    from the config, and an output head that equals the embedding to the last bit.
+    Two kinds of tensor are left out: RoPE buffers, which follow from the config, and an output head
+    that equals the embedding bit by bit.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, bytes] = {}  # by name, without that name
+        self._entries: dict[str, bytes] = {}  # by name; an entry does not contain the name
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Hash one tensor, on any device and of any strides.
+        """Hash one tensor, on any device and with any strides.
 
         Raises:
-            InputError: a name that was there before.
+            InputError: a tensor with this name was added before.
         """
         if is_rotary_buffer(name):
             return
@@ -57,18 +57,20 @@ class WeightsDigest:
         self._entries[name] = field(dtype) + field(shape) + hashlib.sha256(flat).digest()
 
     def digest(self) -> bytes:
-        """The digest of all that was added. 32 bytes."""
+        """Return the digest of all added tensors. 32 bytes."""
         entries = dict(self._entries)
-        if HEAD in entries and entries[HEAD] == entries.get(EMBEDDING):
-            del entries[HEAD]
+        if OUTPUT_HEAD in entries and entries[OUTPUT_HEAD] == entries.get(EMBEDDING):
+            del entries[OUTPUT_HEAD]
         return digest("kvlab/1/weights", *sorted(field(name.encode()) + entry for name, entry in entries.items()))
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
-    """The digest of (name, tensor) pairs, named and typed as in the checkpoint: `model.state_dict().items()`, say.
+    """Return the digest of (name, tensor) pairs, for example of `model.state_dict().items()`.
+
+    The names and the dtypes must be those of the checkpoint.
 
     Raises:
-        InputError: a name that comes twice.
+        InputError: a name occurs twice.
     """
     weights = WeightsDigest()
     for name, tensor in tensors:
@@ -77,15 +79,15 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
 
 
 def tokenizer_digest(data: bytes | None, where: str = TOKENIZER) -> bytes:
-    """SHA-256 of what turns text into tokens; b"" without a tokenizer.
+    """Return the SHA-256 of a tokenizer, or b"" without one.
 
     Args:
-        data: the content of `tokenizer.json`. Its spacing and the run-time settings of other
-            programs, truncation and padding, do not matter.
-        where: the file, for messages.
+        data: the content of `tokenizer.json`. The digest does not depend on its spacing, its version
+            or the run-time settings `truncation` and `padding`.
+        where: the name of the file in messages.
 
     Raises:
-        ModelError: no JSON object.
+        ModelError: `data` is not a JSON object.
     """
     if data is None:
         return b""
@@ -97,32 +99,32 @@ def tokenizer_digest(data: bytes | None, where: str = TOKENIZER) -> bytes:
 
 @dataclass(frozen=True)
 class Digests:
-    """What of a model's files goes into its fingerprint: 32 bytes each, b"" without a tokenizer."""
+    """The digests of a model's files for its fingerprint: 32 bytes each; b"" for no tokenizer."""
 
     weights: bytes
     tokenizer: bytes = b""
 
 
 class FolderWeights:
-    """A folder's weights and their digest, both out of one reading.
+    """The weights of a folder and their digest, from a single read.
 
     Attributes:
-        stored: where every weight lies.
+        stored: the location of every weight.
 
     Raises:
-        ModelError: as `ModelFolder.weights`.
+        ModelError: as in `ModelFolder.weights`.
     """
 
     def __init__(self, files: ModelFolder, tied: bool) -> None:
         self.stored = files.weights(tied)
         self._files = files
         self._entry = _entry_name(self.stored, files.stamps())
-        self._value = _recall(self._entry)
+        self._value = _cached_digest(self._entry)
 
     def tensors(self, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each weight, in memory of its own, hashed on its way unless the digest is remembered.
+        """Yield each weight in memory of its own, and hash it unless the digest is known.
 
-        `progress(done, total)` is called in bytes.
+        `progress(done, total)` receives numbers of bytes.
         """
         weights, done, total = WeightsDigest(), 0, sum(tensor.nbytes for tensor in self.stored.values())
         known = self._value is not None
@@ -137,70 +139,70 @@ class FolderWeights:
         if not known:
             self._value = weights.digest()
             if self._files.unchanged():
-                _remember(self._entry, self._value)
+                _cache_digest(self._entry, self._value)
 
     def digest(self, progress: Progress | None = None) -> bytes:
-        """The digest of the weights, which are read for it if nobody did yet."""
+        """Return the digest of the weights. If it is not known, all weights are read."""
         if self._value is None:
-            log.info("reading the weights in %s for their digest", self._files.name)
+            log.info("hashing the weights in %s", self._files.name)
             for _ in self.tensors(progress):
                 pass
-        assert self._value is not None, "tensors sets it"
+        assert self._value is not None, "`tensors` sets it"
         return self._value
 
 
 def tokenizer_of(files: ModelFolder) -> bytes:
-    """The digest of a folder's tokenizer; b"" if it has none."""
+    """Return the digest of a folder's tokenizer, or b"" if it has none."""
     return tokenizer_digest(files.read(TOKENIZER), f"{files.name}/{TOKENIZER}")
 
 
-# --- the memory ---------------------------------------------------------------------------------
+# --- the digest cache ---------------------------------------------------------------------------
 def _entry_name(weights: Mapping[str, StoredTensor], stamps: Mapping[str, Stamp]) -> str | None:
-    """The name under which the digest of these weights is remembered; None if it must not be.
+    """Return the file name of these weights in the digest cache, or None if they must not be cached.
 
-    It is made of the stamps of their open files and of which tensor is read from which. A file
-    that was written a moment ago must not be remembered: the next change may not show in its stamp.
+    The name depends on the stamps of the open files, and on the file of each tensor. A file that was
+    written recently must not be cached: the next change may give it the same stamp.
     """
     files = sorted({str(tensor.stream.name) for tensor in weights.values()})
     if not all(_is_settled(stamps[file]) for file in files):
         return None
-    homes = [f"{files.index(str(tensor.stream.name))} {name}" for name, tensor in sorted(weights.items())]
-    parts = [*(repr(tuple(stamps[file])) for file in files), *homes]
+    places = [f"{files.index(str(tensor.stream.name))} {name}" for name, tensor in sorted(weights.items())]
+    parts = [*(repr(tuple(stamps[file])) for file in files), *places]
     return digest("kvlab/1/stamp", *(part.encode() for part in parts)).hex()
 
 
-def _recall(name: str | None) -> bytes | None:
-    """A remembered digest; None if there is none, or none that is intact."""
+def _cached_digest(name: str | None) -> bytes | None:
+    """Return a cached digest, or None if it is missing or damaged."""
     if name is None:
         return None
     try:
-        text = (_memory() / name).read_bytes()
+        text = (_cache_folder() / name).read_bytes()
         value = bytes.fromhex(text[: 2 * KEY_BYTES].decode("ascii"))
     except (OSError, ValueError, RuntimeError):
         return None
-    return value if text == _sealed(name, value) else None
+    return value if text == _entry_content(name, value) else None
 
 
-def _remember(name: str | None, value: bytes) -> None:
-    """Keep a digest for the next process. A home that cannot be written costs a second hashing, nothing else."""
+def _cache_digest(name: str | None, value: bytes) -> None:
+    """Cache a digest on disk. If this fails, the weights are hashed again next time."""
     if name is None:
         return
     try:
-        home = _memory()
-        home.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=home, prefix=name[:16], suffix=".part")
+        folder = _cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=folder, prefix=name[:16], suffix=".part")
     except (OSError, ValueError, RuntimeError):
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_sealed(name, value))
-        Path(part).replace(home / name)
+            file.write(_entry_content(name, value))
+        Path(part).replace(folder / name)
     except OSError:
         Path(part).unlink(missing_ok=True)
 
 
-def _sealed(name: str, value: bytes) -> bytes:
-    """A digest in hex, and a checksum of it and its name: damage is noticed."""
+def _entry_content(name: str, value: bytes) -> bytes:
+    """Return a digest and a checksum of the name and the digest, in hex. The checksum detects damage."""
     return (value + digest("kvlab/1/remembered", name.encode(), value)).hex().encode()
 
 
@@ -208,7 +210,7 @@ def _is_settled(stamp: Stamp) -> bool:
     return time.time_ns() - max(stamp.ctime_ns, stamp.mtime_ns) > SETTLED_NS
 
 
-def _memory() -> Path:
+def _cache_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    return home / "kvlab" / "digests"
+    folder = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
+    return folder / "kvlab" / "digests"

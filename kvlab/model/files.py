@@ -1,8 +1,7 @@
-"""One reading of a model folder: every file is opened once, and a change meanwhile is noticed.
+"""A consistent read of a model folder: every file is opened once, and changes meanwhile are detected.
 
-The weights are those of `model.safetensors`; where there is none, those that
-`model.safetensors.index.json` names, each from the file that it names. Any other file is left
-alone, and no pickle is ever read.
+The weights are those of `model.safetensors`. If it is missing, `model.safetensors.index.json` names
+the weights and the file of each. Other weight files are not read, and pickles are never read.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from kvlab.errors import ModelError
-from kvlab.model.stored import EMBEDDING, HEAD, StoredTensor, is_rotary_buffer, stored_tensors, unique_keys
+from kvlab.model.stored import EMBEDDING, OUTPUT_HEAD, StoredTensor, is_rotary_buffer, stored_tensors, unique_keys
 
 T = TypeVar("T")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ATTEMPTS = 3
-# Within one tick of the kernel's clock (10 ms at most) a second change leaves the same stamp.
+# Two changes within one tick of the kernel's clock (at most 10 ms) give a file the same stamp.
 _TICK_NS = 20_000_000
 
 
 class Stamp(NamedTuple):
-    """What tells one state of a file from another. A change sets `ctime_ns`, and no program can set it back."""
+    """Identifies a state of a file. A change sets `ctime_ns`, which no program can reset."""
 
     device: int
     inode: int
@@ -39,20 +38,20 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, s: os.stat_result) -> Stamp:
-        """The stamp of a file with this status."""
+        """Return the stamp of a file with this status."""
         return cls(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 class ModelFolder(AbstractContextManager["ModelFolder"]):
-    """A folder while it is read. It holds files open until the `with` block ends.
+    """A folder during one read. Its files stay open until the `with` block ends.
 
-    A link to the folder is followed once: pointing it elsewhere meanwhile changes nothing.
+    A symbolic link to the folder is resolved once. A later change of the link has no effect.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.name = Path(folder)
         self._stack = ExitStack()
-        self._stamps: dict[str, Stamp | None] = {}  # of every file that was read or looked for; None: it was missing
+        self._stamps: dict[str, Stamp | None] = {}  # by file name; None for a missing file
         try:
             self._path = self.name.resolve()
         except (OSError, RuntimeError, ValueError) as error:
@@ -62,10 +61,10 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
         self._stack.close()
 
     def read(self, name: str) -> bytes | None:
-        """A whole file, or None if there is none.
+        """Return a whole file, or None if it is missing.
 
         Raises:
-            ModelError: it cannot be read.
+            ModelError: the file cannot be read.
         """
         stream = self._open(name)
         try:
@@ -74,35 +73,36 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
             raise ModelError(f"{self.name}: {name} cannot be read ({error})") from error
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, or None if there is no such file.
+        """Return the JSON object in a file, or None if the file is missing.
 
         Raises:
-            ModelError: it cannot be read, or is no JSON object.
+            ModelError: the file cannot be read, or is not a JSON object.
         """
         data = self.read(name)
         return None if data is None else parse_json(data, f"{self.name}/{name}")
 
     def weights(self, tied: bool = False) -> dict[str, StoredTensor]:
-        """Where every weight lies, in order of name within each file. Rotary buffers are left out.
+        """Return the location of every weight, sorted by name within each file. RoPE buffers are left out.
 
-        A `tied` model may be stored with its output head alone; that is then listed as the embedding.
+        A `tied` model may be stored with its output head alone, which is then listed as the embedding.
 
         Raises:
-            ModelError: no safetensors, a damaged file, or an index that does not fit its files.
+            ModelError: there is no safetensors file, a file is damaged, or the index does not match
+                its files.
         """
         found = self._weights_of(WEIGHTS)
         if found is None:
             found = self._indexed_weights()
-        if tied and HEAD in found and EMBEDDING not in found:
-            found[EMBEDDING] = found.pop(HEAD)
+        if tied and OUTPUT_HEAD in found and EMBEDDING not in found:
+            found[EMBEDDING] = found.pop(OUTPUT_HEAD)
         return found
 
     def stamps(self) -> dict[str, Stamp]:
-        """The stamp of every file that was read, as it was when the file was opened, by path."""
+        """Return, by path, the stamp that each file had when it was opened."""
         return {str(self._path / name): stamp for name, stamp in self._stamps.items() if stamp}
 
     def unchanged(self) -> bool:
-        """Whether every file that was read, or looked for, is still the same."""
+        """Return whether every opened file is unchanged and every missing file is still missing."""
         return all(self._stamp_now(name) == stamp for name, stamp in self._stamps.items())
 
     def _stamp_now(self, name: str) -> Stamp | None:
@@ -113,7 +113,7 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
 
     def _open(self, name: str) -> FileIO | None:
         try:
-            stream = FileIO(self._path / name, opener=_open_at_once)
+            stream = FileIO(self._path / name, opener=_open_nonblocking)
         except FileNotFoundError:
             self._stamps.setdefault(name, None)
             return None
@@ -121,7 +121,7 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
             raise ModelError(f"{self.name}: {name} cannot be read ({error})") from error
         status = os.fstat(self._stack.enter_context(stream).fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"{self.name}: {name} cannot be read (it is no regular file)")
+            raise ModelError(f"{self.name}: {name} cannot be read (it is not a regular file)")
         self._stamps.setdefault(name, Stamp.of(status))
         _wait_for_a_tick(status.st_ctime_ns)
         return stream
@@ -137,28 +137,28 @@ class ModelFolder(AbstractContextManager["ModelFolder"]):
         index = self.json(INDEX)
         if index is None:
             raise ModelError(
-                f"{self.name}: no *.safetensors file to read: neither {WEIGHTS} nor {INDEX}; "
-                "pickled weights (*.bin, *.pt) are not read: convert them first"
+                f"{self.name}: expected {WEIGHTS} or {INDEX}, found neither; "
+                "pickled weights (*.bin, *.pt) are not read and must be converted first"
             )
-        homes = _checked_index(index, f"{self.name}/{INDEX}")
+        file_of = _checked_index(index, f"{self.name}/{INDEX}")
         found: dict[str, StoredTensor] = {}
-        for file in sorted(set(homes.values())):
+        for file in sorted(set(file_of.values())):
             stored = self._weights_of(file)
             if stored is None:
-                raise ModelError(f"{self.name}/{INDEX}: names {file}, which is missing")
-            if unnamed := sorted(stored.keys() - homes.keys()):
-                raise ModelError(f"{self.name}/{INDEX}: does not name {unnamed[0]}, which {file} holds")
-            found |= {name: tensor for name, tensor in stored.items() if homes[name] == file}
-        if missing := sorted(homes.keys() - found.keys()):
-            raise ModelError(f"{self.name}/{INDEX}: says that {missing[0]} is in {homes[missing[0]]}: it is not")
+                raise ModelError(f"{self.name}/{INDEX} names {file}, which is missing")
+            if unnamed := sorted(stored.keys() - file_of.keys()):
+                raise ModelError(f"{self.name}/{INDEX} does not name {unnamed[0]}, which is in {file}")
+            found |= {name: tensor for name, tensor in stored.items() if file_of[name] == file}
+        if missing := sorted(file_of.keys() - found.keys()):
+            raise ModelError(f"{self.name}/{INDEX} says that {missing[0]} is in {file_of[missing[0]]}, but it is not")
         return found
 
 
 def read_folder(folder: str | Path, read: Callable[[ModelFolder], T]) -> T:
-    """What `read` makes of a folder that did not change while it was read. It is tried three times.
+    """Return the result of `read` for a folder that did not change meanwhile. There are three attempts.
 
     Raises:
-        ModelError: what `read` raises, or the folder changed each time.
+        ModelError: `read` raised it, or the folder changed during each attempt.
     """
     for _ in range(_ATTEMPTS):
         with ModelFolder(folder) as files:
@@ -170,14 +170,15 @@ def read_folder(folder: str | Path, read: Callable[[ModelFolder], T]) -> T:
             else:
                 if files.unchanged():
                     return value
-    raise ModelError(f"{folder}: files changed while they were read, {_ATTEMPTS} times; load it when they are written")
+    raise ModelError(f"{folder}: files changed while they were read, {_ATTEMPTS} times; retry when writing has ended")
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object.
+    """Return the JSON object in `data`.
 
     Raises:
-        ModelError: it is none, is nested too deeply, or has a key twice with different values.
+        ModelError: `data` is not a JSON object, is nested too deeply, or has a key twice with
+            different values.
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
@@ -190,27 +191,27 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file without waiting for the other end of a named pipe."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file. Opening a named pipe does not wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _wait_for_a_tick(changed_ns: int) -> None:
-    """Let a file that was changed this moment rest, so that a change while it is read shows in its stamp."""
+    """Wait until the last change is a tick old, so that a change during the read gives the file another stamp."""
     age = time.time_ns() - changed_ns
     if 0 <= age < _TICK_NS:
         time.sleep((_TICK_NS - age) / 1e9)
 
 
 def _checked_index(index: dict[str, Any], where: str) -> dict[str, str]:
-    """The weights of an index and the files that hold them."""
-    homes = index.get("weight_map")
-    if not isinstance(homes, dict) or not homes:
-        raise ModelError(f"{where}: expected a weight_map of names and files")
-    for file in homes.values():
+    """Return the file of each weight in an index."""
+    file_of = index.get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise ModelError(f"{where}: expected a weight_map from names of weights to names of files")
+    for file in file_of.values():
         if not isinstance(file, str) or not _is_inside(file):
             raise ModelError(f"{where}: expected the name of a file in the folder, got {file!r:.80}")
-    return {name: file for name, file in homes.items() if not is_rotary_buffer(name)}
+    return {name: file for name, file in file_of.items() if not is_rotary_buffer(name)}
 
 
 def _is_inside(file: str) -> bool:

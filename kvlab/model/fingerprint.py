@@ -1,11 +1,12 @@
-"""The fingerprint of what made a piece of KV: config, weights, tokenizer, adapter, compute dtype.
+"""The fingerprint of a model's KV: config, weights, tokenizer, adapter and compute dtype.
 
-    of a folder on disk            fingerprint_of_folder(folder, "float16")
-    of another library's model     fingerprint(model.config.to_dict(), digest_tensors(model.state_dict().items()))
-    of the model of this package   spec_of(model).fingerprint
+    for a folder on disk             fingerprint_of_folder(folder, "float16")
+    for a model of another library   fingerprint(model.config.to_dict(), digest_tensors(model.state_dict().items()))
+    for a model of this package      spec_of(model).fingerprint
 
-All three agree on the same model, whichever library wrote its config and in whatever files its
-weights lie. What is hashed stands in `kvlab.core.keys`.
+For the same model, all three give the same fingerprint if they also have the same tokenizer, adapter
+and dtype. This does not depend on the library that wrote the config, or on the division of the weights
+into files. `kvlab.core.keys` defines what is hashed.
 """
 
 from __future__ import annotations
@@ -49,21 +50,23 @@ def fingerprint(
     adapter: bytes = b"",
     dtype: str | torch.dtype = "float32",
 ) -> bytes:
-    """Identity of everything that shapes a model's KV. 32 bytes.
+    """Return the fingerprint of everything that determines a model's KV. 32 bytes.
 
     Args:
-        config: the fields of `config.json`, as transformers 4 or 5 has them (`config.to_dict()`).
+        config: the fields of `config.json`, as in transformers 4 or 5 (`config.to_dict()`).
         weights: from `digest_tensors`, `folder_digests` or `WeightsDigest`.
         tokenizer: from `tokenizer_digest`.
-        adapter: the digest of a LoRA or the like.
-        dtype: what the model computes in.
+        adapter: the digest of an adapter, such as a LoRA.
+        dtype: the compute dtype.
 
     Raises:
-        ModelError: a config that is no plain Llama's, or lacks a field without a documented default.
-        ConfigError: no config fields, a digest of another length, or a dtype that no KV has.
+        ModelError: the config is not that of a plain Llama, or a field without a documented default
+            is missing.
+        ConfigError: the config is not a mapping or a `LlamaConfig`, a digest has another type or
+            length, or the dtype is unsupported.
     """
     if not all(isinstance(part, bytes) for part in (weights, tokenizer, adapter)):
-        raise ConfigError("expected digests as bytes, got something else; bytes.fromhex reads a written one")
+        raise ConfigError("expected all digests as bytes; bytes.fromhex decodes a hexadecimal digest")
     if len(weights) != KEY_BYTES or len(tokenizer) not in (0, KEY_BYTES):
         raise ConfigError(
             f"expected digests of {KEY_BYTES} bytes for weights and tokenizer (or b'' for no tokenizer), "
@@ -76,15 +79,15 @@ def fingerprint(
 
 
 def config_bytes(config: Mapping[str, Any] | LlamaConfig) -> bytes:
-    """The allow-listed config fields as canonical JSON, the same whichever library wrote them.
+    """Return the allow-listed config fields as canonical JSON, the same for transformers 4 and 5.
 
     Raises:
-        ModelError, ConfigError: as `fingerprint`.
+        ModelError, ConfigError: as in `fingerprint`.
     """
     if not isinstance(config, Mapping | LlamaConfig):
         raise ConfigError(
             f"expected the fields of a config.json, got {type(config).__name__}; "
-            "config.to_dict() gives them for a config of transformers, spec_of(model) does it all for a kvlab.Llama"
+            "call config.to_dict() for a config of transformers, or spec_of(model) for a kvlab.Llama"
         )
     fields = vars(config) if isinstance(config, LlamaConfig) else kv_fields(config)
     kept = {name: fields[name] for name in KV_FIELDS}
@@ -99,13 +102,13 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def folder_digests(folder: str | Path, progress: Progress | None = None) -> Digests:
-    """The digests of a folder's weights and tokenizer, as they are now.
+    """Return the digests of a folder's weights and tokenizer.
 
-    `progress(done, total)` is called in bytes of weights while they are hashed. Their digest is
-    remembered in the user's cache directory: unchanged weights are not hashed again.
+    `progress(done, total)` receives numbers of bytes while the weights are hashed. Their digest is
+    cached in the user's cache directory, so unchanged weights are not hashed again.
 
     Raises:
-        ModelError: as `load_model`.
+        ModelError: as in `load_model`.
     """
     return read_folder(folder, lambda files: _read(files, progress)[1])
 
@@ -116,20 +119,20 @@ def fingerprint_of_folder(
     adapter: bytes = b"",
     progress: Progress | None = None,
 ) -> bytes:
-    """`fingerprint` of a model folder, without loading the model.
+    """Return the fingerprint of a model folder without loading the model.
 
     Raises:
-        ModelError, ConfigError: as `folder_digests` and `fingerprint`.
+        ModelError, ConfigError: as in `folder_digests` and `fingerprint`.
     """
     config, found = read_folder(folder, lambda files: _read(files, progress))
     return fingerprint(config, found.weights, found.tokenizer, adapter, dtype)
 
 
 def fingerprint_of_model(model: Llama, adapter: bytes = b"") -> bytes:
-    """`fingerprint` of a model of this package.
+    """Return the fingerprint of a model of this package.
 
-    A loaded model has the digests of the bytes that it was loaded from, whatever becomes of the
-    folder. A model without a folder is hashed as it is in memory, at every call.
+    A loaded model has the digests of the bytes that were loaded. Later changes of the folder have no
+    effect. For a model without a folder, each call hashes the weights in memory and no tokenizer.
     """
     found = model.digests if model.folder is not None else None
     if found is None:
@@ -138,7 +141,7 @@ def fingerprint_of_model(model: Llama, adapter: bytes = b"") -> bytes:
 
 
 def spec_of(model: Llama, adapter: bytes = b"") -> KVSpec:
-    """The `KVSpec` of a model of this package, fingerprint computed (see `fingerprint_of_model`)."""
+    """Return the `KVSpec` of a model of this package, with its fingerprint (see `fingerprint_of_model`)."""
     c = model.config
     return KVSpec(
         c.num_hidden_layers, c.num_key_value_heads, c.head_dim, model.dtype, fingerprint_of_model(model, adapter)

@@ -1,19 +1,17 @@
-"""A Llama decoder in plain PyTorch, with its keys and values in the open.
+"""A Llama decoder in plain PyTorch with an explicit KV cache.
 
     token -> embedding -> L x ( RMSNorm, attention, RMSNorm, SwiGLU ) -> RMSNorm -> logits
 
-Real inference code hides the KV cache inside the model. Here it is an argument: the caller
-owns one tensor `kv` of shape [L, P, N, H, C, D], the model writes the keys and values of the
-new tokens into it and attends to everything before them. Whoever fills the first `start`
-positions from somewhere else (a store, say) has skipped their prefill. That is the whole
-trick of this project.
+Inference libraries hide the KV cache inside the model. Here it is an argument: the caller owns one
+tensor `kv` of shape [L, P, N, H, C, D]. The model writes the keys and values of the new tokens into
+`kv`, and attends to all earlier tokens. If the caller fills the first `start` positions from another
+source, such as a store, their prefill is skipped.
 
 Axes: L layers, P planes (0 keys, 1 values), N batch, H KV heads, T new tokens, C capacity in
-tokens, D head dim. Keys are stored after RoPE, so a cached key belongs to its position.
+tokens, D head dim. Keys are stored after RoPE, so a cached key is valid only at its position.
 
-Sources: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (GQA),
-Shazeer 2020 (SwiGLU), Zhang & Sennrich 2019 (RMSNorm). Reading weights from disk lives in
-`kvlab.model.load`, not here.
+`kvlab.model.load` reads weights from disk. Sources: Touvron et al., 2023 (Llama), Su et al., 2021
+(RoPE), Ainslie et al., 2023 (GQA), Shazeer, 2020 (SwiGLU), Zhang and Sennrich, 2019 (RMSNorm).
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch RoPE to long contexts ("llama3"), or the older "linear"."""
+    """A scaling of RoPE for long contexts: "llama3" (Llama 3.1 and later) or the older "linear"."""
 
     kind: str
     factor: float
@@ -49,7 +47,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The numbers that define one Llama. Names follow Hugging Face's `config.json`."""
+    """The config of one Llama. The names follow Hugging Face's `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -69,7 +67,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to root-mean-square 1, then by a learned weight. [..., hidden] -> same."""
+    """Divides each vector by its root mean square and multiplies it by a weight. [..., hidden] -> same."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -77,14 +75,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise in FP32 whatever the dtype: the mean of squares overflows FP16."""
+        """Normalise in FP32 for every dtype, because the mean of squares overflows FP16."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Turning speed of each pair of dimensions, radians per token. Shape [D / 2], FP32."""
+    """Return the angular frequency of each pair of dimensions in radians per token. Shape [D / 2], FP32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     freq = 1.0 / config.rope_theta**exponent
     s = config.rope_scaling
@@ -92,7 +90,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
         return freq
     if s.kind == "linear":
         return freq / s.factor
-    # "llama3": fast pairs stay, slow pairs are stretched, those between are blended.
+    # "llama3" keeps high frequencies, divides low ones by the factor, and interpolates between them.
     turns = s.original_context * freq / (2 * math.pi)
     keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     keep = keep.clamp(0, 1)
@@ -100,26 +98,26 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x [N, H, T, D], cos and sin [T, D/2]."""
+    """Rotate each pair (x[i], x[i + D/2]) by the angle of its position. x [N, H, T, D], cos and sin [T, D/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """Causal attention of T new tokens over themselves and the `start` tokens before them.
+    """Return the causal attention of T new tokens to themselves and to the `start` tokens before them.
 
-    Shapes: q [N, heads, T, D]; k, v [N, H, start + T, D] with H dividing heads (GQA).
-    Returns [N, heads, T, D]. New token t sees positions 0 … start + t and nothing later.
+    Shapes: q [N, heads, T, D]; k, v [N, H, start + T, D]; result [N, heads, T, D]. H divides heads
+    (GQA). New token t attends to positions 0 … start + t.
     """
     T, S, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    if T == 1 or start == 0:  # the fast kernels know these two cases without a mask
+    if T == 1 or start == 0:  # these two cases need no mask, so faster kernels apply
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
     sees = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(start)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=gqa)
 
 
 class SelfAttention(nn.Module):
-    """Queries for all heads, keys and values for H of them; each KV head serves heads / H query heads."""
+    """Attention with H KV heads. Each KV head serves heads / H query heads."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | None, start: int, attend: Attention
     ) -> Tensor:
-        """[N, T, hidden] -> same. `kv` is this layer's [P, N, H, C, D]; positions start … start + T are written."""
+        """[N, T, hidden] -> same. Writes positions start … start + T - 1 of this layer's `kv` [P, N, H, C, D]."""
         N, T, _ = x.shape
         q, k, v = (
             proj(x).view(N, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -150,7 +148,7 @@ class SelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward part: a gate decides how much of each hidden unit passes. [N, T, hidden] -> same."""
+    """The feed-forward network. A gate scales each hidden unit. [N, T, hidden] -> same."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -160,12 +158,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Works on each token alone, so it needs no cache."""
+        """Process each token independently, so no cache is needed."""
         return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention, then SwiGLU, each added to what came in."""
+    """One decoder layer: attention, then SwiGLU. Each adds its result to its input."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -183,7 +181,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and last norm. A class of its own so that weight names match Hugging Face's `model.…`."""
+    """Embedding, layers and last norm. This class gives the weights Hugging Face's names `model.…`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -193,13 +191,13 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model.
+    """The complete model.
 
-    `attend` may replace the attention function: notebook 01 puts the learner's own there. One that
-    computes other numbers makes another model; `spec_of(model, adapter=…)` gives that a name.
-    `folder` is where the weights were loaded from, and `digests` what they were: the model's
-    identity (`kvlab.model.fingerprint`). Whoever changes weights in memory says so with
-    `model.folder = None`: then the identity is computed from what is in memory.
+    `attend` replaces the attention function: notebook 01 passes the learner's own function. A
+    function that computes other numbers needs another fingerprint: `spec_of(model, adapter=…)`.
+    `folder` is the folder of the loaded weights, and `digests` are the digests of the loaded files,
+    for the fingerprint (`kvlab.model.fingerprint`). Code that changes weights in memory must set
+    `model.folder = None`: the fingerprint is then computed from the weights in memory.
     """
 
     def __init__(self, config: LlamaConfig, attend: Attention = attention) -> None:
@@ -212,46 +210,47 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._angles = torch.empty(0)  # filled as far as it is needed; see rope
+        self._angles = torch.empty(0)  # `rope` extends it as needed
 
     @property
     def config(self) -> LlamaConfig:
-        """What the model was built from. It cannot be replaced: the layers would not follow."""
+        """The config of the model. It cannot be replaced, because the layers would not change."""
         return self._config
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the model computes in, and the dtype of its KV."""
+        """The compute dtype, which is also the dtype of the KV."""
         return self.lm_head.weight.dtype
 
     def new_kv(self, capacity: int, batch: int = 1) -> Tensor:
-        """An unfilled KV tensor for `capacity` tokens. Shape [L, P, N, H, capacity, D].
+        """Return an uninitialised KV tensor for `capacity` tokens. Shape [L, P, N, H, capacity, D].
 
-        Its contents are undefined: only positions that were written may be read.
+        Only positions that were written may be read.
         """
         c = self.config
         shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, capacity, c.head_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def forward(self, tokens: Tensor, kv: Tensor | None = None, start: int = 0, last_only: bool = False) -> Tensor:
-        """Run T new tokens at positions start … start + T.
+        """Run T new tokens at positions start … start + T - 1.
 
         Args:
             tokens: int64 [N, T].
-            kv: [L, P, N, H, C, D] whose first `start` positions are filled; positions
-                start … start + T are written. None keeps nothing (then `start` must be 0).
-            last_only: compute logits for the last token alone, which is all that decoding needs.
+            kv: [L, P, N, H, C, D] whose first `start` positions are filled. Positions
+                start … start + T - 1 are written. With None, nothing is stored, and `start` must be 0.
+            last_only: compute only the logits of the last token. Decoding needs no others.
 
         Returns:
             Logits [N, T, vocab], or [N, 1, vocab] with `last_only`.
 
         Raises:
-            InputError: `start` and T do not fit into `kv` or into the model's context.
+            InputError: the positions do not fit into `kv` or into the model's context, or `kv` is
+                missing.
         """
         T = tokens.shape[1]
         self._check_room(T, kv, start)
@@ -264,11 +263,11 @@ class Llama(nn.Module):
         return cast(Tensor, self.lm_head(self.model.norm(x)))
 
     def check_tokens(self, tokens: Sequence[int], new_tokens: int = 0) -> Tensor:
-        """Turn a prompt into an int64 tensor [1, T].
+        """Convert a prompt to an int64 tensor [1, T].
 
         Raises:
-            InputError: empty, a token out of the vocabulary, or longer than the context
-                when `new_tokens` more are to follow.
+            InputError: the prompt is empty, a token is not in the vocabulary, or the prompt and
+                `new_tokens` further tokens exceed the context.
         """
         try:
             ids = torch.as_tensor(tokens, device=self.device)
@@ -278,15 +277,15 @@ class Llama(nn.Module):
             raise InputError(f"expected a prompt of at least one token, got shape {tuple(ids.shape)}")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise InputError(f"expected integer tokens, got {ids.dtype}")
-        ids = ids.to(torch.int64, copy=True)  # the caller may reuse what it gave
+        ids = ids.to(torch.int64, copy=True)  # the caller may change its own tokens later
         low, high, vocab = int(ids.min()), int(ids.max()), self.config.vocab_size
         if low < 0 or high >= vocab:
             bad = low if low < 0 else high
-            raise InputError(f"expected tokens in 0 … {vocab - 1}, got {bad}: is this the model's tokenizer?")
+            raise InputError(f"expected tokens in 0 … {vocab - 1}, got {bad}; check the tokenizer")
         room = self.config.max_position_embeddings
         if ids.numel() + new_tokens > room:
             raise InputError(
-                f"the model's context is {room} tokens, got a prompt of {ids.numel()} plus {new_tokens} new ones"
+                f"the model's context is {room} tokens, got a prompt of {ids.numel()} plus {new_tokens} new tokens"
             )
         return ids[None]
 
@@ -294,14 +293,15 @@ class Llama(nn.Module):
         context = self.config.max_position_embeddings
         room = context if kv is None else min(context, kv.shape[4])
         if start < 0 or start + T > room:
-            raise InputError(f"tokens {start} … {start + T} do not fit: there is room for {room}")
+            raise InputError(f"{T} tokens at position {start} do not fit; there is room for {room}")
         if kv is None and start:
             raise InputError(f"start is {start}, but without kv there are no earlier tokens to attend to")
 
     def rope(self, start: int, T: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin [T, D/2] for positions start … start + T, in the model's dtype.
+        """Return cos and sin [T, D/2] for positions start … start + T - 1, in the model's dtype.
 
-        Angles are computed in FP32 and kept: at position 4000 an FP16 angle is off by whole radians.
+        Angles are computed and stored in FP32, because an FP16 angle near position 4000 is off by up
+        to 1 radian.
         """
         end = start + T
         angles = self._angles
@@ -312,14 +312,14 @@ class Llama(nn.Module):
         angles = angles[start:end]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
-    # --- two changes of the weights that torch tells of: what was loaded no longer describes them
+    # --- torch methods that change the weights, so that the loaded digests no longer apply
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; the model forgets its folder."""
+        """Load weights as in torch. The folder and the digests are reset."""
         self.folder = self.digests = None
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What `half`, `to` and the like call. Another dtype rounds the weights; another device changes nothing."""
+        """Implement `half`, `to` and similar. Another dtype rounds the weights, so the digests are reset."""
         before = self.dtype
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.dtype != before:

@@ -1,8 +1,8 @@
-"""Load a model folder in Hugging Face's layout: config.json, safetensors, tokenizer.json.
+"""Load a model folder in Hugging Face's format: config.json, safetensors, tokenizer.json.
 
-Nothing is downloaded, and nothing but JSON and safetensors is read (`kvlab.model.files`).
-`load_model()` without an argument gives the trained model that ships with the package;
-`pretrained/README.md` says how it was trained and what it is not.
+Nothing is downloaded, and only JSON and safetensors are read (`kvlab.model.files`). Without an
+argument, `load_model()` loads the trained model of this package; `pretrained/README.md` describes
+its training and its limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvlab.model.config import config_of
 from kvlab.model.digests import Digests, FolderWeights, Progress, tokenizer_of
 from kvlab.model.files import ModelFolder, read_folder
 from kvlab.model.llama import Llama, LlamaConfig
-from kvlab.model.stored import EMBEDDING, HEAD, StoredTensor
+from kvlab.model.stored import EMBEDDING, OUTPUT_HEAD, StoredTensor
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,21 +36,21 @@ def load_model(
 ) -> Llama:
     """Load a Llama for inference.
 
-    What comes back does not depend on the folder any more: weights are copied, and the model
-    keeps the digests of what was read. Weights are hashed on their way, once for each state of
-    their files (`kvlab.model.digests`).
+    Later changes of the folder do not affect the model: weights are copied, and the model stores
+    the digests of the files. Weights are hashed while they are read, once per state of their files
+    (`kvlab.model.digests`).
 
     Args:
-        folder: a Hugging Face-format folder; the shipped model by default.
-        dtype: what to compute in. FP32 is the default because only there does a cached
-            prefix give exactly the tokens that no cache gives.
-        device: "cpu", or "cuda" if asked.
-        progress: called as `progress(done, total)` in bytes of weights.
+        folder: a folder in Hugging Face's format; by default the model of this package.
+        dtype: the compute dtype. FP32 is the default, because a cached prefix gives exactly the same
+            tokens as no cache only in FP32.
+        device: the device of the weights, for example "cpu" or "cuda".
+        progress: receives numbers of bytes, as `progress(done, total)`.
 
     Raises:
-        ModelError: not a model folder, not a plain Llama, weights missing, truncated or of the
-            wrong shape, or files that change while they are read.
-        ConfigError: a dtype that no KV has, an unknown device, or CUDA was asked for and is not there.
+        ModelError: the folder is not that of a plain Llama, weights are missing, truncated or of the
+            wrong shape, or files change while they are read.
+        ConfigError: the dtype is unsupported, or the device is unknown or unavailable.
     """
     _check_settings(dtype, device)
     return read_folder(folder, lambda files: _load(files, dtype, device, progress))
@@ -62,23 +62,23 @@ def _load(files: ModelFolder, dtype: torch.dtype, device: str, progress: Progres
     _check_weights(config, weights.stored, files)
     state = {name: t.to(device=device, dtype=dtype) for name, t in weights.tensors(progress)}
     config = _with_head(config, state, files)
-    with torch.device("meta"):  # no memory, no random initialisation
+    with torch.device("meta"):  # without memory or random initialisation
         model = Llama(config)
     model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:  # assign made two Parameters of the one tensor
+    if config.tie_word_embeddings:  # `assign` created two Parameters of one tensor
         model.lm_head.weight = model.model.embed_tokens.weight
     model.folder, model.digests = files.name, Digests(weights.digest(), tokenizer_of(files))
     return model.requires_grad_(False).eval()
 
 
 def _with_head(config: LlamaConfig, state: dict[str, Tensor], files: ModelFolder) -> LlamaConfig:
-    """The config that the stored output head leaves: a head that differs from the embedding is not tied to it."""
+    """Return the config with the stored output head: a head that differs from the embedding is not tied to it."""
     if not config.tie_word_embeddings:
         return config
-    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
-        log.warning("%s: config.json ties the output head, but the file holds another one, which is used", files.name)
+    if OUTPUT_HEAD in state and not torch.equal(state[OUTPUT_HEAD], state[EMBEDDING]):
+        log.warning("%s: config.json ties the output head, but the stored head differs and is used", files.name)
         return replace(config, tie_word_embeddings=False)
-    state[HEAD] = state[EMBEDDING]
+    state[OUTPUT_HEAD] = state[EMBEDDING]
     return config
 
 
@@ -90,7 +90,7 @@ def _check_settings(dtype: torch.dtype, device: str) -> None:
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"expected a device such as 'cpu' or 'cuda', got {device!r:.40}") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA GPU; use device='cpu'")
+        raise ConfigError("device 'cuda' was requested, but torch finds no CUDA GPU; use device='cpu'")
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -98,11 +98,11 @@ def _check_settings(dtype: torch.dtype, device: str) -> None:
 
 
 def _check_weights(config: LlamaConfig, stored: Mapping[str, StoredTensor], files: ModelFolder) -> None:
-    """Compare what the config promises with what the files hold, before any of it is read."""
+    """Compare the stored weights with those of the config before reading them."""
     expected = _expected_shapes(config, len(stored), files)
     got = {name: tensor.shape for name, tensor in stored.items()}
     if config.tie_word_embeddings:
-        got.setdefault(HEAD, expected[HEAD])
+        got.setdefault(OUTPUT_HEAD, expected[OUTPUT_HEAD])
     faults = {
         "missing": sorted(expected.keys() - got.keys()),
         "unknown": sorted(got.keys() - expected.keys()),
@@ -123,14 +123,14 @@ def _check_weights(config: LlamaConfig, stored: Mapping[str, StoredTensor], file
 
 
 def _expected_shapes(config: LlamaConfig, stored: int, files: ModelFolder) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model of this config. Sizes that no file can hold are refused before they cost memory."""
+    """Return the shapes of the config's weights. Impossible sizes are rejected without allocating memory."""
     if config.num_hidden_layers > stored:
         raise ModelError(
             f"{files.name}: the weights do not fit config.json; "
-            f"num_hidden_layers is {config.num_hidden_layers}, and there are only {stored} weights"
+            f"num_hidden_layers is {config.num_hidden_layers}, but there are only {stored} weights"
         )
     try:
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in Llama(config).state_dict().items()}
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ModelError(f"{files.name}: config.json has sizes that no model has ({error})") from error
+        raise ModelError(f"{files.name}: config.json has impossible sizes ({error})") from error

@@ -1,8 +1,9 @@
-"""The tensors of a safetensors file, read through one open file into memory of their own.
+"""The tensors of a safetensors file, read from one open file into memory of their own.
 
-A file is a length as u64, little-endian; a JSON header of that length with each tensor's dtype,
-shape and place; the tensors' bytes. Libraries map such a file into memory, and then whoever
-overwrites it changes the model that runs, and whoever cuts it short ends the process.
+A file contains a length as little-endian u64, a JSON header of that length with the dtype, shape and
+place of each tensor, and the bytes of the tensors. Libraries map the file into memory, but this
+module does not: overwriting a mapped file changes the running model, and truncating it ends the
+process.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors.
 """
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from kvlab.errors import ModelError
 
-# One weight of a tied model may be stored under either name.
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# A tied model may store its one weight under either name.
+EMBEDDING, OUTPUT_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER_BYTES = 100_000_000
 
 _DTYPES: Final = {
@@ -41,9 +42,9 @@ _ROTARY_BUFFER: Final = re.compile(
 
 
 def is_rotary_buffer(name: str) -> bool:
-    """Whether a tensor is no weight, but a known buffer of RoPE that follows from the config.
+    """Return whether a tensor is a known RoPE buffer of older checkpoints.
 
-    Older checkpoints store it.
+    Such a buffer follows from the config and is not a weight.
 
     >>> is_rotary_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"), is_rotary_buffer("model.inv_freq")
     (True, False)
@@ -53,12 +54,12 @@ def is_rotary_buffer(name: str) -> bool:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The location of a tensor in a file.
 
     Attributes:
-        name, dtype, shape: its own.
-        stream: its open file.
-        offset: of its first byte in that file.
+        name, dtype, shape: those of the tensor.
+        stream: the open file.
+        offset: the position of the first byte in the file.
     """
 
     name: str
@@ -69,14 +70,14 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes in the file."""
+        """The size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. The file must still be open.
+        """Return the tensor in memory of its own. The file must still be open.
 
         Raises:
-            ModelError: the file became shorter, or cannot be read.
+            ModelError: the file is truncated or cannot be read.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         room = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -85,7 +86,7 @@ class StoredTensor:
             while room:
                 count = self.stream.readinto(room)
                 if not count:
-                    raise OSError(f"it ends within {self.name}")
+                    raise OSError(f"the file ends within {self.name}")
                 room = room[count:]
         except OSError as error:
             raise ModelError(f"{self.stream.name}: damaged or cut short ({error}); copy the file again") from error
@@ -93,10 +94,10 @@ class StoredTensor:
 
 
 def stored_tensors(stream: FileIO) -> dict[str, StoredTensor]:
-    """What an open safetensors file holds, in order of name.
+    """Return the tensors of an open safetensors file, sorted by name.
 
     Raises:
-        ModelError: it is no safetensors file, or is damaged or cut short.
+        ModelError: the file is not a safetensors file, or is damaged or truncated.
     """
     try:
         start, size, header = _read_header(stream)
@@ -108,60 +109,60 @@ def stored_tensors(stream: FileIO) -> dict[str, StoredTensor]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for `json.loads(object_pairs_hook=)`.
+    """Return a JSON object from its pairs, for `json.loads(object_pairs_hook=)`.
 
     Raises:
-        ValueError: a key stands there twice with different values.
+        ValueError: a key occurs twice with different values.
     """
     value = dict(pairs)
     for key, one in pairs if len(value) < len(pairs) else []:
         if value[key] != one:
-            raise ValueError(f"{key!r} stands there twice, as {one!r:.40} and as {value[key]!r:.40}")
+            raise ValueError(f"{key!r} occurs twice, as {one!r:.40} and as {value[key]!r:.40}")
     return value
 
 
 def _read_header(stream: FileIO) -> tuple[int, int, dict[str, Any]]:
-    """Where the tensors' bytes start, the size of the file, and the header without its metadata."""
+    """Return the position of the tensors' bytes, the size of the file, and the header without its metadata."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError("no safetensors header")
+        raise ValueError("it has no safetensors header")
     header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
     return 8 + length, size, header
 
 
 def _stored_tensor(name: str, entry: Any, stream: FileIO, start: int) -> StoredTensor:
-    name.encode()  # a name is hashed as UTF-8; half a surrogate pair has none
+    name.encode()  # raises for a lone surrogate: a name is hashed as UTF-8
     if not isinstance(entry, dict):
-        raise ValueError(f"{name} is not described")
+        raise ValueError(f"the entry of {name} is not a JSON object")
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
-        raise ValueError(f"{name} is of dtype {entry.get('dtype')!r:.40}, which is not known here")
+        raise ValueError(f"{name} has the unsupported dtype {entry.get('dtype')!r:.40}")
     shape, place = _sizes(entry.get("shape"), name), _sizes(entry.get("data_offsets"), name)
     if len(place) != 2:
-        raise ValueError(f"{name} has no place")
-    if math.prod(max(n, 1) for n in shape) >= 2**60:  # zeros apart: torch computes strides from the others
-        raise ValueError(f"{name} is larger than any tensor")
+        raise ValueError(f"{name} does not have two data_offsets")
+    if math.prod(max(n, 1) for n in shape) >= 2**60:  # 0 counts as 1: torch computes strides from the others
+        raise ValueError(f"{name} is too large for a tensor")
     tensor = StoredTensor(name, dtype, shape, stream, start + place[0])
     if tensor.nbytes != place[1] - place[0]:
-        raise ValueError(f"{name} has {place[1] - place[0]} bytes, its shape takes {tensor.nbytes}")
+        raise ValueError(f"{name} has {place[1] - place[0]} bytes, but its shape needs {tensor.nbytes}")
     return tensor
 
 
 def _sizes(value: object, name: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{name} has no shape or no place")
+        raise ValueError(f"{name} has no valid shape or data_offsets")
     return tuple(value)
 
 
 def _check_places(tensors: list[StoredTensor], start: int, size: int) -> None:
-    """Every byte belongs to one tensor."""
+    """Check that every byte belongs to exactly one tensor."""
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != start:
-            raise ValueError(f"a gap or an overlap before {tensor.name}")
+            raise ValueError(f"there is a gap or an overlap before {tensor.name}")
         start += tensor.nbytes
     if start != size:
-        raise ValueError(f"expected {start} bytes, got {size}")
+        raise ValueError(f"expected a file of {start} bytes, got {size}")

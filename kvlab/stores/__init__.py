@@ -1,4 +1,4 @@
-"""Where blocks outlive a process: the contract (`base`), in memory (`memory`), in one Redis or many (`redis`)."""
+"""Stores for KV blocks: the contract (`base`), in memory (`memory`), and in one or several Redis servers (`redis`)."""
 
 from kvlab.stores.base import Health, Store, StoreStats, Value
 from kvlab.stores.memory import MemoryStore

@@ -1,18 +1,18 @@
-"""The store contract: bytes by key, in batches, and never an exception for a fault.
+"""The contract of a store: bytes by key, in batches. A fault of the store never raises an exception.
 
-A store is the outermost tier and the least reliable one: a server on the other end of a
-wire. So its contract is about failure. A fault of the store (down, slow, full, answering
-nonsense) turns a read into a miss and a write into a drop, each counted under one reason,
-and for every store, always:
+A store is the outermost tier and the least reliable one, because its values may be on a server
+behind a network. If the store has a fault (it is down, slow or full, or its replies are invalid),
+a read becomes a miss and a write is dropped. Each miss and each dropped write is counted under one
+reason. Two sum rules always hold, for every store:
 
     requested == hits + sum(misses by reason)
     offered   == stored + sum(drops by reason)
 
-What a store does not do: it does not look inside values, decide what to evict, or promise
-that what was stored is still there. `probe` is advice for the planner; only `get_many` tells
-the truth. Deciding whether bytes are a good record is `kvlab.core.record`'s work.
+A store does not interpret values, does not choose what to evict, and does not promise that a stored
+value is still there. `probe` is advice for the planner; only `get_many` is authoritative.
+`kvlab.core.record` decides whether bytes are a valid record.
 
-One suite, `tests/contracts/test_store.py`, holds every implementation to this text.
+`tests/contracts/test_store.py` runs the same suite against every implementation.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from typing import Self
 from kvlab.errors import ConfigError, InputError
 
 Value = bytes | memoryview | tuple[bytes | memoryview, ...]
-"""What is put: bytes, or pieces whose concatenation is the value (a header and a payload, say)."""
+"""A value to store: one buffer, or a tuple of pieces whose concatenation is the value (such as header and payload)."""
 
-MAX_TTL_S = 100 * 365 * 86400  # what any server takes
-MAX_VALUE_BYTES = 64 << 20  # no store takes a larger value
+MAX_TTL_S = 100 * 365 * 86400  # 100 years; every server accepts this TTL
+MAX_VALUE_BYTES = 64 << 20  # `RedisStore` drops a larger value
 _BYTES = frozenset((bytes, memoryview, bytearray))
 
 
 @dataclass
 class StoreStats:
-    """Counters since the store was made. `misses`, `drops` and `faults` are by reason.
+    """Counters since the store was created. `misses`, `drops` and `faults` are counted by `Reason`.
 
-    Misses and drops count values. Faults count round trips that failed, those of `probe`,
-    `touch_many` and `delete_many` included, which are no requests: when a store is down, an
-    engine that probes first never gets as far as a miss. Redirects count keys that a server
-    of a cluster said another has; a few while slots move. Reasons are those of `faults.Reason`.
+    `misses` and `drops` count values. `faults` counts failed round trips. It includes those of `probe`,
+    `touch_many` and `delete_many`, which are not requests: while a store is down, an engine that probes
+    first records faults but no misses. `redirects` counts keys that a cluster node redirected to
+    another node. A few redirects are normal while slots move.
     """
 
     requested: int = 0
@@ -56,21 +56,21 @@ class StoreStats:
     redirects: int = 0
 
     def check(self) -> None:
-        """Assert both sum rules."""
+        """Assert that both sum rules hold."""
         assert self.requested == self.hits + sum(self.misses.values()), self
         assert self.offered == self.stored + sum(self.drops.values()), self
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a store answers, and one line that says what it is or what is wrong."""
+    """Whether a store works, and one line that describes the store or its fault."""
 
     ok: bool
     detail: str
 
 
 class Store(ABC):
-    """Base of all stores. Safe to use from several threads."""
+    """Base class of all stores. Thread-safe."""
 
     @abstractmethod
     def get_many(
@@ -79,45 +79,43 @@ class Store(ABC):
         """Fetch values, in the order of `keys`; None for a miss.
 
         Args:
-            out: one writable buffer a key. A value is written to the start of its buffer and
-                that part is returned; a value that does not fit is a miss ("too_big"). The
-                caller owns the buffers, and no later call touches them. Without it, each
-                value is a `bytes` of its own.
-            reasons: a list to which one word a key is added: the `Reason` that a miss was counted
-                under, "" for a hit.
+            out: one writable buffer per key. A value is written to the start of its buffer, and that part
+                of the buffer is returned. A value larger than its buffer is a miss ("too_big"). The caller
+                owns the buffers, and no later call writes to them. Without `out`, each value is a new `bytes`.
+            reasons: a list to which one string per key is appended: the `Reason` of a miss, or "" for a hit.
         """
 
     @abstractmethod
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """Store values, replacing what is there; return how many were taken. Values may be reused after the call."""
+        """Store values, replacing existing ones; return how many were accepted. Values may be reused after the call."""
 
     @abstractmethod
     def probe(self, keys: Sequence[bytes]) -> int:
-        """Length of the longest prefix of `keys` that is present now, in one round trip. Counts as no request."""
+        """Return the length of the longest present prefix of `keys`, in one round trip. Not counted as a request."""
 
     @abstractmethod
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys are there, in one round trip; those that are live as long again as if just written.
+        """Return which keys are present, and restart their TTLs, in one round trip.
 
-        For blocks that are used without being fetched: a chain's root must not expire before its
-        leaves. Advice like `probe`, and like it no request.
+        This is for blocks that are used without being fetched: the root of a chain must not expire before
+        its leaves. Like `probe`, the result is advice and not counted as a request.
         """
 
     @abstractmethod
     def delete_many(self, keys: Sequence[bytes]) -> int:
-        """Remove keys; return how many were there."""
+        """Delete keys; return how many were present."""
 
     @abstractmethod
     def health(self) -> Health:
-        """Ask the store whether it works. Costs at most one deadline, two if nobody tells which servers there are."""
+        """Check whether the store works. Takes at most one deadline, or two if no map of the servers is available."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """A copy of the counters."""
+        """Return a copy of the counters."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections. Calls after this are misses and drops ("closed"). Closing twice is fine."""
+        """Close the connections. Later reads are misses, later writes are dropped ("closed"). May be called twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -127,20 +125,20 @@ class Store(ABC):
 
 
 def pieces(value: Value) -> tuple[bytes | memoryview, ...]:
-    """A value as a tuple of pieces."""
+    """Return a value as a tuple of pieces."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def joined(value: Value) -> bytes:
-    """A value as one `bytes`."""
+    """Return a value as one `bytes`."""
     return value if isinstance(value, bytes) else b"".join(pieces(value))
 
 
 def check_keys(keys: Sequence[bytes]) -> None:
-    """Check that a batch is a sequence of keys: a generator would be used up by the first look at it.
+    """Check that a batch is a sequence of keys. A generator is refused, because it can be read only once.
 
     Raises:
-        InputError: it is not.
+        InputError: `keys` is not a sequence, or a key is not `bytes`.
     """
     if not isinstance(keys, Sequence):
         raise InputError(f"expected keys as a list of bytes, got {type(keys).__name__}")
@@ -149,72 +147,71 @@ def check_keys(keys: Sequence[bytes]) -> None:
             raise InputError(f"expected keys as bytes, got {type(key).__name__}")
 
 
-def check_pairs(keys: Sequence[bytes], others: Sequence[object], what: str) -> None:
-    """Check a batch of keys, and that another batch has as many members.
+def check_pairs(keys: Sequence[bytes], others: Sequence[object], noun: str) -> None:
+    """Check a batch of keys, and a second batch of the same length.
 
     Raises:
-        InputError: it is no such batch.
+        InputError: a key is invalid, a batch is not a sequence, or the lengths differ.
     """
     check_keys(keys)
     if not isinstance(others, Sequence):
-        raise InputError(f"expected a list with one {what} a key, got {type(others).__name__}")
+        raise InputError(f"expected a list with one {noun} per key, got {type(others).__name__}")
     if len(keys) != len(others):
-        raise InputError(f"expected one {what} a key, got {len(keys)} keys and {len(others)}")
+        raise InputError(f"expected one {noun} per key, got {len(others)} for {len(keys)} keys")
 
 
 def check_values(keys: Sequence[bytes], values: Sequence[Value]) -> None:
-    """Check a batch of keys, and that there is one value a key, in bytes.
+    """Check a batch of keys, and one value per key.
 
     Raises:
-        InputError: it is no such batch.
+        InputError: a key is invalid, the lengths differ, or a value is not bytes or a contiguous memoryview.
     """
     check_pairs(keys, values, "value")
     for value in values:
         for part in pieces(value):
             if type(part) not in _BYTES or (type(part) is memoryview and not part.c_contiguous):
-                raise InputError(f"expected values as bytes, contiguous ones, got {type(part).__name__}")
+                raise InputError(f"expected values as bytes or contiguous memoryviews, got {type(part).__name__}")
 
 
 def check_buffers(keys: Sequence[bytes], out: Sequence[memoryview] | None) -> None:
-    """Check a batch of keys, and that there is one writable buffer a key, or none at all.
+    """Check a batch of keys, and one writable buffer per key unless `out` is None.
 
     Raises:
-        InputError: it is no such batch.
+        InputError: a key is invalid, the lengths differ, or a buffer is not a writable contiguous memoryview.
     """
     if out is None:
         return check_keys(keys)
     check_pairs(keys, out, "buffer")
     for buffer in out:
         if type(buffer) is not memoryview or buffer.readonly or not buffer.c_contiguous:
-            raise InputError(f"expected buffers as memoryviews, writable and contiguous, got {type(buffer).__name__}")
+            raise InputError(f"expected buffers as writable contiguous memoryviews, got {type(buffer).__name__}")
 
 
 def check_number(name: str, value: object, above: float, most: float, unit: str = "", whole: bool = False) -> None:
-    """Check a setting: a number above `above` and at most `most`. True and False are no numbers.
+    """Check that a setting is a number above `above` and at most `most`. Booleans are refused.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is not a number, is not whole if `whole` is set, or is out of range.
     """
     kinds = int if whole else int | float
     if isinstance(value, kinds) and not isinstance(value, bool) and above < value <= most:
         return
-    what = "a whole number" if whole else "a number"
-    most_in_words = f"{most:g}{unit and f' {unit}'}"
-    raise ConfigError(f"expected {name} as {what} above {above} and at most {most_in_words}, got {told(value)}")
+    number, limit = "a whole number" if whole else "a number", f"{most} {unit}".rstrip()
+    raise ConfigError(f"expected {name} as {number} above {above} and at most {limit}, got {described(value)}")
 
 
 def check_clock(clock: object) -> None:
-    """Check a clock.
+    """Check that a clock can be called.
 
     Raises:
-        ConfigError: nobody can ask it for the time.
+        ConfigError: `clock` is not callable.
     """
     if not callable(clock):
         raise ConfigError(f"expected clock as a function that returns seconds, got {type(clock).__name__}")
 
 
-def told(value: object) -> str:
-    """A wrong setting as a message names it: a number as it is, anything else by its type. It may be a secret."""
+def described(value: object) -> str:
+    """Describe an invalid setting for a message: a number by its value, all else by its type, as it may be a secret."""
     if isinstance(value, bool | float):
         return repr(value)
     if type(value) is int:
@@ -223,17 +220,17 @@ def told(value: object) -> str:
 
 
 def check_ttl(ttl_s: float | None) -> None:
-    """Check a lifetime in seconds; None is "keep until evicted".
+    """Check a TTL in seconds. None means that values do not expire.
 
     Raises:
-        ConfigError: not a positive number, or more than a hundred years.
+        ConfigError: the TTL is not a positive number, or exceeds 100 years.
     """
     if ttl_s is not None:
-        check_number("a TTL (None keeps until evicted)", ttl_s, 0, MAX_TTL_S, "seconds")
+        check_number("a TTL (None for no expiry)", ttl_s, 0, MAX_TTL_S, "seconds")
 
 
-def place(value: bytes, out: memoryview | None) -> bytes | memoryview | None:
-    """Hand a fetched value over: as it is, or copied to the start of `out`; None where it does not fit."""
+def deliver(value: bytes, out: memoryview | None) -> bytes | memoryview | None:
+    """Return a fetched value: as it is, or copied to the start of `out`; None if it does not fit `out`."""
     if out is None:
         return value
     if len(value) > out.nbytes:

@@ -1,8 +1,8 @@
-"""Stop asking what does not answer: a circuit breaker on a monotonic clock.
+"""A circuit breaker refuses calls to a server that fails repeatedly. It uses a monotonic clock.
 
-A store that hangs costs every caller a whole deadline, again and again. The breaker counts
-faults in a row; after a few it opens, and calls are refused at once. When it has cooled down,
-one caller may try. If that goes well all may, else it stays open for another cool-down.
+Each call to a hung store would wait for its whole deadline. The breaker counts consecutive faults.
+After `failures` faults it opens and refuses calls immediately. After the cool-down it allows one
+trial call. If the trial succeeds, the breaker closes; otherwise it stays open for another cool-down.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from kvlab.stores.fork import reset_in_children
 
 
 class Breaker:
-    """Closed, open, or half-open (one caller is trying). Safe to use from several threads.
+    """Closed, open, or half-open (a trial call is running). Thread-safe.
 
     Args:
-        failures: how many faults in a row open it.
-        cooldown_s: how long it then refuses everybody.
-        clock: seconds that never go back; tests bring their own.
+        failures: how many consecutive faults open the breaker.
+        cooldown_s: how many seconds an open breaker refuses all calls.
+        clock: returns monotonic seconds; tests pass their own.
 
     Raises:
-        ConfigError: a setting that is no such number, or no clock.
+        ConfigError: a number is out of range, or `clock` is not callable.
 
     >>> now = [0.0]
     >>> breaker = Breaker(failures=2, cooldown_s=1.0, clock=lambda: now[0])
@@ -33,7 +33,7 @@ class Breaker:
     >>> breaker.allow()
     False
     >>> now[0] = 1.5
-    >>> breaker.allow(), breaker.allow()  # one caller tries, the next is refused
+    >>> breaker.allow(), breaker.allow()  # the trial call is allowed, the next call is refused
     (True, False)
     """
 
@@ -48,7 +48,7 @@ class Breaker:
         reset_in_children(self)
 
     def reset_after_fork(self) -> None:
-        """See `Forkable`. The child begins with a closed breaker."""
+        """See `Forkable`. The breaker of the child is closed."""
         self._lock = threading.Lock()
         self._in_a_row = 0
         self._opened_at: float | None = None
@@ -56,24 +56,24 @@ class Breaker:
 
     @property
     def state(self) -> str:
-        """closed, open or half-open."""
+        """The state as text: "closed", "open" or "half-open"."""
         with self._lock:
             return "closed" if self._opened_at is None else "half-open" if self._trying else "open"
 
     @property
     def ready(self) -> bool:
-        """Whether `allow` would say yes."""
+        """Whether `allow` would return True."""
         with self._lock:
             return self._opened_at is None or not (self._trying or self._clock() - self._opened_at < self.cooldown_s)
 
     @property
     def faults(self) -> int:
-        """Faults in a row."""
+        """The number of consecutive faults."""
         with self._lock:
             return self._in_a_row
 
     def allow(self) -> bool:
-        """Whether to make this call. After True, `record` must follow."""
+        """Return whether the call may be made. After True, the caller must call `record`."""
         with self._lock:
             if self._opened_at is None:
                 return True
@@ -83,7 +83,7 @@ class Breaker:
             return True
 
     def record(self, ok: bool | None) -> None:
-        """How the call went; None when it tells nothing about the other side."""
+        """Record the outcome of a call: True, False, or None if it says nothing about the server."""
         with self._lock:
             was_trying, self._trying = self._trying, False
             if ok:

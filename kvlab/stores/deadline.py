@@ -1,4 +1,4 @@
-"""When a call must be over: one deadline for all that the call does."""
+"""The deadline of a call, shared by everything that the call does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-GRACE_S: Final = 0.05  # for what arrived while this process itself stood still
-BYTES_PER_S: Final = 50e6  # a slower wire loses against computing; large values stretch a deadline by this
+GRACE_S: Final = 0.05  # to receive replies that arrived while this process was paused
+BYTES_PER_S: Final = 50e6  # large values extend a deadline at this rate; below it, computing is faster than loading
 
 
 class Deadline:
-    """The moment at which a call must be over, connecting and waiting included.
+    """The time at which a call must end. Connecting and waiting count.
 
     Args:
-        seconds: from now. What the call moves may add to them, see `extend`.
+        seconds: the time from now. `extend` adds time for the bytes that the call transfers.
     """
 
     __slots__ = ("_ends_at", "_grace")
@@ -25,30 +25,30 @@ class Deadline:
         self._grace = 0.0
 
     def extend(self, nbytes: int) -> None:
-        """Add the time that so many bytes may take."""
+        """Add the time that `nbytes` may take."""
         self._ends_at += nbytes / BYTES_PER_S
 
     def copy(self) -> Deadline:
-        """Another deadline that ends at the same moment: one for each server of a call."""
+        """Return another deadline with the same end. Each server of a call gets one."""
         made = Deadline(0)
         made._ends_at = self._ends_at
         return made
 
     def half(self) -> Deadline:
-        """Another deadline, half as far away."""
+        """Return another deadline with half of the remaining time."""
         return Deadline((self._ends_at - time.monotonic()) / 2)
 
-    def cover(self, others: Iterable[Deadline]) -> None:
-        """End no earlier than any of these."""
+    def extend_to(self, others: Iterable[Deadline]) -> None:
+        """End no earlier than the latest of `others`."""
         self._ends_at = max([self._ends_at, *(other._ends_at for other in others)])
 
     def abandon(self) -> None:
-        """End now: nobody waits for the call any more."""
+        """End now, because no caller waits for the call any more."""
         self._ends_at = -math.inf
 
     @property
     def abandoned(self) -> bool:
-        """Whether the call was abandoned. Then nobody is to blame for what did not come."""
+        """Whether the call was abandoned. A missing reply is then not a fault of the server."""
         return self._ends_at == -math.inf
 
     @property
@@ -58,11 +58,11 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
-        """Whether no time remains."""
+        """Whether the deadline has passed."""
         return time.monotonic() >= self._ends_at
 
     def remaining_to_connect(self) -> float:
-        """Seconds until the deadline, more than 0: a timeout for what begins now.
+        """Return the seconds until the deadline, more than 0: the timeout for an operation that starts now.
 
         Raises:
             TimeoutError: the deadline has passed.
@@ -73,15 +73,15 @@ class Deadline:
         return remaining
 
     def remaining_to_receive(self) -> float:
-        """Seconds to wait for what is on its way, more than 0.
+        """Return the timeout for the next receive in seconds, more than 0.
 
-        A thread that finds the deadline passed without having waited gets `GRACE_S`, once: this process
-        stood still (a full garbage collection takes 0.5 s with four million objects), and the server
-        answered long ago. Without the grace such a pause is a fault of every call at once, and opens
-        breakers.
+        If the deadline has passed and no receive has timed out, this process was paused (a full garbage
+        collection takes 0.5 s with four million objects), and the server has probably replied in time.
+        The thread then gets `GRACE_S` once. Without this grace, one pause would be a fault of every current
+        call, and would open breakers.
 
         Raises:
-            TimeoutError: the deadline has passed, and the grace with it.
+            TimeoutError: the deadline and the grace have passed.
         """
         remaining = self._ends_at - time.monotonic()
         if remaining <= 0 and not self.abandoned:

@@ -1,7 +1,7 @@
-"""Why a block was not read or not written: one enum, one spelling, for stores, caches and engines.
+"""The reasons why a block was not read or not written: one enum for stores, caches and engines.
 
-A reason is a counter's name. `StoreStats` and `CacheStats` count misses and drops under them, and each
-benchmark, test and runbook uses these words.
+`StoreStats` and `CacheStats` count misses and dropped writes by reason. Benchmarks, tests and
+runbooks use the same words.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why. Each member is its own text: `Reason.ABSENT == "absent"`."""
+    """Why a block was not read or not written. Each member equals its text: `Reason.ABSENT == "absent"`."""
 
-    # The store works.
-    ABSENT = "absent"  # nothing is stored under this key
-    TOO_BIG = "too_big"  # the value does not fit the buffer, the server's share of memory or the store
-    CLOSED = "closed"  # the store was closed
-    QUEUE_FULL = "queue_full"  # write-behind has no room
-    COLLAPSED = "collapsed"  # a newer value for the key took its place in the queue
-    DELETED = "deleted"  # deleted while it waited in the queue
+    # There is no fault.
+    ABSENT = "absent"  # no value is stored under the key
+    TOO_BIG = "too_big"  # the value exceeds the buffer, or the largest value of the store or of the server
+    CLOSED = "closed"  # the store is closed
+    QUEUE_FULL = "queue_full"  # the queue of `WriteBehind` is full
+    COLLAPSED = "collapsed"  # a newer value for the key replaced this one in the queue
+    DELETED = "deleted"  # the key was deleted while the value was in the queue
 
-    # The call never left this process.
-    BREAKER = "breaker"  # the server failed a moment ago and is left alone
-    POOL = "pool"  # every connection stayed in use
+    # The command was not sent.
+    BREAKER = "breaker"  # the server failed recently and gets no calls
+    POOL = "pool"  # no connection became free, or another thread kept requesting the map
 
-    # The server does not answer as it should.
+    # The server failed, or did not execute the command.
     TIMEOUT = "timeout"  # the deadline passed
-    CONN = "conn"  # the connection could not be made, or broke
-    PROTOCOL = "protocol"  # the answer is none that this command has
-    LOADING = "loading"  # the server reads its data, or is a replica without its master
-    BUSY = "busy"  # a script blocks the server
-    AUTH = "auth"  # the login is refused, or the user lacks a right
-    DOWN = "down"  # nobody serves the key's slot
-    MOVED = "moved"  # another server has the key's slot
+    CONN = "conn"  # the connection could not be opened, or broke
+    PROTOCOL = "protocol"  # the reply is not a valid reply to the command
+    LOADING = "loading"  # the server is loading its data, or is a replica without a link to its master
+    BUSY = "busy"  # a script is blocking the server
+    AUTH = "auth"  # the login was refused, or the user lacks a permission
+    DOWN = "down"  # no server serves the slot of the key
+    MOVED = "moved"  # another server has the slot of the key
     RESPONSE = "response"  # any other error reply
-    ERROR = "error"  # anything else that was raised
+    ERROR = "error"  # any other exception
 
-    # The server takes no writes.
-    OOM = "oom"  # its memory is full and its policy evicts nothing
-    READONLY = "readonly"  # it is a replica
-    MISCONF = "misconf"  # it cannot persist, and therefore refuses
-    NOREPLICAS = "noreplicas"  # fewer replicas are in sync than it demands
+    # The server refuses writes.
+    OOM = "oom"  # its memory is full, and its policy evicts nothing
+    READONLY = "readonly"  # the server is a replica
+    MISCONF = "misconf"  # the server cannot persist its data, and therefore refuses writes
+    NOREPLICAS = "noreplicas"  # fewer replicas are in sync than the server requires
 
-    # The bytes are no record of this key (`kvlab.core.record`).
+    # The bytes are not a valid record of the key (`kvlab.core.record`).
     MAGIC = "magic"
     VERSION = "version"
     KIND = "kind"
@@ -54,11 +54,11 @@ class Reason(StrEnum):
     PRECISION = "precision"
     CODEC = "codec"
     DIMS = "dims"
-    OVERFLOW = "overflow"  # a number is beyond what the precision or the reader holds
+    OVERFLOW = "overflow"  # a number exceeds the range of the precision or of the reader
 
-    # The cache's own.
-    GAP = "gap"  # stored or not, a block after a missing one cannot be used
-    STORE = "store"  # the store dropped it; its own counters say why
+    # Counted by the cache itself.
+    GAP = "gap"  # an earlier block is missing, so this block cannot be used, stored or not
+    STORE = "store"  # the store dropped the block; the store counts the reason
 
     def __repr__(self) -> str:
-        return repr(self.value)  # counters print as they would with plain text
+        return repr(self.value)  # so that counters print plain strings

@@ -1,8 +1,8 @@
-"""The child of a fork: the one place where locks, threads and connections of the parent are replaced.
+"""Reset locks, threads and connections in the child of a fork.
 
-A child inherits memory, but no threads: a lock that another thread held stays locked for ever, and a
-socket is shared with the parent. Whatever has locks, threads or sockets registers itself here, and
-makes them anew in the child before anything else runs there. Each object resets only what it owns.
+A child inherits the memory of its parent, but not its threads. A lock that another thread held stays
+locked for ever, and a socket is shared with the parent. Every object with locks, threads or sockets
+therefore registers here. In the child, each object replaces its own before `os.fork` returns.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Protocol
 
 
 class Forkable(Protocol):
-    """What has locks, threads or sockets that the child of a fork must not share."""
+    """An object whose locks, threads or sockets must not be used in the child of a fork."""
 
     def reset_after_fork(self) -> None:
-        """Make new locks, and forget threads and sockets. Takes no lock: another thread may have held it."""
+        """Create new locks, and drop threads and sockets. Must not acquire a lock: another thread may have held it."""
 
 
 _forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def reset_in_children(thing: Forkable) -> None:
-    """Have `thing.reset_after_fork` called in every process that is forked from this one."""
+    """Call `thing.reset_after_fork` in every process that is forked from this one."""
     _forkables.add(thing)
 
 

@@ -1,7 +1,7 @@
-"""A store in this process: a dict with a lock. For tests, for learning, and as the model of the others.
+"""A store in this process: a dict with a lock. For tests and learning, and the reference for other stores.
 
-Entries expire by a clock that may be a fake one. Nothing is evicted: a bounded host tier
-belongs to the tiers above, eviction policies to `kvlab.core.policies`.
+Entries expire by a clock that tests can replace. Nothing is evicted: a bounded host tier belongs to
+the tiers above, and eviction policies are in `kvlab.core.policies`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvlab.stores.base import (
     check_keys,
     check_ttl,
     check_values,
+    deliver,
     joined,
-    place,
 )
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 
 
 class MemoryStore(Store):
-    """Values in a dict, each with the time at which it expires.
+    """Values in a dict, each with its expiry time.
 
     >>> store = MemoryStore()
     >>> store.put_many([b"a", b"b"], [b"one", b"two"])
@@ -38,7 +38,7 @@ class MemoryStore(Store):
     [b'one', None]
 
     Raises:
-        ConfigError: a TTL that is not positive, or no clock.
+        ConfigError: the TTL is not positive or exceeds 100 years, or `clock` is not callable.
     """
 
     def __init__(self, ttl_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,13 +58,13 @@ class MemoryStore(Store):
     def get_many(
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
-        """See `Store.get_many`. A hit also refreshes the entry's TTL."""
+        """See `Store.get_many`. A hit also restarts the TTL of the entry."""
         check_buffers(keys, out)
         with self._lock:
-            why: list[str] = []
-            got = [self._get(key, None if out is None else out[i], why) for i, key in enumerate(keys)]
+            key_reasons: list[str] = []
+            got = [self._get(key, None if out is None else out[i], key_reasons) for i, key in enumerate(keys)]
         if reasons is not None:
-            reasons += why
+            reasons += key_reasons
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
@@ -117,7 +117,7 @@ class MemoryStore(Store):
             return copy.deepcopy(self._stats)
 
     def close(self) -> None:
-        """See `Store.close`. The values are gone."""
+        """See `Store.close`. Deletes the values."""
         with self._lock:
             self._entries.clear()
             self._closed = True
@@ -126,16 +126,16 @@ class MemoryStore(Store):
         """See `Forkable`. The child has a copy of the values."""
         self._lock = threading.Lock()
 
-    def _get(self, key: bytes, out: memoryview | None, why: list[str]) -> bytes | memoryview | None:
+    def _get(self, key: bytes, out: memoryview | None, key_reasons: list[str]) -> bytes | memoryview | None:
         self._stats.requested += 1
         value = self._alive(key)
-        got = None if value is None else place(value, out)
+        got = None if value is None else deliver(value, out)
         if value is None or got is None:
             reason = Reason.CLOSED if self._closed else Reason.ABSENT if value is None else Reason.TOO_BIG
-            why.append(reason)
+            key_reasons.append(reason)
             self._stats.misses[reason] += 1
             return None
-        why.append("")
+        key_reasons.append("")
         self._entries[key] = (value, self._expires_at())
         self._stats.hits += 1
         self._stats.bytes_out += len(value)

@@ -1,4 +1,4 @@
-"""`open_store`: the one place where a URL becomes a store."""
+"""`open_store` creates a store from its URL."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kvlab.stores.redis.store import RedisStore
 
 
 def open_store(url: str, **settings: Any) -> Store:
-    """The store that `url` names, with the settings of its class.
+    """Create the store that `url` names, with the settings of its class.
 
-    memory:// is a `MemoryStore`; every other scheme is one of `RedisStore`, which says what each means.
+    memory:// creates a `MemoryStore`. Every other scheme creates a `RedisStore`, whose docstring lists the schemes.
 
     >>> open_store("memory://", ttl_s=60)
     MemoryStore(0 values)
@@ -21,12 +21,12 @@ def open_store(url: str, **settings: Any) -> Store:
     RedisStore('fakeredis://')
 
     Raises:
-        ConfigError: no store has such a URL, or a setting that the store does not have.
+        ConfigError: the URL or a setting is invalid, or the class has no such setting.
     """
     kind: type[MemoryStore | RedisStore] = MemoryStore if url == "memory://" else RedisStore
     if kind is RedisStore:
         settings = {"url": url, **settings}
     try:
         return kind(**settings)
-    except TypeError as error:  # a setting that the class does not take
+    except TypeError as error:  # an unknown setting
         raise ConfigError(f"{kind.__name__}: {str(error).partition('() ')[2] or error}") from None

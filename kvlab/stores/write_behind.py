@@ -1,11 +1,13 @@
-"""Writes that nobody waits for: a bounded queue in front of a store, emptied by one thread."""
+"""Asynchronous writes: a bounded queue in front of a store. One thread writes the queue to the store."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from kvlab.errors import ConfigError
 from kvlab.stores.base import (
@@ -17,33 +19,34 @@ from kvlab.stores.base import (
     check_keys,
     check_number,
     check_values,
+    deliver,
     joined,
-    place,
 )
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
+from kvlab.stores.latch import Latch
 
 BATCH_BYTES = 4 << 20
 logger = logging.getLogger(__name__)
 
 
 class WriteBehind(Store):
-    """Another store whose `put_many` returns at once.
+    """A wrapper for another store. Its `put_many` returns immediately.
 
-    Values are copied into a queue and written in order of arrival. When the queue is full, or
-    the store is slower than its writers for long, writes are dropped ("queue_full"): a cache
-    may forget, it must not stop its engine. A newer value for a key that is still waiting takes
-    the older one's place ("collapsed"). Reads see what waits.
+    Values are copied into a queue and written in order of arrival. If the queue is full, for
+    example because the store is slower than its writers, new values are dropped ("queue_full"): a cache
+    may lose values, but it must not block its engine. A newer value for a queued key replaces the older value
+    ("collapsed"). Reads also return queued values.
 
-    `put_many` returns how many were queued; whether they were stored is in `stats()` later, and
-    a cache in front counts as saved what was queued.
+    `put_many` returns how many values were queued. `stats()` later shows whether they were stored. A
+    cache in front counts queued values as saved.
 
     Args:
-        store: where the writes go; closed together with this.
-        max_bytes: of all values that wait, the batch being written included.
+        store: the store that the queue is written to. `close` closes it, too.
+        max_bytes: the limit for all queued values, including the batch that is being written.
 
     Raises:
-        ConfigError: no store, but a URL, say; or `max_bytes` is no positive whole number.
+        ConfigError: `store` is not a store (a URL, for example), or `max_bytes` is not a positive whole number.
     """
 
     def __init__(self, store: Store, max_bytes: int = 64 << 20) -> None:
@@ -62,10 +65,10 @@ class WriteBehind(Store):
         return f"WriteBehind({self.store!r})"
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`. Copies the values and returns."""
+        """See `Store.put_many`. Copies the values into the queue and returns."""
         check_values(keys, values)
         queued = 0
-        with self._changed:
+        with self._lock:
             for key, value in zip(keys, values, strict=True):
                 data = joined(value)
                 older = self._waiting.get(key)
@@ -76,14 +79,14 @@ class WriteBehind(Store):
                 if older is not None:
                     self._drop(Reason.COLLAPSED)
                     self._bytes -= len(older)
-                    del self._waiting[key]  # the newer value waits at the end
+                    del self._waiting[key]  # the newer value goes to the end of the queue
                 self._waiting[key] = data
                 self._bytes += len(data)
                 queued += 1
             if queued and not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._write, name="kvlab-write-behind", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            self._work.set()
         return queued
 
     def get_many(
@@ -92,29 +95,29 @@ class WriteBehind(Store):
         """See `Store.get_many`."""
         check_buffers(keys, out)
         got: list[bytes | memoryview | None] = [None] * len(keys)
-        why = [""] * len(keys)
-        asked = []
-        with self._changed:
+        key_reasons = [""] * len(keys)
+        not_queued = []
+        with self._lock:
             for i, key in enumerate(keys):
                 value = self._pending(key)
                 if value is None:
-                    asked.append(i)
+                    not_queued.append(i)
                     continue
-                got[i] = placed = place(value, None if out is None else out[i])
+                got[i] = delivered = deliver(value, None if out is None else out[i])
                 self._own.requested += 1
-                if placed is None:
-                    why[i] = Reason.TOO_BIG
+                if delivered is None:
+                    key_reasons[i] = Reason.TOO_BIG
                     self._own.misses[Reason.TOO_BIG] += 1
                 else:
                     self._own.hits += 1
                     self._own.bytes_out += len(value)
-        if asked:
+        if not_queued:
             inner: list[str] = []
-            answers = self.store.get_many([keys[i] for i in asked], out and [out[i] for i in asked], inner)
-            for i, answer, reason in zip(asked, answers, inner, strict=True):
-                got[i], why[i] = answer, reason
+            answers = self.store.get_many([keys[i] for i in not_queued], out and [out[i] for i in not_queued], inner)
+            for i, answer, reason in zip(not_queued, answers, inner, strict=True):
+                got[i], key_reasons[i] = answer, reason
         if reasons is not None:
-            reasons += why
+            reasons += key_reasons
         return got
 
     def probe(self, keys: Sequence[bytes]) -> int:
@@ -122,7 +125,7 @@ class WriteBehind(Store):
         check_keys(keys)
         at = 0
         while at < len(keys):
-            with self._changed:
+            with self._lock:
                 run = next((i for i, key in enumerate(keys[at:]) if self._pending(key) is None), len(keys) - at)
             at += run
             stored = self.store.probe(keys[at:])
@@ -134,56 +137,72 @@ class WriteBehind(Store):
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`."""
         check_keys(keys)
-        with self._changed:
+        with self._lock:
             waiting = [self._pending(key) is not None for key in keys]
         return [w or there for w, there in zip(waiting, self.store.touch_many(keys), strict=True)]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
-        """See `Store.delete_many`. Waits for the batch that is being written."""
+        """See `Store.delete_many`. Waits while a batch that contains one of the keys is being written."""
         check_keys(keys)
-        with self._changed:
-            gone = 0
+        with self._lock:
+            deleted = 0
             for key in set(keys):
                 value = self._waiting.pop(key, None)
                 if value is not None:
-                    gone += 1
+                    deleted += 1
                     self._bytes -= len(value)
                     self._drop(Reason.DELETED)
-            self._changed.wait_for(lambda: not self._writing.keys() & set(keys))
-        return gone + self.store.delete_many(keys)
+        self._wait_for(lambda: not self._writing.keys() & set(keys))
+        return deleted + self.store.delete_many(keys)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing waits; False if that took longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._waiting or self._writing), timeout_s)
+        """Wait until the queue is empty; return False if that takes longer than `timeout_s`."""
+        return self._wait_for(lambda: not (self._waiting or self._writing), timeout_s)
 
     def health(self) -> Health:
-        """See `Store.health`: that of the store."""
+        """See `Store.health`. Returns the health of the wrapped store."""
         return self.store.health()
 
     def stats(self) -> StoreStats:
-        """See `Store.stats`. A write counts when it is decided: stored, or dropped by the store or by the queue."""
-        with self._changed:
+        """See `Store.stats`. A write is counted once it is stored, or dropped by the store or by the queue."""
+        with self._lock:
             own = copy.deepcopy(self._own)
         inner = self.store.stats()
         return StoreStats(**{name: getattr(inner, name) + getattr(own, name) for name in vars(inner)})
 
     def close(self) -> None:
-        """See `Store.close`. Writes what waits first, for as long as the store takes writes."""
-        with self._changed:
+        """See `Store.close`. First waits until the store has stored or dropped every queued value."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._work.set()
         if self._thread.is_alive():
             self._thread.join()
         self.store.close()
 
     def reset_after_fork(self) -> None:
-        """See `Forkable`. The queue stays the parent's: it writes what is in it."""
-        self._changed = threading.Condition()
+        """See `Forkable`. The child starts with an empty queue; the parent writes its own queue."""
+        self._lock = threading.Lock()
+        self._work = Latch()  # the thread waits for it when the queue is empty
+        self._after_batch: list[Latch] = []  # callers that wait for the thread
         self._waiting: dict[bytes, bytes] = {}  # in order of arrival
         self._writing: dict[bytes, bytes] = {}
         self._bytes = 0
-        self._thread = threading.Thread()  # not started: the first write does that
+        self._thread = threading.Thread()  # not started; the first write starts one
+
+    def _wait_for(self, done: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until `done` returns True after a batch of the thread. `done` is called with the lock held."""
+        give_up = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if done():
+                    return True
+                batch = Latch()
+                self._after_batch.append(batch)
+                self._work.set()
+            remaining = give_up - time.monotonic()
+            if remaining <= 0:
+                return False
+            batch.wait(None if timeout_s is None else remaining)
 
     def _pending(self, key: bytes) -> bytes | None:
         return self._waiting.get(key, self._writing.get(key))
@@ -194,22 +213,27 @@ class WriteBehind(Store):
 
     def _write(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
+            with self._lock:
+                work = self._work = Latch()
+                if not self._waiting and self._closed:
                     return
                 self._take_batch()
+            if not self._writing:
+                work.wait()
+                continue
             try:
                 self.store.put_many(list(self._writing), list(self._writing.values()))
-            except Exception:  # a store that breaks its contract must not stop the writes to come
-                logger.exception("a store raised in put_many")
-                with self._changed:
+            except Exception:  # an exception from the store must not stop later writes
+                logger.exception("the store raised an exception in put_many")
+                with self._lock:
                     for _ in self._writing:
                         self._drop(Reason.ERROR)
-            with self._changed:
+            with self._lock:
                 self._bytes -= sum(map(len, self._writing.values()))
                 self._writing = {}
-                self._changed.notify_all()
+                waiting, self._after_batch = self._after_batch, []
+            for latch in waiting:
+                latch.set()
 
     def _take_batch(self) -> None:
         size = 0

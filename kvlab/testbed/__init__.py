@@ -1,1 +1,1 @@
-"""Real servers on loopback, and what disturbs them: for tests, benchmarks and notebooks."""
+"""Real servers on loopback and a fault proxy, for tests, benchmarks and notebooks."""

@@ -1,7 +1,7 @@
-"""A certificate authority and a server's certificate, to try a Redis with TLS on one's own machine.
+"""A certificate authority and a server certificate, for trying Redis with TLS on your own machine.
 
-For tests only. The keys lie on the disk unencrypted (mode 0600), and nothing can be revoked; that is why all
-of it ends after 30 days. Certificates for production come from where the organisation's others do.
+For tests only. The keys are stored unencrypted (mode 0600), and the certificates cannot be revoked. They
+therefore expire after 30 days. In production, use certificates from your organisation's authority.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SKEW = timedelta(minutes=5)  # clocks of machines that share a folder differ
 
 @dataclass(frozen=True)
 class Certs:
-    """Where the certificates and keys lie."""
+    """Paths of the certificates and keys."""
 
     folder: Path
 
     @property
     def ca(self) -> Path:
-        """The authority's certificate: what clients trust."""
+        """The authority's certificate, which clients trust."""
         return self.folder / "test-ca.crt"
 
     @property
@@ -56,19 +56,23 @@ class Certs:
         return self.folder / "test-redis.key"
 
     def options(self, port: int) -> list[str]:
-        """Arguments of redis-server for TLS on this port, open to clients without a certificate."""
+        """Arguments of redis-server for TLS on this port. Clients need no certificate."""
         files = {"--tls-cert-file": self.cert, "--tls-key-file": self.key, "--tls-ca-cert-file": self.ca}
         named = [text for option, path in files.items() for text in (option, str(path))]
         return ["--tls-port", str(port), *named, "--tls-auth-clients", "no"]
 
     def url(self, port: int, host: str = "127.0.0.1") -> str:
-        """The address with which a client checks the server's certificate."""
+        """The URL with which a client verifies the server's certificate."""
         shown = f"[{host}]" if ":" in host else host
         return f"rediss://{shown}:{port}?ssl_ca_certs={quote(str(self.ca))}"
 
 
 def make_certs(folder: Path, hosts: Sequence[str] = HOSTS) -> Certs:
-    """Make both pairs in a folder, which is made too. `hosts` are names and addresses of the server."""
+    """Make both certificates and keys in `folder`, which is created if it does not exist.
+
+    Args:
+        hosts: names and addresses of the server.
+    """
     certs = Certs(folder.resolve())
     certs.folder.mkdir(parents=True, exist_ok=True)
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
@@ -83,26 +87,26 @@ def make_certs(folder: Path, hosts: Sequence[str] = HOSTS) -> Certs:
 
 
 def _authority(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    builder = _begun(name, name, key, key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = _builder(name, name, key, key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     return builder.add_extension(_usage(signs_certificates=True), critical=True).sign(key, hashes.SHA256())
 
 
 def _server(
     issuer: x509.Name, ca_key: ec.EllipticCurvePrivateKey, key: ec.EllipticCurvePrivateKey, hosts: Sequence[str]
 ) -> x509.Certificate:
-    builder = _begun(_name("kvlab test redis"), issuer, key, ca_key)
+    builder = _builder(_name("kvlab test redis"), issuer, key, ca_key)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]  # a cluster's servers call each other
+    usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]  # cluster nodes connect to each other
     builder = builder.add_extension(x509.ExtendedKeyUsage(usage), critical=False)
     builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
     return builder.sign(ca_key, hashes.SHA256())
 
 
-def _begun(
+def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, ca_key: ec.EllipticCurvePrivateKey
 ) -> x509.CertificateBuilder:
-    """What both certificates hold. Strict verifiers (Python 3.13's default) want both key identifiers."""
+    """The common part of both certificates. Strict verifiers (Python 3.13's default) require both key identifiers."""
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
@@ -143,7 +147,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that nobody else could open in between."""
+    """Write a file that has its final mode from its creation."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)

@@ -27,7 +27,7 @@ DOWN = redis.ConnectionError, redis.TimeoutError
 
 
 def node_options(node_timeout_ms: int) -> tuple[str, ...]:
-    """The options of every node. A replica begins to copy at once, not after Redis' usual five seconds."""
+    """The options of every node. Replication starts at once, not after Redis' default delay of five seconds."""
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms))
     return *options, "--cluster-require-full-coverage", "no", "--repl-diskless-sync-delay", "0"
 
@@ -35,15 +35,15 @@ def node_options(node_timeout_ms: int) -> tuple[str, ...]:
 class RedisCluster:
     """`masters` nodes that share the slots evenly, each with `replicas` replicas.
 
-    Slots whose master is gone do not stop the others (cluster-require-full-coverage no), as a cache wants it.
+    If a master is lost, the slots of the other masters stay available (cluster-require-full-coverage no).
 
     Args:
-        arguments: further options of every node, as on its command line.
-        replicas: of each master.
-        node_timeout_ms: after so long without an answer a node counts as failing (cluster-node-timeout).
+        arguments: further command-line options of every node.
+        replicas: number of replicas of each master.
+        node_timeout_ms: a node without an answer for this time counts as failing (cluster-node-timeout).
 
     Attributes:
-        nodes: the servers, the first masters first. They stay in this list when they are killed.
+        nodes: the servers, the initial masters first. Killed servers stay in this list.
     """
 
     def __init__(self, *arguments: str, masters: int = 3, replicas: int = 1, node_timeout_ms: int = 2000) -> None:
@@ -54,7 +54,7 @@ class RedisCluster:
 
     @property
     def url(self) -> str:
-        """Address of the whole cluster, with every node as a place to begin."""
+        """URL of the cluster, which lists every node."""
         return f"redis-cluster://{','.join(self.addresses)}"
 
     @property
@@ -63,32 +63,32 @@ class RedisCluster:
         return [f"{HOST}:{node.port}" for node in self.nodes]
 
     def master_of(self, key: bytes) -> RedisServer:
-        """The node that serves a key now, as the first node says that is up.
+        """The node that serves a key now, according to the first node that is up.
 
         Raises:
-            KVLabError: no node is up, or nobody serves the key's slot.
+            KVLabError: no node is up, or no node serves the key's slot.
         """
         slot = key_slot(key)
         for first, last, (_, port, *_), *_ in self._slots():
             if first <= slot <= last:
                 return next(node for node in self.nodes if node.port == port)
-        raise KVLabError(f"nobody serves slot {slot}")
+        raise KVLabError(f"no node serves slot {slot}")
 
     def roles(self) -> list[str]:
-        """What each node is now: "master", "replica" or "down" (it does not answer)."""
+        """The present role of each node: "master", "replica" or "down" (no answer)."""
         words = {"master": "master", "slave": "replica", "": "down"}
         return [words[state["role"] if state else ""] for state in map(_state, self.nodes)]
 
     def wait_until_ok(self) -> None:
-        """Wait until every node that is up says that all slots are served, and every replica is in sync.
+        """Wait until every node that is up reports that all slots are served, and every replica is in sync.
 
         Raises:
-            KVLabError: it is not so within a minute.
+            KVLabError: the cluster does not reach this state within a minute.
         """
         self._wait(lambda: all(map(_is_ok, self.nodes)))
 
     def __enter__(self) -> Self:
-        with self._stack as stack:  # ends what was started if a later node does not come up
+        with self._stack as stack:  # stops the started nodes if a later node does not start
             for _ in range(self._count):
                 self.nodes.append(stack.enter_context(RedisServer(*self._options, bus=True)))
             self._form()
@@ -99,7 +99,7 @@ class RedisCluster:
         self._stack.close()
 
     def _form(self) -> None:
-        """Join running nodes: the first ones share the slots evenly, the others follow them, each the next one."""
+        """Join the running nodes: the masters share the slots evenly, and the replicas follow the masters in turn."""
         first, *others = self.nodes
         for node in others:
             _client(node).execute_command("CLUSTER", "MEET", HOST, first.port, first.bus_port)
@@ -114,7 +114,7 @@ class RedisCluster:
         self.wait_until_ok()
 
     def _slots(self) -> Any:
-        """CLUSTER SLOTS as it comes from the wire, of the first node that is up."""
+        """The unparsed reply of the first node that is up to CLUSTER SLOTS."""
         for node in self.nodes:
             with contextlib.suppress(*DOWN):
                 client = _client(node)
@@ -127,23 +127,23 @@ class RedisCluster:
         while not ready():
             if time.monotonic() > give_up:
                 states = [_state(node) for node in self.nodes]
-                raise KVLabError(f"the cluster does not come up within {READY_S:.0f} s: {states}")
+                raise KVLabError(f"the cluster is not ready after {READY_S:.0f} s: {states}")
             time.sleep(POLL_S)
 
 
 def _client(node: RedisServer) -> Any:
-    """A client that waits briefly and never retries."""
+    """A client with a short timeout and without retries."""
     return node.client(socket_timeout=1, retry=None, protocol=2)
 
 
 def _knows(node: RedisServer) -> int:
-    """How many nodes a node knows, itself included; a handshake is not yet an acquaintance."""
-    told = _client(node).execute_command("CLUSTER NODES").values()
-    return sum("handshake" not in other["flags"] for other in told)
+    """How many nodes a node knows, including itself. Nodes in a handshake do not count."""
+    known = _client(node).execute_command("CLUSTER NODES").values()
+    return sum("handshake" not in other["flags"] for other in known)
 
 
 def _state(node: RedisServer) -> dict[str, Any] | None:
-    """What a node says of itself; None if it is down."""
+    """A node's cluster and replication state; None if the node is down."""
     try:
         return {**_client(node).execute_command("CLUSTER INFO"), **_client(node).info("replication")}
     except DOWN:

@@ -1,4 +1,4 @@
-"""One connection through the fault proxy: what is on its way, and how it ends."""
+"""One connection through the fault proxy: its bytes in transit, and its end."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from kvlab.testbed.resp import Splitter
 
-AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets
+AT_ONCE = struct.pack("ii", 1, 0)  # a value of SO_LINGER with which close() sends RST
 TICK_S = 0.001
-ARRIVAL_S = 5.0  # for bytes to arrive before a reset
+ARRIVAL_S = 5.0  # the longest wait for bytes to arrive before a reset
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a connection is ended in the middle of an answer, and what is called then."""
+    """How a connection is closed in the middle of an answer (`reset`: by RST), and a function that is called before."""
 
     reset: bool
     call: Callable[[], object]
@@ -27,25 +27,25 @@ class Cut:
 
 @dataclass
 class Link:
-    """One client's connection, and the proxy's own to the server."""
+    """One client's connection, and the proxy's connection to the server for this client."""
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     commands: Splitter = field(default_factory=Splitter)
     replies: Splitter = field(default_factory=Splitter)
     client_spoke_last: bool = False
-    owed: int = 0  # commands without their reply
-    taken: int = 0  # answer bytes that are to be sent, ever
-    sent: int = 0  # of these
-    ends: deque[int] = field(default_factory=deque)  # where replies end, on the scale of `sent`
-    plan: str = ""  # what is done to the reply that is coming in
-    kept: bytes = b""  # of that reply
-    parked: bytes = b""  # a reply that goes out after the next one
-    cut: Cut | None = None  # nothing passes after this
+    owed: int = 0  # commands without a complete reply
+    taken: int = 0  # total of answer bytes to be sent
+    sent: int = 0  # total of answer bytes sent
+    ends: deque[int] = field(default_factory=deque)  # values of `sent` at which replies end
+    plan: str = ""  # the fault of the reply that is being received: "double", "swap" or none
+    kept: bytes = b""  # the received part of this reply
+    parked: bytes = b""  # a reply that is sent after the next one
+    cut: Cut | None = None  # if set, no further bytes pass
 
 
 class Lane:
-    """The bytes on their way in one direction of a link, in order, each with the time when it is due."""
+    """The bytes in transit in one direction of a link, in pieces, each with the time at which it is due."""
 
     def __init__(self) -> None:
         self.items: deque[tuple[float, bytes]] = deque()
@@ -54,7 +54,7 @@ class Lane:
         self.more, self.less = asyncio.Event(), asyncio.Event()
 
     def put(self, due: float, data: bytes) -> None:
-        """Add what came in; b"" is the end."""
+        """Add received bytes; b"" marks the end."""
         self.items.append((due, data))
         self.bytes += len(data)
         self.more.set()
@@ -83,7 +83,7 @@ def end(writer: asyncio.StreamWriter | None, reset: bool) -> None:
 
 
 async def arrived(writer: asyncio.StreamWriter) -> None:
-    """Wait until everything written lies at the other end: a reset would throw away what is under way."""
+    """Wait until the other end has received all written bytes: a reset would discard bytes in transit."""
     loop = asyncio.get_running_loop()
     end = loop.time() + ARRIVAL_S
     while loop.time() < end and (writer.transport.get_write_buffer_size() or _unacknowledged(writer)):
@@ -91,8 +91,8 @@ async def arrived(writer: asyncio.StreamWriter) -> None:
 
 
 def _unacknowledged(writer: asyncio.StreamWriter) -> int:
-    """Bytes in the kernel that the other end has not got."""
-    import fcntl  # not on Windows, where everything else here works
+    """Bytes in the kernel that the other end has not acknowledged."""
+    import fcntl  # imported here, because Windows has neither module
     import termios
 
     number = writer.get_extra_info("socket").fileno()

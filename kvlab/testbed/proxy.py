@@ -1,13 +1,14 @@
-"""A TCP proxy in front of a server, which does to a connection what networks do to it.
+"""A TCP proxy in front of a server, which injects network faults.
 
     with RedisServer() as server, FaultProxy(server.port) as proxy:
         store = RedisStore(proxy.url)
         proxy.latency_s = 0.1
         proxy.truncate(1000, reset=True)
 
-States are attributes, set and cleared at any time. What happens once, at a byte or a reply counted from
-now on, is a method; `fired` counts these, so that a test can see that its fault took place. Everything
-runs in one thread, which ends with the `with` block. Times are lower bounds: a busy machine adds to them.
+Lasting faults are attributes, which can change at any time. One-time faults are methods; their position is
+a byte or a reply, counted from the call. `fired` counts one-time faults, so that a test can check that its
+fault occurred. The proxy runs in one thread until the `with` block ends. Times are lower bounds: a busy
+machine adds to them.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from typing import Any, Self
 from kvlab.testbed.link import AT_ONCE, TICK_S, Cut, Lane, Link, arrived, end
 
 READ_BYTES = 256 * 1024
-ROOM_BYTES, LATE_ROOM_BYTES = 256 * 1024, 64 * 1024 * 1024  # on their way through the proxy, per direction
-STEP_S = 0.01  # a limited bandwidth is passed on in portions of this long
-END_S = 5.0  # for a call into the proxy's thread
+ROOM_BYTES, LATE_ROOM_BYTES = 256 * 1024, 64 * 1024 * 1024  # buffer limits per direction, without and with latency
+STEP_S = 0.01  # a limited bandwidth is applied to portions of this duration
+END_S = 5.0  # timeout of a call into the proxy's thread
 
 
 class FaultProxy:
-    """Listens on a free loopback port and passes everything on to `upstream`, a port of `host`.
+    """Listens on a free loopback port and forwards all bytes to `upstream`, a port of `host`.
 
-    Attributes, all of which hold for open connections too:
-        latency_s: each answer comes so much later. What follows closely comes as closely.
-        jitter_s: and up to this much more, drawn anew for each read, from `seed`.
-        bandwidth: of the answers, bytes per second. None: no limit.
-        upload_bandwidth: of the commands.
-        slices: (n, t): at most n bytes of the answers every t seconds.
-        hold: answers wait until this is False again.
-        blackhole: connections are accepted, nothing passes either way. Afterwards it all does, as TCP sends again.
-        reset: new connections are accepted and reset.
-        refuse: new connections are refused; the port stays ours.
-        accepted: connections, those reset included.
-        bytes_up, bytes_down: passed on to the server, to the client.
-        fired: how often each one-time fault took place.
+    Attributes, which also apply to open connections:
+        latency_s: delay of the answers. Their distances in time do not change.
+        jitter_s: maximum of an additional random delay, drawn for each read from `seed`.
+        bandwidth: limit for the answers in bytes per second. None: no limit.
+        upload_bandwidth: the same for the commands.
+        slices: (n, t): at most n bytes of the answers per t seconds.
+        hold: if True, answers wait until this is False.
+        blackhole: if True, connections are accepted, but no bytes pass. The bytes pass later, as TCP resends them.
+        reset: if True, new connections are accepted and reset.
+        refuse: if True, new connections are refused; the proxy keeps its port.
+        accepted: number of accepted connections, including reset ones.
+        bytes_up, bytes_down: number of bytes sent to the server and to clients.
+        fired: how often each one-time fault occurred.
     """
 
     def __init__(self, upstream: int, seed: int = 0, host: str = "127.0.0.1") -> None:
@@ -55,20 +56,20 @@ class FaultProxy:
         self.reset_counts()
         self.port = 0
         self._random = random.Random(seed)
-        self._passed = 0  # answer bytes ever: the scale of `_marks`
+        self._passed = 0  # total of answer bytes; `_marks` use the same count
         self._marks: list[tuple[int, str, Callable[[Link], object]]] = []
-        self._flip_mask = 0  # for the next byte
-        self._replies = 0  # begun: the scale of `_plans`
+        self._flip_mask = 0  # bits to flip in the next byte
+        self._replies = 0  # total of replies that have begun; `_plans` uses the same count
         self._plans: dict[int, str] = {}
         self._links: list[Link] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._wrong: list[BaseException] = []
+        self._errors: list[BaseException] = []
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
 
-    # --- what a test does -----------------------------------------------------------------------
+    # --- for tests ------------------------------------------------------------------------------
     @property
     def url(self) -> str:
         """The proxy's address, for a Redis without TLS."""
@@ -76,7 +77,7 @@ class FaultProxy:
 
     @property
     def open_connections(self) -> int:
-        """Connections of clients that neither side has ended."""
+        """Number of client connections that neither side has closed."""
         return len(self._links)
 
     @property
@@ -91,57 +92,59 @@ class FaultProxy:
             self._call(self._shut() if on else self._listen())
 
     def truncate(self, n: int, reset: bool = False, call: Callable[[], object] = int) -> None:
-        """After n more answer bytes, call (say, `server.kill`) and end that connection, by FIN or RST.
+        """After n more answer bytes, call a function (for example `server.kill`) and close the connection.
 
-        The n bytes arrive and nothing after them. With n = 0 that is when the next answer would have begun.
+        The connection is closed by RST if `reset`, otherwise by FIN. The n bytes arrive, and no bytes after
+        them. With n = 0 the connection is closed when the next answer would begin.
         """
         self._mark(n, "truncate", lambda link: setattr(link, "cut", Cut(reset, call)))
 
     def flip(self, n: int, bit: int = 0) -> None:
-        """Flip one bit of answer byte n, counted from 0 and from now."""
+        """Flip one bit of answer byte n; byte 0 is the next byte."""
         self._mark(n, "flip", lambda link: setattr(self, "_flip_mask", 1 << bit))
 
     def after(self, n: int, call: Callable[[], object]) -> None:
-        """Call when n more answer bytes have passed; then go on. `call` runs in the proxy's thread."""
+        """Call a function after n more answer bytes. The function runs in the proxy's thread."""
         self._mark(n, "after", lambda link: call())
 
     def double(self, k: int = 0) -> None:
-        """Send reply k twice, counted from 0 and from the next reply that begins."""
+        """Send reply k twice; reply 0 is the next reply that begins."""
         self._call(self._plan(k, "double"))
 
     def swap(self, k: int = 0) -> None:
-        """Send reply k after the reply that follows it on its connection."""
+        """Send reply k, counted as in `double`, after the next reply on the same connection."""
         self._call(self._plan(k, "swap"))
 
     def drop(self, reset: bool = True) -> None:
-        """End every open connection now."""
+        """Close every open connection now, by RST if `reset`."""
         self._call(self._drop(reset))
 
     def heal(self) -> None:
-        """No fault any more, present or to come."""
+        """Remove every present and planned fault."""
         self._set_no_faults()
         self._call(self._forget())
         self.refuse = False
 
     def round_trips(self) -> int:
-        """How often a client sent after it was sent something, or for the first time.
+        """How often clients sent for the first time or for the first time after an answer.
 
-        Exact where a client sends everything before it gets anything. In a long pipeline early replies come
-        while later commands are still going out, and each change of direction counts; `exchanges` counts none.
+        The number is exact if a client sends all commands before it receives an answer. In a long pipeline,
+        early replies arrive while later commands are being sent. Each change of direction counts here, but
+        not in `exchanges`.
         """
         return self._round_trips
 
     def exchanges(self) -> int:
-        """How often a client sent when no reply was owed to it: round trips that were waited for (RESP only)."""
+        """How often clients sent while no reply was outstanding: the round trips that they waited for (RESP only)."""
         return self._exchanges
 
     def reset_counts(self) -> None:
-        """Count from zero: connections, bytes, round trips, faults fired. What is open stays open."""
+        """Set all counters to zero: connections, bytes, round trips, faults. Open connections stay open."""
         self.accepted = self.bytes_up = self.bytes_down = 0
         self._round_trips = self._exchanges = 0
         self.fired = Counter()
 
-    # --- beginning and end ----------------------------------------------------------------------
+    # --- start and stop -------------------------------------------------------------------------
     def __enter__(self) -> Self:
         self._thread.start()
         self._call(self._listen())
@@ -152,8 +155,8 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        if self._wrong and error is None:
-            raise RuntimeError("the proxy itself failed") from self._wrong[0]
+        if self._errors and error is None:
+            raise RuntimeError("the proxy itself failed") from self._errors[0]
 
     def _set_no_faults(self) -> None:
         self.latency_s = self.jitter_s = 0.0
@@ -163,8 +166,8 @@ class FaultProxy:
         self.hold = self.blackhole = self.reset = False
 
     def _call(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in the proxy's thread, so that nothing passes meanwhile."""
-        if threading.current_thread() is self._thread:  # from a callback, which must not wait for itself
+        """Run in the proxy's thread, so that no bytes pass at the same time."""
+        if threading.current_thread() is self._thread:  # a callback must not wait for its own thread
             self._start(work)
         else:
             asyncio.run_coroutine_threadsafe(work, self._loop).result(END_S)
@@ -181,19 +184,19 @@ class FaultProxy:
         await asyncio.wait([self._accepting])
         self._accepting = None
         self._listener.close()
-        self._listener = _bound(self.port)  # bound and not listening: refused, and nobody else's
+        self._listener = _bound(self.port)  # bound, not listening: refuses connections, keeps the port
 
     async def _close(self) -> None:
         if not self.refuse:
             await self._shut()
         assert self._listener is not None
         self._listener.close()
-        await asyncio.sleep(0)  # a task that is cancelled before it began would not close its connection
+        await asyncio.sleep(0)  # a task that is cancelled before its start would not close its connection
         await self._drop(reset=True)
         for task in (waiting := list(self._tasks)):
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        await asyncio.sleep(STEP_S)  # closed transports let go of their sockets a little later
+        await asyncio.sleep(STEP_S)  # closed transports release their sockets a little later
 
     async def _drop(self, reset: bool) -> None:
         for link in list(self._links):
@@ -215,18 +218,18 @@ class FaultProxy:
         self._plans[self._replies + k] = what
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(self._quietly(work))
+        task = self._loop.create_task(self._collecting_errors(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _quietly(self, work: Coroutine[Any, Any, None]) -> None:
-        """A broken connection is what this is for; anything else is told when the proxy ends."""
+    async def _collecting_errors(self, work: Coroutine[Any, Any, None]) -> None:
+        """Ignore broken connections, which are expected; keep other errors for `__exit__`."""
         try:
             with contextlib.suppress(OSError):
                 await work
         except Exception as error:
-            self._wrong.append(error)
+            self._errors.append(error)
 
     # --- one connection -------------------------------------------------------------------------
     async def _accept(self, listener: socket.socket) -> None:
@@ -237,7 +240,7 @@ class FaultProxy:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
                 connection.close()
             else:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent in two goes out in two
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # two sends stay two segments
                 self._start(self._serve(connection))
 
     async def _serve(self, connection: socket.socket) -> None:
@@ -278,7 +281,7 @@ class FaultProxy:
                     lane.less.clear()
                     await lane.less.wait()
         finally:
-            lane.put(self._loop.time() + delay(), b"")  # the end comes after what came before it
+            lane.put(self._loop.time() + delay(), b"")  # the end has the same delay as the data
 
     async def _pass_commands(self, link: Link, lane: Lane) -> None:
         assert link.server is not None
@@ -314,7 +317,7 @@ class FaultProxy:
         return min(portion, _per_step(self.bandwidth))
 
     def _pass_some(self, link: Link, view: memoryview) -> int:
-        """Pass on what comes before the next byte at which something happens. Returns how many bytes."""
+        """Send the bytes before the next byte with a fault. Returns the number of bytes."""
         self._fire(link)
         if link.cut is not None:
             return 0
@@ -322,7 +325,7 @@ class FaultProxy:
         if self._flip_mask:
             view = memoryview(bytes([view[0] ^ self._flip_mask]))
             size, self._flip_mask = 1, 0
-        self._count(link, size)  # first: whoever has got a byte may look at the counters
+        self._count(link, size)  # before the write: a test that receives a byte may read the counters
         link.client.write(view[:size])
         self._fire(link)
         return size
@@ -337,7 +340,7 @@ class FaultProxy:
         self.bytes_down += size
 
     def _fire(self, link: Link) -> None:
-        """Do what is due at this byte."""
+        """Run the actions that are due at this byte."""
         due = [mark for mark in self._marks if mark[0] <= self._passed]
         self._marks = [mark for mark in self._marks if mark[0] > self._passed]
         for _, name, act in due:
@@ -345,18 +348,18 @@ class FaultProxy:
             act(link)
 
     async def _cut_off(self, link: Link, cut: Cut, reader: asyncio.StreamReader) -> None:
-        """End a connection whose answer was cut: what was passed on arrives first."""
+        """Close a connection whose answer was cut, after the sent bytes have arrived."""
         await arrived(link.client)
         cut.call()
         end(link.server, reset=True)
         if cut.reset:
             return end(link.client, reset=True)
-        link.client.write_eof()  # closing while commands lie unread would be a reset
+        link.client.write_eof()  # close() with unread commands would send RST
         while await reader.read(READ_BYTES):
             pass
 
     def _rearranged(self, link: Link, data: bytes) -> bytes:
-        """Answers as they go out: replies doubled and swapped as planned."""
+        """The answers to send, with replies doubled and swapped as planned."""
         out, begins = [], link.replies.between
         for piece, ends in link.replies.split(data):
             if begins:
@@ -370,7 +373,7 @@ class FaultProxy:
         return b"".join(out)
 
     def _as_planned(self, link: Link, piece: bytes, ends: bool) -> bytes:
-        """Keep a reply until it is whole, then give what goes out in its place."""
+        """Keep a reply until it is complete, then return the bytes to send instead."""
         link.kept += piece
         if not ends:
             return b""
@@ -395,7 +398,7 @@ class FaultProxy:
     async def _pace(
         self, lane: Lane, size: int, bandwidth: float | None, slices: tuple[int, float] | None = None
     ) -> None:
-        """Wait until the lane may carry so many bytes."""
+        """Wait until `size` bytes may pass the lane."""
         if (wait := lane.free_at - self._loop.time()) > 0:
             await asyncio.sleep(wait)
         now = self._loop.time()
@@ -403,7 +406,7 @@ class FaultProxy:
         if slices:
             lane.free_at = now + max(slices[1], cost)
         else:
-            lane.free_at = max(lane.free_at, now - STEP_S) + cost  # what a late wake-up lost is made up for
+            lane.free_at = max(lane.free_at, now - STEP_S) + cost  # compensates for a late wake-up
 
 
 def _per_step(bandwidth: float | None) -> int:

@@ -1,8 +1,8 @@
-"""A master with replicas that three sentinels watch: real processes on loopback, in sync.
+"""A master with replicas in sync and three sentinels: real processes on loopback.
 
 with RedisSentinel() as group:
     group.master.kill()
-    group.wait_until_ok()  # group.master is another one now
+    group.wait_until_ok()  # now group.master is another server
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import redis
 from kvlab.errors import KVLabError
 from kvlab.testbed.server import HOST, RedisServer
 
-NAME = "kvlab"  # of the group, as the sentinels know it
+NAME = "kvlab"  # of the group, in the sentinels' configuration
 SENTINELS = 3
 READY_S = 60.0
 POLL_S = 0.05
@@ -28,12 +28,12 @@ class RedisSentinel:
     """One master, `replicas` replicas and three sentinels, two of which must agree that the master is down.
 
     Args:
-        arguments: further options of master and replicas, as on their command line.
-        down_after_ms: after so long without an answer a sentinel takes the master for dead.
+        arguments: further command-line options of master and replicas.
+        down_after_ms: a sentinel considers a master down after this time without an answer.
 
     Attributes:
-        nodes: master and replicas, the first master first. They stay in this list when they are killed.
-        sentinels: the three.
+        nodes: master and replicas, the initial master first. Killed servers stay in this list.
+        sentinels: the three sentinels.
     """
 
     def __init__(self, *arguments: str, replicas: int = 2, down_after_ms: int = 1000) -> None:
@@ -44,12 +44,12 @@ class RedisSentinel:
 
     @property
     def url(self) -> str:
-        """Address of whatever the sentinels say is the master."""
+        """URL of the group, which lists every sentinel."""
         return f"redis-sentinel://{','.join(f'{HOST}:{sentinel.port}' for sentinel in self.sentinels)}/{NAME}"
 
     @property
     def master(self) -> RedisServer:
-        """The master, as the first sentinel says that is up.
+        """The master according to the first sentinel that is up.
 
         Raises:
             KVLabError: no sentinel is up.
@@ -61,26 +61,26 @@ class RedisSentinel:
         raise KVLabError("no sentinel is up")
 
     def wait_until_ok(self) -> None:
-        """Wait until the sentinels and every node that is up agree, and replicas are in sync.
+        """Wait until the sentinels and every node that is up agree on the master, and replicas are in sync.
 
         Raises:
-            KVLabError: it is not so within a minute.
+            KVLabError: the group does not reach this state within a minute.
         """
         give_up = time.monotonic() + READY_S
         while not self._is_ok():
             if time.monotonic() > give_up:
-                raise KVLabError(f"the group does not come up within {READY_S:.0f} s")
+                raise KVLabError(f"the group is not ready after {READY_S:.0f} s")
             time.sleep(POLL_S)
 
     def __enter__(self) -> Self:
-        with self._stack as stack:  # ends what was started if a later one does not come up
+        with self._stack as stack:  # stops the started servers if a later one does not start
             first = stack.enter_context(RedisServer(*self._arguments))
             self.nodes.append(first)
             following = ("--replicaof", f"{HOST} {first.port}", "--repl-diskless-sync-delay", "0")
             for _ in range(self._replicas):
                 self.nodes.append(stack.enter_context(RedisServer(*following, *self._arguments)))
             for _ in range(SENTINELS):
-                self.sentinels.append(stack.enter_context(RedisServer("--sentinel", config=self._watching(first))))
+                self.sentinels.append(stack.enter_context(RedisServer("--sentinel", config=self._config(first))))
             self.wait_until_ok()
             self._stack = stack.pop_all()
         return self
@@ -88,7 +88,7 @@ class RedisSentinel:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def _watching(self, master: RedisServer) -> str:
+    def _config(self, master: RedisServer) -> str:
         """A sentinel's configuration file."""
         return (
             f"sentinel monitor {NAME} {HOST} {master.port} 2\n"
@@ -97,7 +97,7 @@ class RedisSentinel:
         )
 
     def _is_ok(self) -> bool:
-        """Every sentinel names one master, knows the others, and the master's replicas follow it."""
+        """Whether all sentinels know each other, the replicas and one master, and the nodes that are up follow it."""
         try:
             masters = {_named_master(sentinel) for sentinel in self.sentinels}
             others = [len(_ask(sentinel, "SENTINELS")) for sentinel in self.sentinels]
@@ -116,19 +116,19 @@ class RedisSentinel:
 
 
 def _ask(sentinel: RedisServer, question: str) -> list[Any]:
-    """What SENTINEL answers, as it comes from the wire."""
+    """The unparsed reply to a SENTINEL command."""
     client: Any = sentinel.client(socket_timeout=1, retry=None)
     client.response_callbacks.clear()
     return list(client.execute_command("SENTINEL", question, NAME))
 
 
 def _named_master(sentinel: RedisServer) -> int:
-    """The port of the master, as a sentinel says."""
+    """The port of the master according to a sentinel."""
     return int(_ask(sentinel, "GET-MASTER-ADDR-BY-NAME")[1])
 
 
 def _role(node: RedisServer) -> dict[str, Any] | None:
-    """What a node says of itself; None if it is down."""
+    """A node's replication state; None if the node is down."""
     try:
         return dict(node.client(socket_timeout=1, retry=None).info("replication"))
     except DOWN:

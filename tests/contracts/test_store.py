@@ -278,11 +278,11 @@ def test_keys_that_are_no_bytes_are_a_clear_error(make: Callable[[], Store]) -> 
 def test_batches_of_unequal_length_are_refused_and_change_nothing(store: Store) -> None:
     store.put_many([b"a"], [b"one"])
     before = store.stats()
-    with pytest.raises(InputError, match="2 keys and 1"):
+    with pytest.raises(InputError, match="2 keys"):
         store.put_many([b"a", b"b"], [b"two"])
-    with pytest.raises(InputError, match="1 keys and 2"):
+    with pytest.raises(InputError, match="1 keys"):
         store.get_many([b"a"], buffers(3, 3))
-    with pytest.raises(InputError, match="1 keys and 0"):
+    with pytest.raises(InputError, match="1 keys"):
         store.get_many([b"a"], [])
     assert store.stats() == before
     assert store.get_many([b"a", b"b"]) == [b"one", None]

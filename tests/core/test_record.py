@@ -298,5 +298,5 @@ def test_keys_of_other_lengths_are_refused(key: bytes) -> None:
     [("float32", "raw"), ("fp8", "raw"), ("", "raw"), ("fp32", "lz4"), ("fp32", ""), ("fp32", 2)],
 )
 def test_formats_that_do_not_exist_are_refused(precision: str, codec: str) -> None:
-    with pytest.raises(ConfigError, match="expected a"):
+    with pytest.raises(ConfigError, match="expected one of the"):
         Format(precision, codec)

@@ -18,7 +18,7 @@ from kvlab.core import record
 from kvlab.core.codecs import CODECS
 from kvlab.core.precisions import PRECISIONS
 from kvlab.core.record import KIND_TEXT, Format
-from kvlab.core.seals import AesGcm, Broken, Xxh3
+from kvlab.core.seals import AesGcm, BadSeal, Xxh3
 from kvlab.errors import ConfigError
 from tests.core.make_golden import GOLDEN, GOLDEN_KEY, golden_tensor
 from tests.harness.helpers import KEY, encoded, flipped, reason_of, resealed, same_bits, tampered
@@ -325,7 +325,7 @@ def test_new_records_take_the_key_id_that_was_named() -> None:
         assert value[12:16] == struct.pack("<I", key_id)
         for reader in (old, new):
             assert same_bits(decoded(value, Format("fp32", "raw", reader)), golden_tensor())
-    with pytest.raises(ConfigError, match="key id to write with"):
+    with pytest.raises(ConfigError, match="key id for new records"):
         AesGcm(keys, key_id=3)
 
 
@@ -360,7 +360,7 @@ def test_the_checksum_covers_head_and_payload_and_its_own_zeros(data: bytes, at:
     assert field[8:] == bytes(24)
     at %= 96 + 32 + len(data)
     changed = flipped(head + field + data, at, mask)
-    with pytest.raises(Broken) as refused:
+    with pytest.raises(BadSeal) as refused:
         seal.open(changed[:96], changed[96:128], memoryview(changed[128:]), 0)
     assert refused.value.reason == "checksum"
 

@@ -370,8 +370,8 @@ def test_fp16_storage_changes_few_tokens(model: Llama, spec: KVSpec, prompts: Pr
         ([97], 4, "0 … 96, got 97"),
         ([0.5], 4, "integer tokens"),
         ([1] * 250, 7, "context is 256 tokens"),
-        ([1], 0, "at least one new token, got 0"),
-        ([1], -1, "at least one new token"),
+        ([1], 0, "whole number of at least 1, got 0"),
+        ([1], -1, "whole number of at least 1"),
     ],
     ids=lambda x: repr(x)[:20],
 )

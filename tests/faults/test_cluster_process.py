@@ -212,9 +212,9 @@ def test_interrupts_at_any_moment_of_a_get(book: Book, cluster: RedisCluster) ->
         assert set(store.stats().faults) <= {"timeout"} and not store.stats().misses
         store._topology._hinted = True  # type: ignore[attr-defined]
         time.sleep(0.6)
-        asked_at = store._topology._asked_at  # type: ignore[attr-defined]
+        asked_at = store._topology._requested_at  # type: ignore[attr-defined]
         assert all(ask(store, KEYS, SIZE))
-        assert store._topology._asked_at > asked_at, "nobody may ask for the map any more"  # type: ignore[attr-defined]
+        assert store._topology._requested_at > asked_at, "nobody may ask for the map any more"  # type: ignore[attr-defined]
         row.seen = dict(seen)
         check_all_there(store)
 

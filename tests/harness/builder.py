@@ -1,4 +1,4 @@
-"""The build script as a module. It is a command and no part of the package, so it is loaded by its path."""
+"""The build script as a module. The script is not part of the package and is therefore loaded by its path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_script(name: str) -> Any:
-    """A script of this repository as a module."""
+    """Load a script of this repository as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

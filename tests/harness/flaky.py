@@ -1,12 +1,12 @@
-"""A store that cannot be trusted, in the same process: what it does wrong follows from its seed.
+"""A store in the same process with random faults, which follow from a seed.
 
     store = FlakyStore(RedisStore(server.url), seed=1, p=0.1)
     cache = DistributedKVCache(store=store, …)
     store.did        # Counter(lost=12, flip=3, cut=5, …)
-    store.p = 0      # from now on it behaves
+    store.p = 0      # no further faults
 
-It never raises and never waits: proxies and stopped servers do that better. Equal seeds and equal calls give
-equal faults; with several threads the order of the calls decides.
+The store never raises and never waits; the fault proxy and stopped servers test these cases. Equal seeds and
+equal calls give equal faults. With several threads the faults depend on the order of the calls.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from kvlab.stores import Health, Store, StoreStats, Value
 from kvlab.stores.base import check_buffers, check_pairs, joined
 
 DAMAGES = ("flip", "cut", "swap", "foreign")
-REMEMBERED = 64  # values of other keys to swap with
+REMEMBERED = 64  # number of values that are kept for swaps
 
 
 class FlakyStore(Store):
-    """Passes calls on to another store; each value, key or answer goes wrong with probability `p`.
+    """Forwards calls to another store; each value, key or answer has a fault with probability `p`.
 
-    What goes wrong:
-        lost: a value that is there is a miss ("lost").
-        dropped: a put does not take place ("dropped"). What was there before stays.
-        flip, cut, swap, foreign: a value comes back with a flipped bit, shortened, as that of another key, or as
-            bytes that are no record; or is put like that, and stays so (put_flip, put_cut, …).
-        probe, touch: a lie about how many keys or which keys are there.
-        undeleted: a delete does not take place.
+    Faults:
+        lost: a stored value is a miss ("lost").
+        dropped: a put is not executed ("dropped"). The previous value stays.
+        flip, cut, swap, foreign: a returned value has a flipped bit, is shortened, is the value of another key,
+            or is not a record. put_flip, put_cut, …: the same fault in a value that is put and then stored.
+        probe, touch: a wrong number of keys, or a wrong answer for one key.
+        undeleted: a delete is not executed.
 
     Args:
-        inner: what it stands in front of; closed together with this.
-        seed: of everything random here.
-        p: 0 is a store that behaves.
+        inner: the other store, which `close` closes.
+        seed: seed of the faults.
+        p: probability of a fault; 0: no faults.
 
     Attributes:
-        did: how often it did what.
+        did: number of faults by kind.
     """
 
     def __init__(self, inner: Store, seed: int = 0, p: float = 0.1) -> None:
@@ -57,38 +57,38 @@ class FlakyStore(Store):
     ) -> list[bytes | memoryview | None]:
         """See `Store.get_many`."""
         check_buffers(keys, out)
-        whys: list[str] = []
-        got = self.inner.get_many(keys, out, whys)
+        found: list[str] = []
+        got = self.inner.get_many(keys, out, found)
         with self._lock:
             for i, value in enumerate(got):
                 if value is not None:
-                    got[i], whys[i] = self._spoilt_answer(keys[i], value, None if out is None else out[i])
-            misses = Counter(filter(None, whys))
+                    got[i], found[i] = self._faulty_answer(keys[i], value, None if out is None else out[i])
+            misses = Counter(filter(None, found))
             self._stats.requested += len(keys)
             self._stats.misses += misses
             self._stats.hits += len(keys) - misses.total()
             self._stats.bytes_out += sum(len(value) for value in got if value is not None)
         if reasons is not None:
-            reasons += whys
+            reasons += found
         return got
 
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`."""
         check_pairs(keys, values, "value")
-        sent: dict[bytes, bytes] = {}  # of a key put twice the last value counts, as in any store
+        sent: dict[bytes, bytes] = {}  # if a key is put twice, the last value counts, as in any store
         with self._lock:
             dropped = 0
             for key, value in zip(keys, values, strict=True):
-                if self._strikes("dropped"):
+                if self._fails("dropped"):
                     dropped += 1
                     continue
-                sent[key] = self._spoilt(key, joined(value), "put_") if self._strikes() else joined(value)
+                sent[key] = self._damaged(key, joined(value), "put_") if self._fails() else joined(value)
                 self._remember(key, joined(value))
         before = self.inner.stats().drops
         stored = self.inner.put_many(list(sent), list(sent.values()))
         with self._lock:
             twice = len(keys) - dropped - len(sent)
-            drops = self.inner.stats().drops - before  # right for one writer at a time; the sum is right for all
+            drops = self.inner.stats().drops - before  # reasons are exact with one writer, the sum always is
             if stored + drops.total() != len(sent):
                 drops = Counter(inner=len(sent) - stored)
             self._stats.offered += len(keys)
@@ -99,28 +99,28 @@ class FlakyStore(Store):
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`."""
-        told = self.inner.probe(keys)
+        answer = self.inner.probe(keys)
         with self._lock:
-            return self._random.randint(0, len(keys)) if self._strikes("probe") else told
+            return self._random.randint(0, len(keys)) if self._fails("probe") else answer
 
     def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Store.touch_many`."""
-        told = self.inner.touch_many(keys)
+        answers = self.inner.touch_many(keys)
         with self._lock:
-            return [there != self._strikes("touch") for there in told]
+            return [answer != self._fails("touch") for answer in answers]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
         with self._lock:
-            kept = [key for key in keys if not self._strikes("undeleted")]
+            kept = [key for key in keys if not self._fails("undeleted")]
         return self.inner.delete_many(kept)
 
     def health(self) -> Health:
-        """See `Store.health`: that of the inner store."""
+        """See `Store.health`: the health of the inner store."""
         return self.inner.health()
 
     def stats(self) -> StoreStats:
-        """See `Store.stats`: as its caller sees it. Faults are those of the inner store."""
+        """See `Store.stats`: the counts include the faults of this class; `faults` comes from the inner store."""
         with self._lock:
             made = copy.deepcopy(self._stats)
         made.faults = self.inner.stats().faults
@@ -130,23 +130,23 @@ class FlakyStore(Store):
         """See `Store.close`."""
         self.inner.close()
 
-    def _strikes(self, what: str = "") -> bool:
-        """Whether something goes wrong here. Draws a number even if nothing can: the rest of the run stays the same."""
+    def _fails(self, what: str = "") -> bool:
+        """Whether a fault occurs here. A number is also drawn if `p` is 0, so that the sequence stays the same."""
         wrong = self._random.random() < self.p
         if wrong and what:
             self.did[what] += 1
         return wrong
 
-    def _spoilt_answer(
+    def _faulty_answer(
         self, key: bytes, value: bytes | memoryview, out: memoryview | None
     ) -> tuple[bytes | memoryview | None, str]:
         whole = bytes(value)
         self._remember(key, whole)
-        if self._strikes("lost"):
+        if self._fails("lost"):
             return None, "lost"
-        if not self._strikes():
+        if not self._fails():
             return value, ""
-        whole = self._spoilt(key, whole, "")
+        whole = self._damaged(key, whole, "")
         if out is None:
             return whole, ""
         room = out.cast("B")
@@ -155,8 +155,8 @@ class FlakyStore(Store):
         room[: len(whole)] = whole
         return room[: len(whole)], ""
 
-    def _spoilt(self, key: bytes, value: bytes, when: str) -> bytes:
-        """A value as it should not be; never the value itself."""
+    def _damaged(self, key: bytes, value: bytes, when: str) -> bytes:
+        """A damaged value, which differs from the original."""
         how = self._random.choice(DAMAGES)
         others = [other for other, its in self._seen.items() if other != key and its != value]
         if (how == "swap" and not others) or (how in ("flip", "cut") and not value):

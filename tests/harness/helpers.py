@@ -1,4 +1,4 @@
-"""What several test modules build: small models, KV whose values every precision holds, tampered records."""
+"""Helpers of several test modules: small models, KV with exact values, tampered records."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def config_json(model: Llama) -> dict[str, Any]:
 
 
 def own_weights(model: Llama) -> dict[str, Tensor]:
-    """The weights that a folder holds: without the copy of a tied embedding."""
+    """The weights of a model folder, without the copy of a tied embedding."""
     tied = model.config.tie_word_embeddings
     return {n: t.clone() for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
 
@@ -86,24 +86,24 @@ def save_folder(model: Llama, folder: Path) -> Path:
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Change fields of a JSON object on disk; `...` removes one."""
+    """Change fields of a JSON object on disk; the value `...` removes a field."""
     content = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
 
 def small_spec(model: int = 0) -> KVSpec:
-    """L 2, H 2, D 4, FP32; models of different numbers have different fingerprints."""
+    """A spec with L = 2, H = 2, D = 4 in FP32; each number `model` gives a different fingerprint."""
     return KVSpec(layers=2, heads=2, head_dim=4, dtype=torch.float32, fingerprint=bytes([model]) * 32)
 
 
 def exact_kv(spec: KVSpec, tokens: int, seed: int = 0) -> Tensor:
-    """[L, P, H, T, D] of values that fp32, fp16 and bf16 all hold exactly."""
+    """KV [L, P, H, T, D] with values that fp32, fp16 and bf16 represent exactly."""
     shape = (spec.layers, 2, spec.heads, tokens, spec.head_dim)
     return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).float() / 16
 
 
 def blank(spec: KVSpec, tokens: int) -> Tensor:
-    """[L, P, H, T, D] of NaN: what was not filled shows."""
+    """KV [L, P, H, T, D] of NaN, so that tests detect values that were not filled."""
     return torch.full((spec.layers, 2, spec.heads, tokens, spec.head_dim), torch.nan)
 
 
@@ -118,14 +118,14 @@ def encoded(tensor: Tensor, fmt: record.Format, key: bytes = KEY, **options: Any
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit, NaN payloads and signs of zero included."""
+    """Whether two tensors are bitwise equal, including NaN payloads and signs of zero."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
 
 
 def reason_of(value: bytes, fmt: record.Format, shape: Any = None, key: bytes = KEY, **options: Any) -> str:
-    """Why decoding refuses a value; fails if it does not."""
+    """The reason for which decoding refuses a value; fails if decoding succeeds."""
     with pytest.raises(record.BadRecord) as refused:
         record.decode(value, key, fmt, shape, **options)
     assert refused.value.reason in REASONS
@@ -133,14 +133,14 @@ def reason_of(value: bytes, fmt: record.Format, shape: Any = None, key: bytes = 
 
 
 def resealed(record: bytes) -> bytes:
-    """The record with a right checksum over whatever it now holds (written from the text of `core.record`)."""
+    """The record with a correct checksum of its present bytes (implemented from the text of `core.record`)."""
     header = record[:SEAL_AT] + bytes(32)
     checksum = xxhash.xxh3_64(header + record[HEADER_BYTES:]).intdigest()
     return record[:SEAL_AT] + checksum.to_bytes(8, "little") + bytes(24) + record[HEADER_BYTES:]
 
 
 def tampered(record: bytes, offset: int, new: bytes) -> bytes:
-    """The record with bytes replaced and the checksum made to fit: what a forger, not an accident, makes."""
+    """The record with replaced bytes and a matching checksum, as a forger makes it."""
     return resealed(record[:offset] + new + record[offset + len(new) :])
 
 
@@ -150,7 +150,7 @@ def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
 
 
 class FakeClock:
-    """A clock that only the test moves."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -159,12 +159,12 @@ class FakeClock:
         return self.now
 
     def cool_down(self) -> None:
-        """Let a breaker's cool-down pass."""
+        """Advance the clock by a breaker's cool-down."""
         self.now += 1.0
 
 
 class SpyStore(Store):
-    """Passes every call on to another store and remembers which keys were offered, in order."""
+    """Forwards every call to another store and records the keys that were put, in order."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner

@@ -1,8 +1,8 @@
-"""Lanes: which one a test belongs to, what it needs, and what became of all of its tests.
+"""Lanes: the lane of each test, the needs of a test, and the results of each lane.
 
-A lane whose program or package is missing skips, with the reason and the install command. With
-`KVLAB_REQUIRE=redis,hf` a skip of a test that needs one of these is a failure, for whatever reason it was
-skipped: that is how CI proves that its lanes ran.
+If a program or package is missing, the tests that need it are skipped, with the reason and the install command.
+With `KVLAB_REQUIRE=redis,hf`, a skip of a test that needs redis or hf for any reason is a failure. CI uses this
+setting to prove that its lanes ran.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FOLDERS = {
 BY_MARKER = ("cluster", "valkey", "browser", "hf")
 
 
-# --- what a test needs --------------------------------------------------------------------------
+# --- needs --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Need:
-    """What tests with a marker of this name need, how to see whether it is there, and how to get it."""
+    """A need of the tests with one marker: its description, a check whether it is met, and the install command."""
 
     what: str
     there: Callable[[], bool]
@@ -66,7 +66,7 @@ def needs_of(item: pytest.Item) -> list[str]:
 
 
 def skip_what_cannot_run(item: pytest.Item) -> None:
-    """Skip a test whose program or package is missing, and say how to get it."""
+    """Skip a test whose program or package is missing; the reason contains the install command."""
     for name in needs_of(item):
         need = NEEDS[name]
         if not need.there():
@@ -74,7 +74,7 @@ def skip_what_cannot_run(item: pytest.Item) -> None:
 
 
 def required(text: str) -> set[str]:
-    """What `KVLAB_REQUIRE` names. A name that is no need would require nothing, so it is an error."""
+    """The names in `KVLAB_REQUIRE`. An unknown name is an error, because it would require nothing."""
     named = {name.strip() for name in text.split(",")} - {""}
     if unknown := named - NEEDS.keys():
         raise pytest.UsageError(f"KVLAB_REQUIRE: expected {', '.join(NEEDS)}, got {', '.join(sorted(unknown))}")
@@ -82,16 +82,16 @@ def required(text: str) -> set[str]:
 
 
 def fail_what_was_required(item: pytest.Item, report: pytest.TestReport, names: set[str]) -> None:
-    """Make a failure of a skip of what is required."""
+    """Turn the skip of a required test into a failure."""
     missed = sorted(names.intersection(needs_of(item)))
     if report.skipped and missed and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped, but KVLAB_REQUIRE names {', '.join(missed)}: {report.longrepr}"
 
 
-# --- what became of them ------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------
 def lane_of(nodeid: str, markers: Iterable[str]) -> str:
-    """The lane of a test: by its folder, else by what it needs."""
+    """The lane of a test, by its folder or its markers."""
     path = nodeid.partition("::")[0]
     by_folder = next((lane for folder, lane in FOLDERS.items() if path.startswith(f"{folder}/")), None)
     by_marker = next((name for name in BY_MARKER if name in markers), None)
@@ -101,7 +101,7 @@ def lane_of(nodeid: str, markers: Iterable[str]) -> str:
 
 @dataclass
 class Lane:
-    """What became of a lane's tests. `skipped` counts reasons."""
+    """Results of a lane's tests. `skipped` counts skips by reason."""
 
     passed: int = 0
     failed: int = 0
@@ -109,7 +109,7 @@ class Lane:
     seconds: float = 0.0
 
     def count(self, report: pytest.TestReport) -> None:
-        """Take in one report of pytest: of a test's set-up, call or teardown."""
+        """Count one pytest report: a test's set-up, call or teardown."""
         self.seconds += report.duration
         if report.failed:
             self.failed += 1
@@ -120,11 +120,11 @@ class Lane:
             self.passed += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The results as a JSON-ready dict."""
         return {**vars(self), "skipped": dict(self.skipped)}
 
     def add(self, other: Mapping[str, Any]) -> None:
-        """Take in what another run counted, as `as_dict` gives it."""
+        """Add the results of another run, which are in the form of `as_dict`."""
         self.passed += other["passed"]
         self.failed += other["failed"]
         self.skipped.update(other["skipped"])
@@ -132,7 +132,7 @@ class Lane:
 
 
 def table(lanes: Mapping[str, Lane]) -> str:
-    """Lanes as text, a line each, with the reasons of skips below."""
+    """The results as text, one line per lane, with the most frequent reasons of skips below it."""
     rows = [f"{'lane':<10}{'passed':>8}{'failed':>8}{'skipped':>9}{'minutes':>9}"]
     for name, lane in lanes.items():
         counts = f"{lane.passed:>8}{lane.failed:>8}{lane.skipped.total():>9}{lane.seconds / 60:>9.1f}"

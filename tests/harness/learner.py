@@ -1,9 +1,9 @@
-"""`--impl FILE`: the classes of a learner's `mykv.py`, which the contract suites then run on too.
+"""`--impl FILE`: the contract suites also run on the classes of a learner's `mykv.py`.
 
-- A `Store` is made by `cls()`; everything is asked of it but TTLs, whose set-up is its own affair.
-- A `KVCache` is made by `cls(store=store, model=spec)`, where `store` is any `Store` and `spec` a
-  `kvlab.core.keys.KVSpec`. It keeps one value for each block, and offers blocks to the store in the order of
-  the prompt. The values that it is given survive fp16 and bf16.
+- A `Store` is created by `cls()`. The suites do not test its TTLs, because each class configures TTLs differently.
+- A `KVCache` is created by `cls(store=store, model=spec)`, where `store` is any `Store` and `spec` a
+  `kvlab.core.keys.KVSpec`. The cache must store one value per block, and put blocks in the order of the
+  prompt. fp16 and bf16 represent all values of the tests exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def learner_classes(path: str | None) -> list[type]:
     """The public classes that a learner's file defines."""
     if path is None:
         return []
-    from kvlab.course.exercises import load_answers  # only here: the course is not what most runs test
+    from kvlab.course.exercises import load_answers  # imported here, because most runs do not need the course
 
     try:
         module = load_answers(path)

@@ -1,9 +1,9 @@
-"""The two parts of a whole run: what may share the machine, and what waits for servers.
+"""The two phases of a full run: tests that run in parallel, and tests of server faults that run one after another.
 
-`--phase together`: everything that is only work, on all cores. `--phase servers`: tests that freeze and kill
-servers, with deadlines in fractions of a second, one after the other: beside each other they would share the blame.
-Either runs under pytest-xdist with `--dist loadfile --no-loadscope-reorder`: the cells of a notebook and the
-tests of a file run in one process, in order. Without the option all tests run, as they stand, in one process.
+`--phase servers`: tests in `tests/faults/` and tests with the marker `cluster`. These tests freeze and kill servers
+and have deadlines of fractions of a second; in parallel they would disturb each other. `--phase together`: all other
+tests, on all cores. Both phases use pytest-xdist with `--dist loadfile --no-loadscope-reorder`, so that the cells of
+a notebook and the tests of a file run in one process, in order. Without `--phase` all tests run in one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECONDS = {
     "tests/stores/redis/test_store.py": 15,
     "tests/model/test_digests.py": 15,
 }
-"""About how long the longest files take. Only their order depends on it; a notebook counts as 20."""
+"""Approximate seconds of the longest files, which determine only the order. A notebook counts as 20."""
 
 
 def phase_of(item: pytest.Item) -> str:
@@ -35,13 +35,13 @@ def phase_of(item: pytest.Item) -> str:
 
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of one phase, the files that take longest first: a long one at the end would run alone."""
+    """Keep the tests of one phase, with the longest files first: at the end, a long file would use one core alone."""
     phase = config.getoption("phase")
     if phase is None:
         return
     kept = [item for item in items if phase_of(item) == phase]
     config.hook.pytest_deselected(items=[item for item in items if phase_of(item) != phase])
-    items[:] = sorted(kept, key=lambda item: -_seconds(item.path))  # stable: within a file they stay as they stand
+    items[:] = sorted(kept, key=lambda item: -_seconds(item.path))  # stable: the order within a file stays
 
 
 def _seconds(file: Path) -> int:

@@ -1,7 +1,7 @@
-"""Every check of this repository, as `make test` and CI run them, and a table of what became of them.
+"""Runs every check of this repository, as `make test` and CI do, and prints a table of the results.
 
 python -m tests.harness.run            # lint, types, then all tests and notebooks: together, then servers
-python -m tests.harness.run --quick    # lint, types, and what a change of code most likely breaks: minutes
+python -m tests.harness.run --quick    # lint, types, and the quick lanes without slow tests: minutes
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHECKS = {
     "types": [["mypy", "--no-error-summary"]],
 }
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder")
-ALONE = ("-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")  # their deadlines are fractions of a second
+ALONE = ("-n", "1", "--dist", "loadfile", "--no-loadscope-reorder")  # deadlines are fractions of a second
 WHOLE = {
     TOGETHER: ("--nbval", "--phase", TOGETHER, *ON_ALL_CORES),
     SERVERS: ("--phase", SERVERS, *ALONE),
@@ -48,7 +48,7 @@ def run_all(phases: dict[str, tuple[str, ...]]) -> int:
 
 
 def _tests(minutes: dict[str, float], lanes: dict[str, Lane], name: str, options: Sequence[str]) -> bool:
-    """Run one phase; add what it counted. Returns whether it went well."""
+    """Run one phase and add its results to `lanes`. Returns whether all tests passed."""
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder) / "tally.json"
         good = _timed(minutes, name, [["pytest", *options, "--tally", str(tally)]])
@@ -59,10 +59,10 @@ def _tests(minutes: dict[str, float], lanes: dict[str, Lane], name: str, options
 
 
 def _timed(minutes: dict[str, float], name: str, commands: Sequence[Sequence[str]]) -> bool:
-    """Run Python modules one after the other until one fails. Returns whether none did."""
+    """Run Python modules one after another until one fails. Returns whether all succeeded."""
     print(f"--- {name}", flush=True)
     began = time.monotonic()
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # each: there are as many processes as cores
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # per process: pytest runs one process per core
     good = all(subprocess.run([sys.executable, "-m", *command], env=one_thread).returncode == 0 for command in commands)
     minutes[name] = (time.monotonic() - began) / 60
     return good

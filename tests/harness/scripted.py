@@ -1,4 +1,4 @@
-"""A server on loopback that misbehaves by script: only tests need one that does."""
+"""A server on loopback with scripted answers, also wrong ones, for tests only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Script = Callable[[list[bytes]], bytes | None]
 
 
 class ScriptedServer:
-    """A server on loopback that greets as Redis does and then answers as it is told.
+    """A server on loopback that accepts the greeting of a client as Redis does and then sends scripted answers.
 
     with ScriptedServer(b"HTTP/1.1 400 Bad Request\r\n") as server:
         RedisStore(server.url)
@@ -21,13 +21,13 @@ class ScriptedServer:
         ...
 
     Args:
-        answer: what it says to whatever comes in; b"" says nothing. Or a function, called with every command
-            (its name and arguments) but the greeting CLIENT SETINFO; it returns what is sent, or None to
-            close the connection. Each connection has a thread, so calls overlap if connections do.
-        hang_up: close the connection instead of going on after the first answer.
+        answer: the bytes to send for all commands; b"" sends nothing. Or a function that is called with every
+            command (name and arguments) except the greeting CLIENT SETINFO. The function returns the bytes to
+            send, or None to close the connection. Each connection has its own thread, so calls can overlap.
+        hang_up: close the connection after the first answer.
 
     Attributes:
-        commands: what the function was called with, in order.
+        commands: the commands that the function received, in order.
     """
 
     def __init__(self, answer: bytes | Script = b"", hang_up: bool = False) -> None:
@@ -45,7 +45,7 @@ class ScriptedServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         for connection in (self._listener, *self._open):
-            with contextlib.suppress(OSError):  # wakes a thread that reads from it
+            with contextlib.suppress(OSError):  # shutdown wakes a thread that reads from the connection
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
@@ -59,11 +59,11 @@ class ScriptedServer:
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
             if isinstance(self._answer, bytes):
-                self._say_the_same(connection, self._answer)
+                self._send_constant(connection, self._answer)
             else:
-                self._follow(connection, self._answer)
+                self._run_script(connection, self._answer)
 
-    def _say_the_same(self, connection: socket.socket, answer: bytes) -> None:
+    def _send_constant(self, connection: socket.socket, answer: bytes) -> None:
         while data := connection.recv(1 << 16):
             greetings = data.count(b"SETINFO")
             connection.sendall(b"+OK\r\n" * greetings)
@@ -72,26 +72,26 @@ class ScriptedServer:
                 if self._hang_up:
                     return
 
-    def _follow(self, connection: socket.socket, script: Script) -> None:
+    def _run_script(self, connection: socket.socket, script: Script) -> None:
         with connection.makefile("rb") as stream:
             while command := read_command(stream):
                 if [word.upper() for word in command[:2]] == [b"CLIENT", b"SETINFO"]:
                     connection.sendall(b"+OK\r\n")
                     continue
                 self.commands.append(command)
-                said = script(command)
-                if said is None:
+                answer = script(command)
+                if answer is None:
                     return
-                connection.sendall(said)
+                connection.sendall(answer)
                 if self._hang_up:
                     return
 
 
 def read_command(stream: BinaryIO) -> list[bytes]:
-    """One command as clients send it: an array of bulk strings, or a line of words. Empty at the end of the stream.
+    """Read one command: an array of bulk strings, or a line of words. Returns [] at the end of the stream.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the input is neither.
     """
     line = stream.readline()
     if not line.endswith(b"\n"):

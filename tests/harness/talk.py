@@ -1,4 +1,4 @@
-"""RESP by hand: words, and a plain socket that says and takes them."""
+"""RESP commands and replies for tests, and functions that exchange them over a plain socket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ GET = b"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n"
 
 
 def reply(command: list[bytes]) -> bytes | None:
-    """`GET n` gives one of the words, `LONG` a long value, `ALL` every word, `END` ends the connection."""
+    """Answer a command: `GET n` with reply n of `WORDS`, `ALL` with all of them, `LONG` with a long value.
+
+    `SET` is answered with OK. `END` closes the connection.
+    """
     name, *arguments = command
     if name == b"GET":
         return WORDS[int(arguments[0])] if arguments[0].isdigit() else b"$-1\r\n"
@@ -22,13 +25,13 @@ def command(*words: bytes) -> bytes:
 
 
 def ask(connection: socket.socket, *words: bytes) -> bytes:
-    """Send a command, take as many bytes as its answer has."""
+    """Send a command and receive as many bytes as its answer has."""
     connection.sendall(command(*words))
     return take(connection, len(reply(list(words)) or b""))
 
 
 def take(connection: socket.socket, n: int) -> bytes:
-    """n bytes, or what comes before the end."""
+    """Receive n bytes, or all bytes before the end."""
     got = b""
     while len(got) < n and (data := connection.recv(n - len(got))):
         got += data
@@ -36,7 +39,7 @@ def take(connection: socket.socket, n: int) -> bytes:
 
 
 def take_all(connection: socket.socket) -> tuple[bytes, str]:
-    """What comes until the end, and which end that is."""
+    """Receive all bytes until the end. Returns them and the kind of end: "end", "reset" or "open" (timeout)."""
     got = b""
     try:
         while data := connection.recv(1 << 16):

@@ -1,4 +1,4 @@
-"""The store that lies lies as its seed says, in every way that it promises, and not at all where p is 0."""
+"""The faults of `FlakyStore` follow from its seed, every documented fault occurs, and p = 0 gives no faults."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from tests.harness.flaky import FlakyStore
 
 def _drive(store: Store) -> list[object]:
     keys = [bytes([i]) * 32 for i in range(20)]
-    said: list[object] = []
+    answers: list[object] = []
     for turn in range(20):
         why: list[str] = []
-        said += [store.put_many(keys, [bytes([turn, i]) * 50 for i in range(20)]), store.probe(keys)]
+        answers += [store.put_many(keys, [bytes([turn, i]) * 50 for i in range(20)]), store.probe(keys)]
         out = [memoryview(bytearray(200)) for _ in keys] if turn % 2 else None
-        said += [[value if value is None else bytes(value) for value in store.get_many(keys, out, why)], why]
-        said += [store.touch_many(keys), store.delete_many(keys[turn % 5 :: 5])]
+        answers += [[value if value is None else bytes(value) for value in store.get_many(keys, out, why)], why]
+        answers += [store.touch_many(keys), store.delete_many(keys[turn % 5 :: 5])]
         store.stats().check()
-    return said
+    return answers
 
 
 def test_the_injector_does_the_same_for_the_same_seed() -> None:

@@ -1,4 +1,4 @@
-"""Lanes skip or fail as `KVLAB_REQUIRE` says, every test has one, and a table says what became of them."""
+"""Lanes skip or fail according to `KVLAB_REQUIRE`, every test has one lane, and a table shows the results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_needs_nothing():
 
 
 def run(folder: Path, *options: str, **environment: str) -> str:
-    """Run those tests without redis-server, in a folder with the name of a marker, which makes no lane of it."""
+    """Run `LANE_TESTS` without redis-server, in a folder named like a marker. This name must not decide the lane."""
     file = folder / "valkey" / "test_of_lanes.py"
     file.parent.mkdir(exist_ok=True)
     file.write_text(LANE_TESTS)
@@ -67,7 +67,7 @@ def test_a_lane_that_does_not_exist_cannot_be_required() -> None:
         lanes.required("redis,redsi")
 
 
-def test_what_became_of_the_chosen_lanes_is_written_down(tmp_path: Path) -> None:
+def test_the_results_of_the_chosen_lanes_are_written(tmp_path: Path) -> None:
     tally = tmp_path / "tally.json"
     said = run(tmp_path, "--lane", "hf", "--lane", "units", "--tally", str(tally))
     assert "1 passed, 1 skipped, 2 deselected, 1 xfailed" in said, said

@@ -1,4 +1,4 @@
-"""`--impl` grades a learner's classes: right ones pass the whole suite, each wrong one fails where it is wrong."""
+"""`--impl` tests a learner's classes: correct classes pass the whole suite, each wrong class fails at its bug."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class LooseNamespace(Namespace):
         return [hashlib.sha256(self.root + block.tobytes()).digest() for block in blocks]
 """
 
-# Class name, what a learner gets wrong, and the test that finds it.
+# Class name: the correct code, the learner's wrong code, and a part of the name of the test that fails.
 BUGS = {
     "SumsInsteadOfPrefix": (
         "(found + [False]).index(False) if self.open else 0",
@@ -129,7 +129,7 @@ BUGS = {
 
 
 def wrong_store(name: str) -> str:
-    """The right store with one bug."""
+    """The correct store with one bug."""
     right, wrong, _ = BUGS[name]
     assert RIGHT_STORE.count(right) == 1
     return RIGHT_STORE.replace(right, wrong).replace("PlainStore", name)
@@ -137,7 +137,7 @@ def wrong_store(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the contract suites say of a file with right and wrong classes: per class the failed tests."""
+    """The failed tests of each class when the contract suites run on a file of correct and wrong classes."""
     file = tmp_path_factory.mktemp("work") / "mykv.py"
     file.write_text("\n".join([RIGHT_STORE, *map(wrong_store, BUGS), RIGHT_CACHE, WRONG_CACHE]))
     run = run_pytest("tests/contracts", "--impl", str(file), "-k", "impl-", "-rpfE")

@@ -1,4 +1,4 @@
-"""Each test is in exactly one phase, and what belongs together runs in one process, in order."""
+"""Each test is in exactly one phase, and the tests of a file run in one process, in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    (tmp_path / "conftest.py").write_text(CONFTEST)  # the whole one imports torch: seconds
+    (tmp_path / "conftest.py").write_text(CONFTEST)  # importing torch in the real one takes seconds
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cluster\n")
     made = [tmp_path / f"test_{name}.py" for name in ("a", "b")]
     for file in made:

@@ -1,4 +1,4 @@
-"""A scripted server says what its script says, to a socket and to a client library."""
+"""A scripted server sends the answers of its script to a socket and to a client library."""
 
 from __future__ import annotations
 

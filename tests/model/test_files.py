@@ -167,8 +167,8 @@ BROKEN_INDEX: dict[str, tuple[Change, str]] = {
         index_of(other="model-00001-of-00003.safetensors"),
         "says that other is in model-00001",
     ),
-    "a weight left out": (index_of(**{NORM: ...}), r"does not name model\.norm\.weight, which model-0000"),
-    "a weight more in a file": (with_an_unnamed_weight, r"does not name model\.extra, which model-00001"),
+    "a weight left out": (index_of(**{NORM: ...}), r"does not name model\.norm\.weight, which is in model-0000"),
+    "a weight more in a file": (with_an_unnamed_weight, r"does not name model\.extra, which is in model-00001"),
     "out of the folder": (index_of(**{NORM: "../model.safetensors"}), "name of a file in the folder, got '../"),
     "out through a subfolder": (index_of(**{NORM: "a/../../m.safetensors"}), "name of a file in the folder"),
     "the parent": (index_of(**{NORM: ".."}), "name of a file in the folder"),
@@ -189,7 +189,7 @@ BROKEN_INDEX: dict[str, tuple[Change, str]] = {
     "too deep": (index_text("[" * 100_000), r"index\.json cannot be read"),
     "one weight in two files": (
         index_text('{"weight_map": {"a": "model-00001-of-00003.safetensors", "a": "b"}}'),
-        "'a' stands there twice",
+        "'a' occurs twice",
     ),
 }
 

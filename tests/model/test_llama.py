@@ -199,7 +199,7 @@ def test_prompts_come_in_any_integer_sequence(make: Callable[[list[int]], Any]) 
 def test_new_tokens_must_fit_the_context_too() -> None:
     model = build_model(context=32)
     model.check_tokens([1] * 30, new_tokens=2)
-    with pytest.raises(InputError, match="30 plus 3 new ones"):
+    with pytest.raises(InputError, match="30 plus 3 new tokens"):
         model.check_tokens([1] * 30, new_tokens=3)
 
 

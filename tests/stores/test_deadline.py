@@ -84,11 +84,11 @@ def test_half_a_deadline_is_half_of_what_remains(now: list[float]) -> None:
 
 def test_a_deadline_waits_for_the_last_of_others_and_never_ends_earlier(now: list[float]) -> None:
     deadline = Deadline(2.0)
-    deadline.cover([])
+    deadline.extend_to([])
     assert deadline.remaining_to_connect() == 2.0
-    deadline.cover([Deadline(1.0), Deadline(5.0), Deadline(3.0)])
+    deadline.extend_to([Deadline(1.0), Deadline(5.0), Deadline(3.0)])
     assert deadline.remaining_to_connect() == 5.0
-    deadline.cover(iter([Deadline(4.0)]))
+    deadline.extend_to(iter([Deadline(4.0)]))
     assert deadline.remaining_to_connect() == 5.0
 
 

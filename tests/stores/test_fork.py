@@ -67,7 +67,7 @@ def test_registering_keeps_nothing_alive() -> None:
         (Breaker, "_lock"),
         (MemoryStore, "_lock"),
         (RedisStore, "_lock"),
-        (lambda: WriteBehind(MemoryStore()), "_changed"),
+        (lambda: WriteBehind(MemoryStore()), "_lock"),
         (DistributedKVCache, "_lock"),
     ],
     ids=["breaker", "memory", "redis", "write behind", "cache"],

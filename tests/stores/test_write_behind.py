@@ -188,7 +188,7 @@ def test_the_child_of_a_fork_reads_though_a_thread_of_the_parent_held_every_lock
     held, forked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with behind._changed, inner._lock:
+        with behind._lock, inner._lock:
             held.set()
             assert forked.wait(WAIT_S)
 

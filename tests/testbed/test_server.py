@@ -67,7 +67,7 @@ def test_a_port_that_was_taken_meanwhile_costs_a_start(monkeypatch: pytest.Monke
 @pytest.mark.redis
 def test_a_server_that_ends_at_once_is_an_error_with_its_last_words() -> None:
     server = RedisServer("--no-such-option", "1")
-    with pytest.raises(KVLabError, match=r"ended at once: (?s:.*)no-such-option"), server:
+    with pytest.raises(KVLabError, match=r"exited at once: (?s:.*)no-such-option"), server:
         pass
     assert not server.folder.exists()
 

@@ -1,1 +1,1 @@
-"""One module a benchmark; each has `run`, which returns JSON-ready data."""
+"""One module per benchmark. Its function `run` returns JSON-ready data."""

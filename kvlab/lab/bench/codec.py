@@ -1,18 +1,18 @@
-"""What a codec gives and what it costs, in bytes, in time and in quality, on real KV.
+"""Size, speed and quality loss of each codec on KV of the shipped model.
 
     python -m kvlab bench codec --json
 
-The KV is the shipped model's over the frozen sample, cut into records of 64 tokens as the
-cache cuts it. Sizes are whole records against the same block in fp32. Speeds count the block
-as fp16, whatever it is stored in, so that they compare. Times are one thread's, from a fp32
-block to a sealed record, and from the record to a fp32 block of a larger KV tensor.
+The KV is computed from the held-out text and divided into records of 64 tokens, as in the cache.
+Sizes compare a whole record with the same block in fp32. Speeds count every block with its fp16
+size, so that codecs can be compared. Encoding goes from an fp32 block to a sealed record, decoding
+from the record to an fp32 block of a larger KV tensor. Both run in one thread.
 
-Quality: 1,024 tokens of KV go through records; then the model reads 64 further tokens of the
-text, and its predictions are compared with those after untouched KV:
+For the quality, 1,024 tokens of KV are encoded and decoded. Then the model reads 64 further tokens
+of the text, and its predictions are compared with its predictions after the original KV:
 
-    kl             mean KL divergence, nats a token; kl_se its standard error over the windows
+    kl             mean KL divergence in nats per token; kl_se: its standard error over the windows
     ppl_delta_pct  change of perplexity in percent
-    top1           share of tokens whose most likely successor stays the same
+    top1           share of tokens for which the most likely next token stays the same
 """
 
 from __future__ import annotations
@@ -45,27 +45,28 @@ from kvlab.stores import Store
 PREFIX, SUFFIX, B = 1024, 64, 64
 KEY = bytes(32)
 GZIP = "fp16+gzip"
-"""The source document's chain, float32 -> float16 -> gzip: what the compressed codecs are measured against."""
+"""Baseline of the compressed codecs: float32 -> float16 -> gzip."""
 
 ABOUT = (
-    "rows: how many times smaller than fp32 a record is, GB/s of the block as fp16, and what storage does to "
-    "predictions (kl in nats a token, ppl_delta_pct in percent, top1 the share of tokens that stay most likely); "
-    f"against_gzip: how many times faster than {GZIP}; seal: a whole record beside the checksum of its bytes"
+    "rows: how many times smaller than fp32 a record is, GB/s with the block counted as fp16, and the change of "
+    "predictions (kl in nats per token, ppl_delta_pct in percent, top1: share of tokens with the same most likely "
+    f"next token); against_gzip: how many times as fast as {GZIP}; seal: time to encode a whole record, compared with "
+    "the checksum of its bytes"
 )
 
 Row = dict[str, Any]
 Through = Callable[[Tensor], Tensor]
-"""What a block [L, P, H, B, D] is after it was stored and read."""
+"""Returns a block [L, P, H, B, D] as it is after encoding and decoding."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Prefix KV of some windows of the frozen text, and what the model predicts after it.
+    """Prefix KV of some windows of the held-out text, and the model's predictions after this prefix.
 
     Attributes:
         rows: tokens, int64 [W, PREFIX + SUFFIX + 1].
         kv: [W, L, P, H, PREFIX, D].
-        logs: log-probabilities after untouched KV, [W, SUFFIX, vocabulary].
+        logs: log-probabilities after the original KV, [W, SUFFIX, vocabulary].
     """
 
     model: Llama
@@ -74,7 +75,7 @@ class Sample:
     logs: Tensor
 
     def blocks(self, count: int) -> list[Tensor]:
-        """`count` blocks [L, P, H, B, D], spread over the windows, each contiguous."""
+        """`count` contiguous blocks [L, P, H, B, D], evenly spread over the windows."""
         W, per = self.kv.shape[0], PREFIX // B
         chosen = [divmod(round(i * (W * per - 1) / max(1, count - 1)), per) for i in range(count)]
         return [self.kv[w, :, :, :, b * B : (b + 1) * B].contiguous() for w, b in chosen]
@@ -82,7 +83,7 @@ class Sample:
 
 @torch.inference_mode()
 def sample(count: int = 96) -> Sample:
-    """`count` evenly spaced windows of the frozen sample through the shipped model."""
+    """Run the shipped model over `count` evenly spaced windows of the held-out text."""
     model = load_model()
     rows = windows_of(held_out_tokens(Tokenizer()), count, PREFIX + SUFFIX + 1)
     kvs, logs = [], []
@@ -95,7 +96,7 @@ def sample(count: int = 96) -> Sample:
 
 
 def quality(s: Sample, through: Through) -> tuple[Row, list[float]]:
-    """The three numbers of the module's text, and top-1 agreement window by window."""
+    """The quality measures that the module's docstring defines, and the top-1 agreement of each window."""
     kls, tops, losses = [], [], []
     for row, kv, exact in zip(s.rows, s.kv, s.logs, strict=True):
         read = torch.cat([through(block) for block in kv.split(B, dim=3)], dim=3)
@@ -114,10 +115,10 @@ def quality(s: Sample, through: Through) -> tuple[Row, list[float]]:
 
 
 def run(windows: int = 96, blocks: int = 96, rounds: int = 5, store: str | None = None) -> Row:
-    """All codecs; with the URL of a store also the wire to it, at raw fp32 records."""
+    """Measure all codecs and, with the URL of a store, the transfer of raw fp32 records to and from this store."""
     if store is None:
         return _run(windows, blocks, rounds, None)
-    with open_reachable(store, ttl_s=60) as reached:  # asked before the minutes that the rest takes
+    with open_reachable(store, ttl_s=60) as reached:  # checked first, because the rest takes minutes
         return _run(windows, blocks, rounds, reached)
 
 
@@ -155,7 +156,7 @@ def _formats() -> dict[str, Format]:
 
 @torch.inference_mode()
 def _predict(model: Llama, kv: Tensor, row: Tensor) -> Tensor:
-    """Log-probabilities [SUFFIX, vocabulary] of what follows each token after the prefix."""
+    """Log-probabilities [SUFFIX, vocabulary] of the next token for each token after the prefix."""
     room = model.new_kv(PREFIX + SUFFIX)
     room[:, :, 0, :, :PREFIX] = kv
     return F.log_softmax(model(row[None, PREFIX:-1], room, PREFIX)[0].float(), dim=-1)
@@ -225,7 +226,7 @@ def _against_gzip(row: Row, times: Timings) -> Row:
 
 
 def _reference(s: Sample, tops: Sequence[float]) -> Row:
-    """int4 beside the quantiser that the research measured: 16 levels for both planes, fp16 scales and minima."""
+    """int4, compared with a reference quantiser: 16 levels for both planes, fp16 scales and minima."""
     found, reference_tops = quality(s, _reference_int4)
     paired = [a - b for a, b in zip(tops, reference_tops, strict=True)]
     return {
@@ -249,7 +250,7 @@ def _asymmetric(x: Tensor) -> Tensor:
 
 
 def _seal(blocks: Sequence[Tensor], rounds: int) -> Row:
-    """A raw fp32 record beside the checksum of its bytes alone."""
+    """Time to encode a raw fp32 record, compared with the checksum of its bytes alone."""
     raw = [b.numpy().reshape(-1).view(np.uint8).data for b in blocks]
     times = time_rounds(
         {
@@ -263,7 +264,7 @@ def _seal(blocks: Sequence[Tensor], rounds: int) -> Row:
 
 
 def _wire(blocks: Sequence[Tensor], store: Store, rounds: int) -> Row:
-    """GB/s of stored bytes to and from a store, raw fp32 records, a batch at a time."""
+    """GB/s of stored bytes to and from a store, for one batch of raw fp32 records per call."""
     values = [record.encode(b, KEY, Format()) for b in blocks]
     keys = [b"kvlab-bench" + bytes([i]) * 21 for i in range(len(blocks))]
     times = time_rounds({"set": lambda: store.put_many(keys, values), "get": lambda: store.get_many(keys)}, rounds)

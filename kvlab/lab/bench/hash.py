@@ -1,4 +1,4 @@
-"""What block keys cost: nanoseconds a token, beside the SHA-256 that they cannot do without.
+"""Cost of block keys in nanoseconds per token, compared with their SHA-256 alone.
 
 python -m kvlab bench hash --json
 """
@@ -17,20 +17,20 @@ from kvlab.lab.timing import Timings, time_rounds
 BLOCKS = (16, 64, 256)
 PREFIXES = (64, 256, 1024, 4096, 32768)
 ABOUT = (
-    "rows: nanoseconds a token and microseconds a block that chained keys take, beside bare SHA-256 over as many "
-    "messages of the same length (ratio_to_floor: how many times its time); by_prefix: microseconds for all keys of a "
-    "prefix at 64 tokens a block"
+    "rows: nanoseconds per token and microseconds per block for chained keys, compared with SHA-256 alone over as many "
+    "messages of the same length (ratio_to_floor: time of the keys divided by time of SHA-256); by_prefix: "
+    "microseconds for all keys of a prefix at 64 tokens per block"
 )
-MESSAGE_BYTES = 57  # what the chain adds to a block's tokens: the domain, the parent's key and their lengths
+MESSAGE_BYTES = 57  # the bytes that the chain adds to a block's tokens: domain, parent's key, and lengths
 
 
 def run(tokens: int = 32768, rounds: int = 15) -> dict[str, Any]:
-    """Hash one prompt of so many tokens (Python ints, as a tokenizer gives them) at each block size.
+    """Hash one prompt of `tokens` tokens (Python ints, as from a tokenizer) for each block size.
 
     Returns:
-        `rows`: by block size, ns a token and us a block of `Namespace.keys`, and ns a token of
-        bare SHA-256 over as many messages of the same length. `by_prefix`: microseconds for all
-        keys of a prefix, at 64 tokens a block.
+        `rows`: by block size, ns per token and us per block of `Namespace.keys`, and ns per token
+        of SHA-256 alone over as many messages of the same length. `by_prefix`: microseconds for
+        all keys of a prefix at 64 tokens per block.
     """
     rng = random.Random(0)
     prompt = [rng.randrange(128_000) for _ in range(tokens)]
@@ -72,7 +72,7 @@ def _row(times: Timings, B: int, tokens: int) -> dict[str, float]:
 
 
 def _times(prefix: int) -> int:
-    """How often a short prefix is hashed for one measurement."""
+    """How many times a prefix is hashed per measurement: short prefixes more often."""
     return max(1, 4096 // prefix)
 
 

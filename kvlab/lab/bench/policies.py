@@ -1,16 +1,18 @@
-"""What a simulator pays for eviction: accesses a second of every policy, on the block keys of conversations.
+"""Accesses per second of every eviction policy, on the block keys of conversations.
 
 python -m kvlab bench policies --json
 python -m kvlab bench policies --trace conversation_trace.jsonl
 
-The keys are made here, from a seed, in the shape of the conversation trace of the Mooncake paper
-(FAST '25): every request begins with the same block, the system prompt. 61 % begin a new
-conversation, of a log-normal number of blocks (median 10). The others go on with the request that
-came a log-normal number of requests ago (median 520): they keep its blocks but the last, which was
-not full, or in one of five cases fewer, because history was edited; then they add some (median 4).
+The keys are generated from a seed. Their distribution is modelled on the conversation trace of the
+Mooncake paper (FAST '25). Every request begins with the same block, the system prompt. 61 % of the
+requests begin a new conversation with a log-normal number of blocks (median 10). The others continue
+an earlier request, at a log-normal distance (median 520 requests). 80 % of these keep all blocks of
+the earlier request except the last, which was not full. 20 % keep a random number of its blocks, as
+after an edit of the history. Then they add a log-normal number of blocks (median 4).
 
-So these keys come close to the trace's: 270,000 accesses (288,500 there), three of four keys used
-once (as there), and LRU finds .15 of all blocks with room for 5,859 (.14) and .32 with 30,000 (.33).
+The generated keys are close to the trace (its values in parentheses): 270,000 accesses (288,500),
+three of four keys used once (the same). LRU finds .15 (.14) of all blocks with a capacity of 5,859
+blocks, and .32 (.33) with 30,000.
 """
 
 from __future__ import annotations
@@ -29,27 +31,27 @@ from kvlab.lab.timing import Timings, time_rounds
 K = TypeVar("K", int, str)
 ABOUT = (
     "rows: accesses_per_s of a loop that calls Policy.access for every block of every request and counts hits, median "
-    "over the rounds; hit_rate: the blocks that a request finds before its first miss, by all blocks; blocks of size 1"
+    "over the rounds; hit_rate: share of all blocks that requests find before their first miss; every block has size 1"
 )
-CAPACITY = 5_859  # blocks: 3 million tokens at the trace's 512 a block
-REQUESTS = 12_031  # as the trace has
-LONGEST = 247  # blocks of a request
+CAPACITY = 5_859  # blocks: 3 million tokens at 512 tokens per block, as in the trace
+REQUESTS = 12_031  # as in the trace
+LONGEST = 247  # most blocks per request
 
 
 def run(trace: str | None = None, capacity: int = CAPACITY, rounds: int = 9) -> dict[str, Any]:
     """Replay the same requests through every policy, in rounds.
 
     Args:
-        trace: a JSONL file of one `{"hash_ids": [...], ...}` a request, as Mooncake released them;
-            without it, `make_requests()`.
-        capacity: how many blocks fit.
-        rounds: how often each policy replays all requests.
+        trace: a JSONL file with one `{"hash_ids": [...], ...}` per request, the format of the
+            Mooncake traces; by default, `make_requests()` is replayed.
+        capacity: capacity of each policy in blocks.
+        rounds: number of timed replays per policy.
 
     Returns:
-        `rows`: by policy, accesses a second and the hit rate.
+        `rows`: by policy, accesses per second and the hit rate.
 
     Raises:
-        InputError: the file is not such a trace.
+        InputError: the file does not have this format.
     """
     requests = make_requests() if trace is None else read_trace(trace)
     accesses = sum(map(len, requests))
@@ -70,9 +72,9 @@ def run(trace: str | None = None, capacity: int = CAPACITY, rounds: int = 9) -> 
 
 
 def replay(policy: Policy[K], requests: Iterable[Iterable[K]]) -> int:
-    """Use every block of every request, in order; return how many were found before their request's first miss.
+    """Access every block of every request in order; return how many were found before their request's first miss.
 
-    A hit evicts nothing, so this finds what a look-up of the whole prefix before any insertion would find.
+    A hit evicts nothing. The result therefore equals that of a look-up of the whole prefix before any insertion.
     """
     found = 0
     for chain in requests:
@@ -86,7 +88,7 @@ def replay(policy: Policy[K], requests: Iterable[Iterable[K]]) -> int:
 
 
 def make_requests(requests: int = REQUESTS, seed: int = 0) -> list[list[int]]:
-    """Make the block keys of so many requests of conversations. See the module for their shape."""
+    """Generate the block keys of conversation requests. The module's docstring describes their distribution."""
     rng = random.Random(seed)
     chains: list[list[int]] = []
     new_key = 1
@@ -108,13 +110,13 @@ def read_trace(path: str | Path) -> list[list[int]]:
     """Read the block keys of each request of a trace in Mooncake's format, in the order of the file.
 
     Raises:
-        InputError: a line is not a JSON object with a list `hash_ids` of integers, or there is no block at all.
+        InputError: a line is not a JSON object with a list `hash_ids` of integers, or no request has a block.
         OSError: the file cannot be read.
     """
     with Path(path).open("rb") as lines:
         requests = [_hash_ids(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
     if not any(requests):
-        raise InputError(f"expected requests with blocks in {path}, found none; give a trace as Mooncake released them")
+        raise InputError(f"expected requests with blocks in {path}, found none; use a trace in Mooncake's format")
     return requests
 
 
@@ -126,7 +128,7 @@ def _hash_ids(line: bytes, place: str) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise InputError(
             f'expected a JSON object with a list "hash_ids" of integers in {place}, '
-            f"got {line[:60]!r}; give a trace as Mooncake released them"
+            f"got {line[:60]!r}; use a trace in Mooncake's format"
         )
     return ids
 

@@ -1,9 +1,9 @@
-"""What dividing a batch among the nodes of a Redis Cluster costs and gives, and what one hung node costs.
+"""Cost and gain of dividing a batch among the nodes of a Redis Cluster, and the cost of one hung node.
 
 python -m kvlab bench shards --json
 
-Everything runs on this machine: three nodes share its cores with the client. So this shows what
-the client's work is worth, and not how much faster three machines with three networks are.
+The three nodes and the client share the cores of this machine. The benchmark therefore shows the
+effect of the client's work, not the speed of three machines with three networks.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ SIZES = (16 << 10, 64 << 10, 192 << 10, 1 << 20)
 RECORDS = 256
 LOOKUP_KEYS = 1024
 MASTERS = 3
-DEADLINE_S = 10.0  # on a busy machine too, every value must come
+DEADLINE_S = 10.0  # long enough for every value, also on a busy machine
 HUNG_DEADLINE_S = 0.25
 HUNG_CALLS = 8
-NODE_TIMEOUT_MS = 15_000  # no failover while a node hangs
+NODE_TIMEOUT_MS = 15_000  # longer than the hang, so that the cluster does not mark the node as failed
 ABOUT = (
-    f"get_vs_one, put_vs_one: {RECORDS} records over {MASTERS} nodes beside the same over one server, above 1 is "
-    "faster; get_vs_in_turn: all nodes at once beside one node after another; get_vs_redis_py: beside "
-    "RedisCluster.mget_nonatomic; many_*_ms and one_*_ms: all records over the nodes and over one server; lookup: a "
-    f"probe of {LOOKUP_KEYS:,} keys, ratio as above; round_trips: keys of each node, and exchanges with it for one "
-    f"call; hung: {HUNG_CALLS} loads of all records while one node is stopped, misses over all of them; aa_ratio: the "
-    "same work against itself, at the top the median of all rows; noisy: it is off by more than 10 % in some row; "
-    "versions: of Python packages"
+    f"get_vs_one, put_vs_one: {RECORDS} records over {MASTERS} nodes, compared with one server (above 1 is faster); "
+    "get_vs_in_turn: all nodes at once, compared with one node after another; get_vs_redis_py: compared with "
+    "RedisCluster.mget_nonatomic; many_*_ms, one_*_ms: all records over the nodes and over one server; lookup: a "
+    f"probe of {LOOKUP_KEYS:,} keys, ratio as above; round_trips: keys of each node, and exchanges with each node per "
+    f"call; hung: {HUNG_CALLS} loads of all records while one node is stopped, with the misses of all loads; aa_ratio: "
+    "the same work compared with itself, at the top level the median of all measurements; noisy: one aa_ratio is off "
+    "by more than 10 %; versions: of Python packages"
 )
 
 
 def run(scale: float = 1.0) -> dict[str, Any]:
-    """Measure a cluster of three masters beside one server, both started here.
+    """Start a cluster of three masters and one server, and compare them.
 
     Args:
-        scale: of the number of rounds.
+        scale: factor for the number of rounds.
 
     Returns:
-        `rows`: by value size, milliseconds of a load and a save of 256 records, and ratios
-        round by round. `lookup`: a probe of 1,024 keys. `round_trips`: by node. `hung`: calls in
-        a row while one node is stopped.
+        `rows`: by value size, milliseconds of a load and a save of 256 records, and ratios,
+        computed per round. `lookup`: a probe of 1,024 keys. `round_trips`: by node. `hung`:
+        consecutive calls while one node is stopped.
 
     Raises:
-        KVLabError: no redis-server, or a value that was stored did not come back.
+        KVLabError: redis-server is not installed, or a store did not accept or return a value.
     """
     timings: list[Timings] = []
     with RedisServer() as alone, RedisCluster(masters=MASTERS, replicas=0, node_timeout_ms=NODE_TIMEOUT_MS) as cluster:
@@ -103,7 +103,7 @@ def _row(alone: str, cluster: RedisCluster, size: int, scale: float, timings: li
             max(5, int(scale * min(40, (1 << 30) // (size * RECORDS)))),
         )
         if any(view != values[0] for view in out):
-            raise KVLabError("a value came back changed")
+            raise KVLabError("the store returned a changed value")
         client.close()
     timings.append(times)
     return {
@@ -124,7 +124,7 @@ def _lookup(alone: str, cluster: RedisCluster, scale: float, timings: list[Timin
 
         def probe(store: RedisStore) -> None:
             if store.probe(keys) != LOOKUP_KEYS:
-                raise KVLabError("the store does not find what was stored")
+                raise KVLabError("the store does not find the stored keys")
 
         times = time_rounds({"many": lambda: probe(many), "one": lambda: probe(one)}, max(5, int(scale * 40)))
     timings.append(times)
@@ -133,7 +133,7 @@ def _lookup(alone: str, cluster: RedisCluster, scale: float, timings: list[Timin
 
 
 def _round_trips(cluster: RedisCluster) -> dict[str, list[int]]:
-    """How often each node is spoken to for one call, and with how many keys."""
+    """Number of exchanges with each node per call, and number of its keys."""
     keys, values = _keys(RECORDS), [memoryview(bytes(1 << 10))] * RECORDS
     with _stored(cluster.url, keys, values) as store:
         counts: Counter[str] = Counter()
@@ -164,7 +164,7 @@ def _counting(node: Node, counts: Counter[str]) -> Callable[..., Any]:
 
 
 def _hung(cluster: RedisCluster) -> dict[str, Any]:
-    """Loads of all records, one after the other, while a node is stopped."""
+    """Load all records repeatedly while one node is stopped."""
     keys, values = _keys(RECORDS), [memoryview(bytes(16 << 10))] * RECORDS
     with _stored(cluster.url, keys, values, HUNG_DEADLINE_S) as store:
         victim = cluster.master_of(KEY_PREFIX + keys[0])
@@ -190,7 +190,7 @@ def _hung(cluster: RedisCluster) -> dict[str, Any]:
 def _stored(
     url: str, keys: Sequence[bytes], values: Sequence[memoryview], deadline_s: float = DEADLINE_S
 ) -> Iterator[RedisStore]:
-    """A store that holds these values; they are deleted afterwards."""
+    """A store with these values. The values are deleted afterwards."""
     with RedisStore(url, deadline_s=deadline_s) as store:
         _save(store, keys, values)
         yield store
@@ -198,23 +198,23 @@ def _stored(
 
 
 def _by_node(cluster: RedisCluster, keys: Sequence[bytes]) -> list[list[int]]:
-    """Numbers of the keys that each master has, in the order of the cluster's nodes."""
+    """Indices of the keys of each master, in the order of the cluster's nodes."""
     owners = [cluster.master_of(KEY_PREFIX + key) for key in keys]
     return [[i for i, owner in enumerate(owners) if owner is node] for node in cluster.nodes]
 
 
 def _load(store: RedisStore, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:
     if None in store.get_many(keys, out):
-        raise KVLabError(f"the store did not give back a value: {dict(store.stats().misses)}")
+        raise KVLabError(f"the store did not return a value: {dict(store.stats().misses)}")
 
 
 def _save(store: RedisStore, keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
     if store.put_many(keys, values) != len(keys):
-        raise KVLabError(f"the store did not take a value: {dict(store.stats().drops)}")
+        raise KVLabError(f"the store did not accept a value: {dict(store.stats().drops)}")
 
 
 def _keys(count: int) -> list[bytes]:
-    """Keys as blocks have them: 32 random bytes."""
+    """Random keys with the length of block keys, 32 bytes."""
     return [os.urandom(32) for _ in range(count)]
 
 

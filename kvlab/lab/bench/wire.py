@@ -1,10 +1,10 @@
-"""What moving a block to Redis and back costs, beside the bare socket and beside redis-py.
+"""Cost of moving a block to Redis and back, compared with a bare socket and with redis-py.
 
 python -m kvlab bench wire --json
 
-"raw" is one blocking socket, one `sendmsg` of a command that was built before, `recv_into` a
-buffer that is used again: nothing in Python can be faster. "redis_py" is redis-py with hiredis
-as it comes: `set(key, bytes)`, `get(key)`.
+"raw" is one blocking socket: one `sendmsg` per SET, `recv_into` a reused buffer per GET. This is
+the limit for a client in Python. "redis_py" is redis-py with hiredis and default settings:
+`set(key, bytes)`, `get(key)`.
 """
 
 from __future__ import annotations
@@ -32,39 +32,42 @@ from kvlab.testbed.proxy import FaultProxy
 from kvlab.testbed.server import RedisServer
 
 SIZES = (64 << 10, 192 << 10, 1 << 20, 4 << 20)
-BYTES_A_ROW = 64 << 20  # what each contender moves in all rounds of a row; four times that where keys stay
+BYTES_A_ROW = 64 << 20  # moved by each contender in all rounds of a row; four times as many for existing keys
 BATCH = 64
 LOOKUP_KEYS = 1024
 TRANSPORTS = {"redis": "tcp", "rediss": "tls", "unix": "unix"}
-TTL_S = 600  # of what is left behind when the measuring is interrupted
+TTL_S = 600  # of the keys, which an interrupted benchmark does not delete
 ABOUT = (
-    "put_ratio, get_ratio: kvlab's store beside the bare socket; …_vs_redis_py: beside redis-py; new_keys: each put "
-    "makes a key, which costs the server fresh memory; aa_ratio: the same work against itself; wire: one value of "
-    "1 MiB at a time, keys that are there, to put beside your break-even bandwidth"
+    "put_ratio, get_ratio: speed of kvlab's store divided by the speed of the bare socket; …_vs_redis_py: divided by "
+    "the speed of redis-py; new_keys: each put creates a key, for which the server allocates memory; aa_ratio: the "
+    "same work compared with itself; wire: one value of 1 MiB per call, with existing keys, for a comparison with your "
+    "break-even bandwidth"
 )
-DEADLINE_S = 10.0  # on a busy machine too, every value must come
+DEADLINE_S = 10.0  # long enough for every value, also on a busy machine
 
 
 def run(store: str | None = None, scale: float = 1.0) -> dict[str, Any]:
-    """Measure the wire to the server with this URL, or to one started here, over TCP and over a unix socket.
+    """Measure the transfer to the server with this URL, or start a server and measure TCP and a unix socket.
+
+    The benchmark deletes its keys.
 
     Args:
-        scale: of the number of rounds.
+        scale: factor for the number of rounds.
 
     Returns:
-        `rows`: by value size, transport and whether the keys are new, GB/s of one value at a
-        time and ratios, round by round. `batch`: 64 values by one call against one by one.
-        `lookup`: `probe` against one EXISTS at a time. `round_trips`: how often a
-        call waits for the server (not for TLS and unix sockets). The keys used are deleted again.
+        `rows`: by value size, transport and `new_keys`, GB/s for one value per call, and ratios,
+        computed per round. `batch`: 64 values in one call, compared with one call per value.
+        `lookup`: `probe`, compared with one EXISTS per key. `round_trips`: how often a call waits
+        for the server (not for TLS and unix sockets).
 
     Raises:
-        ConfigError: no store has such a URL.
-        KVLabError: there is no such server, or it did not take or give back a value.
+        ConfigError: the URL is not a store URL.
+        KVLabError: the server does not answer, or did not accept or return a value.
     """
     try:
         return _run(store, scale)
     except (OSError, redis.RedisError) as error:
-        server = "a server started here" if store is None else shown(store)
+        server = "the server of this benchmark" if store is None else shown(store)
         raise KVLabError(f"cannot measure {server}: {error}") from error
 
 
@@ -101,7 +104,7 @@ def _run(url: str | None, scale: float) -> dict[str, Any]:
 
 
 class Raw:
-    """One socket to a Redis, blocking, that moves values of one size."""
+    """One blocking socket to a Redis server, for values of one size."""
 
     def __init__(self, url: str, size: int) -> None:
         parts = urlsplit(url)
@@ -122,7 +125,7 @@ class Raw:
         self._reply = memoryview(bytearray(len(b"$%d\r\n" % size) + size + 2))  # head, value, line end
 
     def put(self, key: bytes, value: memoryview) -> None:
-        """SET by one sendmsg."""
+        """SET with one `sendmsg`; over TLS, with one `sendall` per piece."""
         head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
         pieces: list[bytes | memoryview] = [head, value, b"\r\n$2\r\nPX\r\n$6\r\n%d\r\n" % (1000 * TTL_S)]
         if self.tls:
@@ -134,23 +137,23 @@ class Raw:
             if rest:  # the tail did not fit the socket's buffer
                 self.sock.sendall(b"".join(pieces)[-rest:])
         if self.sock.recv(64) != b"+OK\r\n":
-            raise KVLabError("the server did not take a value")
+            raise KVLabError("the server did not accept a value")
 
     def get(self, key: bytes) -> memoryview:
-        """GET into the buffer that is used every time; the value is a view of it."""
+        """GET into a reused buffer; the result is a view of this buffer."""
         self.sock.sendall(self._command(b"GET", key))
         got = 0
         while got < len(self._reply):
             new = self.sock.recv_into(self._reply[got:])
             got += new
             if not new or bytes(self._reply[:2]) == b"$-":
-                raise KVLabError("a value is gone: does the server evict? A measurement needs room")
+                raise KVLabError("a value is gone: the server may have evicted it; give the server more memory")
         if bytes(self._reply[:1]) != b"$" or bytes(self._reply[-2:]) != b"\r\n":
-            raise KVLabError("the server did not give back a value")
+            raise KVLabError("the server did not return a value")
         return self._reply[-2 - len(self.buffer) : -2]
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self.sock.close()
 
     def _command(self, *arguments: bytes) -> bytes:
@@ -164,7 +167,7 @@ class Raw:
 
 
 class Bench:
-    """The three clients of one server, and keys that nobody else uses."""
+    """Three clients of one server (kvlab's store, a bare socket, redis-py), and keys that no other client uses."""
 
     def __init__(self, url: str, size: int) -> None:
         self.store = RedisStore(url, deadline_s=DEADLINE_S)
@@ -177,23 +180,23 @@ class Bench:
         self._made: list[bytes] = []
 
     def keys(self, count: int) -> list[bytes]:
-        """New keys, deleted in the end."""
+        """New keys, which `close` deletes."""
         new = [self._name + b"%08d" % (len(self._made) + i) for i in range(count)]
         self._made += new
         return new
 
     def put(self, key: bytes) -> None:
-        """By the store."""
+        """Put the value through the store."""
         if self.writer.put_many([key], [memoryview(self.value)]) != 1:
-            raise KVLabError(f"the store did not take a value: {dict(self.writer.stats().drops)}")
+            raise KVLabError(f"the store did not accept a value: {dict(self.writer.stats().drops)}")
 
     def get(self, keys: Sequence[bytes], out: Sequence[memoryview]) -> None:
-        """By the store, into `out`."""
+        """Get values through the store, into `out`."""
         if None in self.store.get_many(keys, out):
-            raise KVLabError(f"the store did not give back a value: {dict(self.store.stats().misses)}")
+            raise KVLabError(f"the store did not return a value: {dict(self.store.stats().misses)}")
 
     def close(self) -> None:
-        """Delete the keys, let go of the server."""
+        """Delete the keys and close the connections."""
         for at in range(0, len(self._made), 1000):
             self.store.delete_many(self._made[at : at + 1000])
         self.store.close()
@@ -216,7 +219,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
     with _bench(url, size) as b:
 
         def key_source() -> Callable[[], bytes]:
-            """A new key each time, or the same one, already there."""
+            """A function that returns a new key per call, or always the same existing key."""
             if new:
                 return lambda: b.keys(1)[0]
             (same,) = b.keys(1)
@@ -241,7 +244,7 @@ def _row(url: str, size: int, new: bool, scale: float, timings: list[Timings]) -
             rounds,
         )
         if not (b.raw.get(KEY_PREFIX + stored[0]) == b.out == b.value):
-            raise KVLabError("a value came back changed")
+            raise KVLabError("the server returned a changed value")
     timings.append(times)
     gbps = {name: size / times.median_ms(name) / 1e6 for name in times.seconds}
     return {
@@ -285,7 +288,7 @@ def _batch(url: str, size: int, scale: float) -> dict[str, Any]:
 
 
 def _may_mget(client: redis.Redis) -> bool:
-    """Whether the user has this right, which the store does not need."""
+    """Whether the user may call MGET, a right that the store does not need."""
     try:
         client.mget([KEY_PREFIX + b"bench"])
     except redis.exceptions.NoPermissionError:
@@ -300,7 +303,7 @@ def _lookup(url: str, scale: float) -> dict[str, Any]:
 
         def probe() -> None:
             if b.store.probe(keys) != LOOKUP_KEYS:
-                raise KVLabError("the store does not find what was stored")
+                raise KVLabError("the store does not find the stored keys")
 
         one_at_a_time = [KEY_PREFIX + key for key in keys]
         times = time_rounds(
@@ -311,7 +314,7 @@ def _lookup(url: str, scale: float) -> dict[str, Any]:
 
 
 def _round_trips(url: str) -> dict[str, int]:
-    """How often the client speaks when no reply is owed to it: for a probe, and for loads."""
+    """How often the client sends while no reply is outstanding: for a probe, and for two loads."""
     parts = urlsplit(url)
     with FaultProxy(parts.port or 6379, host=parts.hostname or "localhost") as proxy:
         there = parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{proxy.port}".lstrip("@")).geturl()
@@ -322,7 +325,7 @@ def _round_trips(url: str) -> dict[str, int]:
                 for key in keys:
                     bench.put(key)
                 batches.append((keys, [memoryview(bytearray(len(bench.value))) for _ in keys]))
-            store.probe(batches[0][0])  # connects, and logs in
+            store.probe(batches[0][0])  # connects and logs in
             proxy.reset_counts()
             store.probe(batches[0][0])
             counts = [proxy.exchanges()]

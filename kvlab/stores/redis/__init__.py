@@ -1,1 +1,1 @@
-"""Blocks in Redis: one server, a Redis Cluster, or a master that sentinels watch."""
+"""Blocks in Redis: one server, a Redis Cluster, or a master that sentinels monitor."""

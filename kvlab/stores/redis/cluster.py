@@ -1,4 +1,4 @@
-"""A Redis Cluster: which of its masters has a key, and where keys have gone when slots move or masters die.
+"""A Redis Cluster: which master has a key, also after slots have moved or a replica has replaced its master.
 
 https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
 """
@@ -16,16 +16,16 @@ from redis.exceptions import AskError, ClusterDownError, MovedError
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
 from kvlab.stores.redis.connection import Reply
-from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_telling
+from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_informative
 from kvlab.stores.redis.node import Node
-from kvlab.stores.redis.reasons import works
+from kvlab.stores.redis.reasons import server_works
 from kvlab.stores.redis.topology import Shard, Split, SubBatch
 
-_NO_NAME_YET: Final = b"?"  # where servers are to be known by names
+_UNKNOWN_HOST: Final = b"?"  # reported in place of a host name that is not known yet
 
 
 class Cluster(Discovered):
-    """Sixteen thousand slots, shared among masters; a key's CRC16 says in which it is."""
+    """16,384 slots, divided among masters. The CRC16 of a key determines its slot."""
 
     health_commands = ((b"ASKING",),)
 
@@ -42,23 +42,23 @@ class Cluster(Discovered):
         for i, name in enumerate(names):
             by_shard.setdefault(slots[key_slot(name)], []).append(i)
         unserved = by_shard.pop(None, None)
-        parts = [SubBatch(self._pick(shard, reading), indices) for shard, indices in by_shard.items() if shard]
-        return parts, (reason or Reason.DOWN) if unserved else None
+        sub_batches = [SubBatch(self._pick(shard, reading), indices) for shard, indices in by_shard.items() if shard]
+        return sub_batches, (reason or Reason.DOWN) if unserved else None
 
-    def redirect(self, part: SubBatch, replies: Sequence[Reply]) -> list[SubBatch]:
+    def redirect(self, sub_batch: SubBatch, replies: Sequence[Reply]) -> list[SubBatch]:
         """See `Topology`."""
-        parts = dict[tuple[Node, bool], list[int]]()
-        for i, reply in zip(part.indices, replies, strict=True):
+        sub_batches = dict[tuple[Node, bool], list[int]]()
+        for i, reply in zip(sub_batch.indices, replies, strict=True):
             if isinstance(reply, AskError) and 0 <= reply.slot_id < SLOTS:
                 try:
-                    host = reply.host or part.node.name.rpartition(":")[0]
+                    host = reply.host or sub_batch.node.name.rpartition(":")[0]
                     node = self._node(*address_of(host.encode(), reply.port))
                 except redis.InvalidResponse:
                     continue
                 if isinstance(reply, MovedError):
                     self._slots[reply.slot_id] = self._by_master.setdefault(node, Shard(node))
-                parts.setdefault((node, not isinstance(reply, MovedError)), []).append(i)
-        return [SubBatch(node, indices, asking) for (node, asking), indices in parts.items()]
+                sub_batches.setdefault((node, not isinstance(reply, MovedError)), []).append(i)
+        return [SubBatch(node, indices, asking) for (node, asking), indices in sub_batches.items()]
 
     def unserved(self) -> int:
         """See `Topology`."""
@@ -68,23 +68,26 @@ class Cluster(Discovered):
         """See `Topology`."""
         return list(self._by_master.values())
 
-    def _ask(self, deadline: Deadline) -> None:
+    def _request_map(self, deadline: Deadline) -> None:
         errors: list[Exception] = []
         try:
-            for host, pool, node in self._who_may_know():
+            for host, pool, node in self._map_sources():
                 try:
-                    return self._believe(_ranges(pool.ask((b"CLUSTER", b"SLOTS"), deadline.half()), host))
+                    return self._use_map(_ranges(pool.request((b"CLUSTER", b"SLOTS"), deadline.half()), host))
                 except Exception as error:
                     error.add_note(f"from {pool.address}")
                     errors.append(error)
                     if node is not None:
-                        node.breaker.record(works([error]))
-            raise most_telling(errors)
+                        node.breaker.record(server_works([error]))
+            raise most_informative(errors)
         finally:
             self._forget_unused()
 
-    def _who_may_know(self) -> list[tuple[str, Any, Node | None]]:
-        """Host and pool, masters without faults first. In random order: one may be cut off from the others."""
+    def _map_sources(self) -> list[tuple[str, Any, Node | None]]:
+        """Return host, pool and node of each source: nodes without faults (masters first), seeds, other nodes.
+
+        Equal sources are in random order, because one of them may be cut off from the others.
+        """
         masters = {shard.master for shard in self.shards()}
         with self._lock:
             known = [(host, node.pool, node) for (host, _), node in self._nodes.items()]
@@ -94,7 +97,7 @@ class Cluster(Discovered):
         healthy = sum(not node.breaker.faults for _, _, node in known)
         return [*known[:healthy], *seeds, *known[healthy:]]
 
-    def _believe(self, ranges: list[tuple[int, int, list[tuple[str, int]]]]) -> None:
+    def _use_map(self, ranges: list[tuple[int, int, list[tuple[str, int]]]]) -> None:
         slots: list[Shard | None] = [None] * SLOTS
         by_master: dict[Node, Shard] = {}
         for first, last, addresses in ranges:
@@ -104,36 +107,35 @@ class Cluster(Discovered):
         self._slots, self._by_master = slots, by_master
 
     def _forget_unused(self) -> None:
-        """Let go of servers that have left, and of those that only redirects ever named."""
-        used = dict.fromkeys(filter(None, self._slots))  # in the order of their slots
+        """Close the nodes that serve no slot: they have left the cluster, or only redirects named them."""
+        used = dict.fromkeys(filter(None, self._slots))  # in the order of the slots
         self._by_master = {shard.master: shard for shard in used}
         self._keep_only(used)
 
 
-def _ranges(told: Any, host: str) -> list[tuple[int, int, list[tuple[str, int]]]]:
-    """What CLUSTER SLOTS says: slots from and to, and the addresses of those who serve them, the master first.
+def _ranges(reply: Any, host: str) -> list[tuple[int, int, list[tuple[str, int]]]]:
+    """Parse the reply to CLUSTER SLOTS: first slot, last slot and addresses per range, the master first.
 
-    Args:
-        host: of the server that says so; hosts that it does not name are this one.
+    `host` is the host of the server that replied. An address without a host is on this server.
 
     Raises:
-        ClusterDownError: no server has any slot, as a server says that is in no cluster.
-        redis.InvalidResponse: it says something else.
+        ClusterDownError: no slot is assigned, for example because the server is in no cluster.
+        redis.InvalidResponse: the reply has another form.
     """
     ranges = []
-    if not isinstance(told, list) or len(told) > SLOTS:
+    if not isinstance(reply, list) or len(reply) > SLOTS:
         raise redis.InvalidResponse("expected a list of slots")
-    for line in told:
+    for line in reply:
         if not is_list(line, 3) or not all(is_list(server, 2) for server in line[2:]):
-            raise redis.InvalidResponse("expected slots and their servers")
+            raise redis.InvalidResponse("expected a range of slots with its servers")
         first, last, *servers = line
         if not (type(first) is type(last) is int and 0 <= first <= last < SLOTS):
             raise redis.InvalidResponse(f"expected a range of slots, got {str(line[:2])[:40]}")
-        if servers[0][0] != _NO_NAME_YET:
-            known = [at for at in servers if at[0] != _NO_NAME_YET]
+        if servers[0][0] != _UNKNOWN_HOST:
+            known = [at for at in servers if at[0] != _UNKNOWN_HOST]
             ranges.append((first, last, [address_of(at[0] or host.encode(), at[1]) for at in known]))
     if not ranges:
-        raise ClusterDownError("no server has any slot")
+        raise ClusterDownError("no slot has a server")
     if len({at for _, _, addresses in ranges for at in addresses}) > MAX_SERVERS:
         raise redis.InvalidResponse(f"expected at most {MAX_SERVERS} servers")
     return ranges

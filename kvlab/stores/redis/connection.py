@@ -1,17 +1,15 @@
-"""One connection to a Redis: redis-py's, made to move large values without copying them.
+"""A connection of redis-py that transfers large values without copying them.
 
-redis-py connects, authenticates and does TLS. Three of its public hooks are used here:
+redis-py connects, authenticates and does TLS. This module uses three of its public hooks:
 
-    command packer     large pieces stay separate, where the default copies them into one string
-    connection class   pieces leave by one `sendmsg`; values arrive by `recvmsg_into`, straight in the
-                       caller's buffer, where the default makes a fresh object of each (on fresh
-                       memory the kernel's page faults cost more than the copying)
-    parser class       hiredis, under the deadline of the whole call instead of one for each read
+    command packer     keeps large pieces separate; the default copies them into one string
+    connection class   sends pieces with `sendmsg`, and receives values with `recvmsg_into` directly into
+                       the caller's buffer; the default creates an object per value, and page faults on
+                       new memory cost more than the copy
+    parser class       hiredis, limited by the deadline of the call instead of a timeout per read
 
-TLS has neither `sendmsg` nor `recvmsg_into`: there pieces go one by one.
-
-A connection on which anything unexpected happened is closed, never used again: a reply that nobody
-took would be taken for the next one.
+TLS has neither `sendmsg` nor `recvmsg_into`, so pieces are sent one by one. After anything unexpected, a
+connection is closed: a reply that was not read would be taken for the reply to the next command.
 """
 
 from __future__ import annotations
@@ -29,16 +27,18 @@ from kvlab.stores.base import MAX_VALUE_BYTES, Value, pieces
 from kvlab.stores.deadline import Deadline
 
 Command = tuple[bytes | Value, ...]
-"""A command's arguments, its name first. A value may be a tuple of pieces."""
+"""The name and the arguments of a command. A value may be a tuple of pieces."""
+Buffers = Sequence[memoryview]
+"""One writable buffer per value."""
 Reply = bytes | memoryview | int | None | Exception
-"""What came back. An exception is an error reply, or the fault that left this command without a reply."""
+"""The reply to a command. An exception is an error reply, or the fault that prevented a reply."""
 
-_SEPARATE_BYTES: Final = 16 << 10  # smaller pieces are cheaper to copy than to send apart
-_SKIP_BYTES: Final = 16 << 20  # received and thrown away, so that the values behind it still come
-_PIECES_A_CALL: Final = 256  # the system's limit is 1024
-_LINE_BYTES: Final = 4096  # no line of an honest reply is longer
+_SEPARATE_BYTES: Final = 16 << 10  # smaller pieces are copied together, which is faster than sending them separately
+_SKIP_BYTES: Final = 16 << 20  # a larger value that does not fit is not received: the connection is closed
+_PIECES_PER_CALL: Final = 256  # per `sendmsg`; the system allows 1024
+_LINE_BYTES: Final = 4096  # longer than any line of a valid reply
 _CRLF: Final = b"\r\n"
-_REPLIES_WITH: Final[dict[object, bytes]] = {  # all others with a number
+_REPLY_TYPE: Final[dict[object, bytes]] = {  # all other commands return a number
     **dict.fromkeys((b"GET", b"INFO"), b"$"),
     **dict.fromkeys((b"SET", b"ASKING", b"READONLY"), b"+"),
 }
@@ -47,11 +47,11 @@ _READONLY: Final[Command] = (b"READONLY",)
 
 
 class TooBig(Exception):
-    """A value that does not fit the buffer it was meant for."""
+    """A value that does not fit its buffer, or exceeds `MAX_VALUE_BYTES`."""
 
 
 def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
-    r"""Commands in the Redis protocol, as few pieces as possible; large ones are the caller's own memory.
+    r"""Encode commands in the Redis protocol, in few pieces. Large pieces are the caller's memory, not copies.
 
     >>> pack([(b"GET", b"kv:a")])
     [b'*2\r\n$3\r\nGET\r\n$4\r\nkv:a\r\n']
@@ -79,15 +79,15 @@ def pack(commands: Iterable[Command]) -> list[bytes | memoryview]:
 
 
 class _Packer:
-    """redis-py's hook for what it sends by itself, such as AUTH."""
+    """The hook of redis-py for commands that it sends by itself, such as AUTH."""
 
     def pack(self, *arguments: Any) -> list[bytes | memoryview]:
         name, *rest = (a if isinstance(a, bytes) else str(a).encode() for a in arguments)
         return pack([(*name.split(), *rest)])
 
 
-class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py chooses it at run time
-    """hiredis, for the replies to what redis-py sends by itself."""
+class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py selects it at run time
+    """hiredis, for replies to commands that redis-py sends by itself."""
 
     def on_connect(self, connection: Connection) -> None:
         super().on_connect(connection)
@@ -100,15 +100,15 @@ class _Parser(DefaultParser):  # type: ignore[valid-type, misc]  # redis-py choo
 
 
 class Connection(AbstractConnection):
-    """What is added to each of redis-py's connection classes.
+    """The base of three connection classes, each combined with one of redis-py's.
 
     Args:
-        read_only: tell a replica of a cluster that old values will do; it would send its readers away.
+        read_only: send READONLY after connecting; without it, a cluster replica redirects reads to its master.
 
     Attributes:
-        deadline: of the call that uses the connection now.
-        ready: the last exchange found, or made, a connection that works.
-        in_step: the last exchange took every byte that came; only then may the next one follow.
+        deadline: the deadline of the current call.
+        ready: whether the last exchange was connected and logged in.
+        reusable: whether the last exchange read every received byte. Otherwise the connection must be closed.
     """
 
     deadline: Deadline
@@ -116,48 +116,43 @@ class Connection(AbstractConnection):
 
     def __init__(self, read_only: bool = False, **settings: Any) -> None:
         self._read_only = read_only
-        self.ready = self.in_step = False
-        self._line = bytearray(_LINE_BYTES)  # received and not yet taken: _line[_start:_end]
+        self.ready = self.reusable = False
+        self._line = bytearray(_LINE_BYTES)  # _line[_start:_end] is received, but not yet parsed
         self._start = self._end = 0
         packer: Any = _Packer()
         super().__init__(command_packer=packer, parser_class=_Parser, **settings)
 
     def exchange(
-        self,
-        commands: Sequence[Command],
-        deadline: Deadline,
-        out: Sequence[memoryview] | None = None,
-        asking: bool = False,
+        self, commands: Sequence[Command], deadline: Deadline, out: Buffers | None = None, asking: bool = False
     ) -> list[Reply]:
-        """Send all commands, then take one reply each: one round trip.
+        """Send all commands, then read one reply per command: one round trip.
 
         Args:
             out: buffers for the values of the first commands.
-            asking: say ASKING before each: its slot is on the way to this server.
+            asking: send ASKING before each command, because the slots are being migrated to this server.
 
-        Never raises an `Exception`: when the connection breaks, the commands without a reply have the
-        fault as their reply.
+        Never raises an `Exception`: if the connection breaks, each command without a reply gets the fault.
         """
         replies: list[Reply] = []
-        self.ready = self.in_step = False
+        self.ready = self.reusable = False
         self.deadline = deadline
         try:
             self.make_ready()
             self.ready = True
-            self.send_packed_command(pack(_asked(commands) if asking else commands))
+            self.send_packed_command(pack(_with_asking(commands) if asking else commands))
             buffers = len(out) if out else 0
             for i, command in enumerate(commands):
-                said = self.read_reply(_ASKING, None) if asking else None
+                asking_reply = self.read_reply(_ASKING, None) if asking else None
                 reply = self.read_reply(command, out[i] if out and i < buffers else None)
-                refused = isinstance(said, Exception) and isinstance(reply, Exception)
-                replies.append(said if refused else reply)
-            self.in_step = self._start == self._end
-        except Exception as error:  # a broken server makes libraries raise anything
+                refused = isinstance(asking_reply, Exception) and isinstance(reply, Exception)
+                replies.append(asking_reply if refused else reply)
+            self.reusable = self._start == self._end
+        except Exception as error:  # a broken server can cause any exception in a library
             replies += [error] * (len(commands) - len(replies))
         return replies
 
     def connect(self) -> None:
-        """Connect and log in, before the deadline."""
+        """Connect and log in within the deadline."""
         if not self.is_connected:
             self._start = self._end = 0
             self.socket_connect_timeout = self.socket_timeout = self.deadline.remaining_to_connect()
@@ -170,24 +165,24 @@ class Connection(AbstractConnection):
                     raise reply
 
     def make_ready(self) -> None:
-        """Connect, or connect again where the server has hung up or has sent what nobody asked for."""
+        """Connect, or reconnect if the server has closed the connection or sent bytes that no command requested."""
         try:
-            if self.is_connected and self._has_unread_bytes():
+            if self.is_connected and self._receive_unrequested():
                 raise redis.ConnectionError("unexpected bytes")
         except (redis.ConnectionError, OSError):
             self.disconnect()  # type: ignore[no-untyped-call]
         if not self.is_connected:
             self.connect()
-            if self._has_unread_bytes():  # a full server says so before it is asked
+            if self._receive_unrequested():  # a server with too many clients sends an error before any command
                 line = self._read_line()
-                raise (
-                    self._error(line) if line[:1] == b"-" else redis.InvalidResponse(f"nobody asked for {line[:40]!r}")
-                )
+                if line[:1] == b"-":
+                    raise self._error(line)
+                raise redis.InvalidResponse(f"unrequested bytes: {line[:40]!r}")
 
-    def _has_unread_bytes(self) -> bool:
-        """Whether bytes have come that no command asked for.
+    def _receive_unrequested(self) -> bool:
+        """Receive bytes that no command requested, and return whether there were any.
 
-        Receiving tells more than polling: TLS 1.3 sends session tickets, which are no data of ours.
+        A poll is not enough: TLS 1.3 sends session tickets, which contain no data for the client.
         """
         self._sock.settimeout(0)
         try:
@@ -199,7 +194,7 @@ class Connection(AbstractConnection):
         return True
 
     def send_packed_command(self, command: Sequence[bytes | memoryview], check_health: bool = True) -> None:
-        """Send all pieces before the deadline."""
+        """Send all pieces within the deadline."""
         if not self.is_connected:
             self.connect()
         if isinstance(self._sock, ssl.SSLSocket):
@@ -209,7 +204,7 @@ class Connection(AbstractConnection):
             return
         at, offset = 0, 0
         while at < len(command):
-            views = [memoryview(command[at])[offset:], *command[at + 1 : at + _PIECES_A_CALL]]
+            views = [memoryview(command[at])[offset:], *command[at + 1 : at + _PIECES_PER_CALL]]
             self._sock.settimeout(self.deadline.remaining_to_receive())
             offset += self._sock.sendmsg(views)
             while at < len(command) and offset >= len(command[at]):
@@ -217,20 +212,20 @@ class Connection(AbstractConnection):
                 at += 1
 
     def read_reply(self, command: Command, out: memoryview | None) -> Reply:
-        """The reply to a command of this store: an error, or what this command replies with.
+        """Read the reply to a command of this store: an error, or a reply of the type that the command has.
 
         Args:
-            out: where a value goes; without it, it becomes a `bytes` of its own.
+            out: the buffer for a value. Without it, a value is a new `bytes`.
 
         Raises:
-            redis.InvalidResponse: this is no such reply.
+            redis.InvalidResponse: the reply has another type or an invalid form.
         """
         line = self._read_line()
         kind, rest = line[:1], line[1:]
         if kind == b"-":
             return self._error(line)
-        if kind != _REPLIES_WITH.get(command[0], b":"):
-            raise redis.InvalidResponse(f"expected another kind of reply, got {line[:40]!r}")
+        if kind != _REPLY_TYPE.get(command[0], b":"):
+            raise redis.InvalidResponse(f"expected another type of reply, got {line[:40]!r}")
         if kind == b"+":
             return rest
         if kind == b":":
@@ -240,14 +235,14 @@ class Connection(AbstractConnection):
     def _error(self, line: bytes) -> Exception:
         try:
             error: Exception = self._parser.parse_error(line[1:].decode("utf-8", "replace"))
-        except ValueError:  # a MOVED that names no server
+        except ValueError:  # a MOVED without an address
             raise redis.InvalidResponse(f"expected an error reply, got {line[:40]!r}") from None
         return error
 
     def _read_value(self, length: int, out: memoryview | None) -> Reply:
         fits = length <= (MAX_VALUE_BYTES if out is None else out.nbytes)
         if not fits and length > _SKIP_BYTES:
-            raise TooBig(f"a value of {length} bytes")  # the connection goes with it: cheaper than to receive it
+            raise TooBig(f"a value of {length} bytes")  # closes the connection: faster than receiving
         self.deadline.extend(length)
         if out is None:
             own = bytearray(length)
@@ -261,31 +256,31 @@ class Connection(AbstractConnection):
         return room[:length]
 
     def _fill(self, view: memoryview) -> None:
-        """Receive into `view`, then the line end."""
+        """Receive a value into `view`, then the end of its line."""
         have = min(len(view), self._end - self._start)
         view[:have] = self._line[self._start : self._start + have]
         self._start += have
         scatter = not isinstance(self._sock, ssl.SSLSocket)
         while have < len(view):  # the line buffer is empty now
             self._sock.settimeout(self.deadline.remaining_to_receive())
-            if scatter:  # what follows the value goes to the line buffer
+            if scatter:  # bytes after the value go to the line buffer
                 got = self._sock.recvmsg_into([view[have:], self._line])[0]
             else:
                 got = self._sock.recv_into(view[have:])
             self._start, self._end = 0, max(0, got - (len(view) - have))
-            have += _some(got)
+            have += _received(got)
         if self._read_line():
-            raise redis.InvalidResponse("a value is longer than was announced")
+            raise redis.InvalidResponse("a value is longer than its announced length")
 
     def _skip(self, length: int) -> None:
-        """Receive a value that has no room anywhere."""
+        """Receive and discard a value that does not fit its buffer."""
         scratch = memoryview(bytearray(min(length, 1 << 16)))
         while length > len(scratch):
             have = min(len(scratch), self._end - self._start)
             self._start += have
             if not have:
                 self._sock.settimeout(self.deadline.remaining_to_receive())
-                have = _some(self._sock.recv_into(scratch))
+                have = _received(self._sock.recv_into(scratch))
             length -= have
         self._fill(scratch[:length])
 
@@ -294,9 +289,9 @@ class Connection(AbstractConnection):
             self._line[: self._end - self._start] = self._line[self._start : self._end]
             self._start, self._end = 0, self._end - self._start
             if self._end == _LINE_BYTES:
-                raise redis.InvalidResponse("a line of a reply does not end")
+                raise redis.InvalidResponse("a line of a reply is too long")
             self._sock.settimeout(self.deadline.remaining_to_receive())
-            self._end += _some(self._sock.recv_into(memoryview(self._line)[self._end :]))
+            self._end += _received(self._sock.recv_into(memoryview(self._line)[self._end :]))
         line = bytes(self._line[self._start : end])
         self._start = end + len(_CRLF)
         return line
@@ -313,15 +308,15 @@ class _Unix(Connection, redis.UnixDomainSocketConnection): ...
 
 CLASSES: Final[dict[str, Any]] = {"redis": _TCP, "rediss": _TLS, "unix": _Unix}
 """The connection class of each URL scheme."""
-SETTINGS: Final[dict[str, Any]] = {  # so that it speaks as this module expects, whatever the URL says
-    "protocol": 2,  # what `read_reply` speaks
+SETTINGS: Final[dict[str, Any]] = {  # these replace settings of the URL
+    "protocol": 2,  # the protocol version that `read_reply` parses
     "decode_responses": False,
-    "retry": Retry(NoBackoff(), 0),  # the fallback is to compute, which must not wait
-    "driver_info": None,  # saves two round trips a connection, and a right of the ACL user
+    "retry": Retry(NoBackoff(), 0),  # no retries: the fallback is to recompute, which must not wait
+    "driver_info": None,  # saves two round trips per connection, and a permission of the ACL user
 }
 
 
-def _asked(commands: Sequence[Command]) -> Iterator[Command]:
+def _with_asking(commands: Sequence[Command]) -> Iterator[Command]:
     for command in commands:
         yield _ASKING
         yield command
@@ -333,7 +328,7 @@ def _number(digits: bytes) -> int:
     return int(digits)
 
 
-def _some(got: int) -> int:
+def _received(got: int) -> int:
     if got == 0:
         raise ConnectionResetError("closed by the server")
     return got

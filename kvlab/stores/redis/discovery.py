@@ -1,19 +1,17 @@
-"""What Cluster and Sentinel have in common: servers that tell which servers there are.
+"""The common part of Cluster and Sentinel: servers report the map, which assigns keys to servers.
 
-A map is learned from the servers themselves and is never certain: slots move, masters die, replicas
-take over. So it is asked for again when an answer hints that it has changed (MOVED, READONLY, a server
-that does not answer), at most twice a second, and once a minute without a hint. A hint is worth half of
-a call's time, for its keys are about to be missed. A map that is only old is not: the call goes by it,
-and a thread asks. Until the servers have agreed on something new, keys of a lost server are misses.
+A map may be out of date at any time: slots move, masters fail, and replicas take over. A hint is a reply that
+suggests such a change (MOVED, READONLY, a missing answer). After a hint, the map is requested at most twice
+per second, otherwise once per minute. After a hint, a call requests the map itself, in half of its time,
+because its keys would otherwise be misses. If the map is only old, the call uses it, and a thread requests a
+new map. Until the servers agree on a new map, the keys of a lost server are misses.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
 import threading
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -25,63 +23,31 @@ from kvlab.stores.breaker import Breaker
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
+from kvlab.stores.latch import Lease
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.pool import NoConnection, Pool
 from kvlab.stores.redis.reasons import HINTS, reason_of
 from kvlab.stores.redis.topology import Shard, Topology
 
 SLOTS: Final = REDIS_CLUSTER_HASH_SLOTS
-MAP_AGE_S: Final = 60.0  # how long a map is believed without a hint
-PAUSE_S: Final = 0.5  # the least time between two questions, however many hints there are
-ASKER: Final = "kvlab map"  # the name of the thread that asks
-MAX_SERVERS: Final = 1000  # more no cluster is meant to have, says its specification
-_HOST: Final = re.compile(rb"[A-Za-z0-9._:%-]+")  # a name, or an address of either kind
-
-
-class Lease:
-    """Who may refresh the map now: one at a time.
-
-    A lease ends by itself, because a signal may keep its holder from ever giving it back. Another thread
-    than the holder may give it back.
-    """
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._expires_at = -math.inf
-
-    def take(self, wait_s: float, lease_s: float) -> bool:
-        """Wait at most `wait_s` for a lease that lasts `lease_s`; False if none came free."""
-        with self._free:
-            give_up = time.monotonic() + wait_s
-            while (now := time.monotonic()) < self._expires_at:
-                if now >= give_up:
-                    return False
-                self._free.wait(min(give_up, self._expires_at) - now)
-            self._expires_at = time.monotonic() + lease_s
-            return True
-
-    def give_back(self) -> None:
-        """Let the next one have it."""
-        with self._free:
-            self._expires_at = -math.inf
-            self._free.notify()
+MAP_AGE_S: Final = 60.0  # how long a map is used without a hint
+PAUSE_S: Final = 0.5  # the minimum time from one request to the next after a hint or a failure
+REFRESHER: Final = "kvlab map"  # the name of the thread that requests the map
+MAX_SERVERS: Final = 1000  # the specification plans for no larger cluster
+_HOST: Final = re.compile(rb"[A-Za-z0-9._:%-]+")  # a host name, or an IPv4 or IPv6 address
 
 
 class Discovered(Topology):
-    """A topology that its servers tell.
+    """A topology whose servers report its map.
 
     Args:
-        seeds: the servers that are asked first.
-        make_node: a node for a host and a port.
-        read_replicas: read from replicas while one works.
+        seeds: the servers that the URL names.
+        make_node: creates a node for a host and a port.
+        read_replicas: read from replicas that work.
     """
 
     def __init__(
-        self,
-        seeds: Sequence[Pool],
-        make_node: Callable[[str, int], Node],
-        read_replicas: bool,
-        clock: Callable[[], float],
+        self, seeds: list[Pool], make_node: Callable[[str, int], Node], read_replicas: bool, clock: Callable[[], float]
     ) -> None:
         super().__init__()
         self._seeds = seeds
@@ -89,12 +55,12 @@ class Discovered(Topology):
         self._make_node = make_node
         self._read_replicas = read_replicas
         self._clock = clock
-        self._breaker = Breaker(clock=clock)  # for when no server tells
+        self._breaker = Breaker(clock=clock)  # opens when no server returns a map
         self._nodes: dict[tuple[str, int], Node] = {}
         self._known = False
-        self._hinted = False  # an answer says that the map may be wrong
-        self._failed = False  # no server answered the last question
-        self._asked_at = float("-inf")
+        self._hinted = False  # a reply suggests that the map is out of date
+        self._failed = False  # the last request for the map failed
+        self._requested_at = float("-inf")
         self._next_replica = random.randrange(1 << 16)
         self.reset_after_fork()
         reset_in_children(self)
@@ -105,19 +71,15 @@ class Discovered(Topology):
         self._lease = Lease()
 
     @abstractmethod
-    def _ask(self, deadline: Deadline) -> None:
-        """Learn the map.
+    def _request_map(self, deadline: Deadline) -> None:
+        """Request the map and use it; raise an exception if no server returns a map."""
 
-        Raises:
-            Exception: no server tells.
-        """
-
-    def ask(self, deadline: Deadline) -> list[Shard]:
+    def refresh(self, deadline: Deadline) -> list[Shard]:
         """See `Topology`."""
         if not self._lease.take(deadline.remaining, deadline.remaining):
-            raise NoConnection("others kept asking")
+            raise NoConnection("other threads kept requesting the map")
         try:
-            self._ask_and_record(deadline)
+            self._request_and_record(deadline)
         finally:
             self._lease.give_back()
         return self.shards()
@@ -134,85 +96,84 @@ class Discovered(Topology):
                 node.close()
 
     def _learn(self, deadline: Deadline) -> Reason | None:
-        """See to it that there is a map, and that it does not get old; why there is none, None if there is."""
+        """Ensure that a map exists and is refreshed when due; return the reason if there is none, else None."""
         if self._known:
-            self._refresh(deadline)
+            self._refresh_if_due(deadline)
             return None
         if not self._lease.take(deadline.remaining, deadline.remaining):
             return Reason.POOL
         try:
             if self._known:
-                return None  # another thread has just asked
+                return None  # another thread has just requested the map
             if not self._breaker.allow():
                 return Reason.BREAKER
-            self._ask_and_record(deadline)
+            self._request_and_record(deadline)
         except Exception as error:
             return reason_of(error)
         finally:
             self._lease.give_back()
         return None
 
-    def _refresh(self, deadline: Deadline) -> None:
-        """Ask for a newer map, if one is due: for a hint in half of the call's time, else by a thread."""
+    def _refresh_if_due(self, deadline: Deadline) -> None:
+        """Request a map if one is due: after a hint in half of the call's time, otherwise in a thread."""
         if not (self._due and self._breaker.ready and self._lease.take(0, deadline.remaining)):
             return
         if self._hinted:
-            self._ask_with_lease(deadline.half())
+            self._request_with_lease(deadline.half())
             return
-        asker = threading.Thread(target=self._ask_with_lease, args=(deadline.copy(),), name=ASKER, daemon=True)
+        thread = threading.Thread(target=self._request_with_lease, args=(deadline.copy(),), name=REFRESHER, daemon=True)
         try:
-            asker.start()
-        except RuntimeError:  # no thread to be had, or the interpreter is ending
+            thread.start()
+        except RuntimeError:  # no thread can be started
             self._lease.give_back()
 
     @property
     def _due(self) -> bool:
-        """Whether the map is old, or may be wrong."""
-        return self._clock() - self._asked_at >= (PAUSE_S if self._hinted or self._failed else MAP_AGE_S)
+        """Whether a request is due: `PAUSE_S` after the last one if there was a hint or failure, else `MAP_AGE_S`."""
+        return self._clock() - self._requested_at >= (PAUSE_S if self._hinted or self._failed else MAP_AGE_S)
 
-    def _ask_with_lease(self, deadline: Deadline) -> None:
-        """Ask with a lease that was taken, and give it back. Failures are counted: the old map goes on."""
+    def _request_with_lease(self, deadline: Deadline) -> None:
+        """Request a due map under the caller's lease, then end the lease. After a failure, the old map stays in use."""
         try:
             if self._due and self._breaker.allow():
-                self._ask_and_record(deadline)
+                self._request_and_record(deadline)
         except Exception as error:
             self.faults[reason_of(error)] += 1
         finally:
             self._lease.give_back()
 
-    def _ask_and_record(self, deadline: Deadline) -> None:
+    def _request_and_record(self, deadline: Deadline) -> None:
         verdict: bool | None = None
         try:
-            self._hinted = False  # before asking: what comes in meanwhile counts again
-            self._ask(deadline)
+            self._hinted = False  # before the request, so that hints during the request count
+            self._request_map(deadline)
             self._known = verdict = True
             self._failed = False
-        except Exception as error:  # a broken server makes libraries raise anything
+        except Exception as error:  # a broken server can cause any exception in a library
             verdict, self._failed = False, True
-            if reason_of(error) == Reason.RESPONSE:  # this is not the kind of server that the URL says
+            if reason_of(error) == Reason.RESPONSE:  # the server is not of the kind that the URL names
                 raise redis.InvalidResponse(str(error)) from error
             raise
         finally:
-            self._asked_at = self._clock()
+            self._requested_at = self._clock()
             self._breaker.record(verdict)
 
     def _node(self, host: str, port: int) -> Node:
-        """The node at an address; the same one as before, with what its breakers know."""
+        """Return the node at an address. A known address keeps its node, with its connections and breakers."""
         with self._lock:
             if (host, port) not in self._nodes:
                 self._nodes[host, port] = self._make_node(host, port)
             return self._nodes[host, port]
 
     def _keep_only(self, shards: Iterable[Shard]) -> None:
-        """Close servers that have gone."""
+        """Close the nodes that are in none of the shards."""
         used = {node for shard in shards for node in (shard.master, *shard.replicas)}
         with self._lock:
-            gone = [address for address, node in self._nodes.items() if node not in used]
-            for address in gone:
+            for address in [at for at, node in self._nodes.items() if node not in used]:
                 self._nodes.pop(address).close()
 
     def _pick(self, shard: Shard, reading: bool) -> Node:
-        """The master; for reading a replica, if that is wanted and one is not known to be broken."""
+        """Return the master; for reading with `read_replicas`, a replica whose breaker is ready, if there is one."""
         if reading and self._read_replicas:
             for i in range(len(shard.replicas)):
                 replica = shard.replicas[(self._next_replica + i) % len(shard.replicas)]
@@ -221,22 +182,22 @@ class Discovered(Topology):
         return shard.master
 
 
-def most_telling(errors: Sequence[Exception]) -> Exception:
-    """Of the servers that were asked in vain, what one has said; else the last that did not answer."""
-    silent = (Reason.CONN, Reason.TIMEOUT)
-    return next((error for error in errors if reason_of(error) not in silent), errors[-1])
+def most_informative(errors: Sequence[Exception]) -> Exception:
+    """Return the first error other than a missing answer, or the last error if there is no other."""
+    no_answer = (Reason.CONN, Reason.TIMEOUT)
+    return next((error for error in errors if reason_of(error) not in no_answer), errors[-1])
 
 
 def is_list(reply: Any, least: int) -> bool:
-    """Whether a server's answer is a list of at least so many."""
+    """Return whether a reply is a list of at least `least` members."""
     return isinstance(reply, list) and len(reply) >= least
 
 
 def address_of(host: Any, port: Any) -> tuple[str, int]:
-    """A server's address as a server gave it.
+    """Return the address of a server from a reply.
 
     Raises:
-        redis.InvalidResponse: it is none.
+        redis.InvalidResponse: the host or the port is invalid.
     """
     number = int(port) if isinstance(port, int) or (isinstance(port, bytes) and port.isdigit()) else 0
     if not isinstance(host, bytes) or not _HOST.fullmatch(host) or not 0 < number < 65536:

@@ -1,8 +1,8 @@
-"""One server, and all that concerns it: its connections, two breakers, the largest value, its health.
+"""One server: its connections, two breakers, and the largest value that it accepts.
 
-A node does a server's whole share of a batch and gives back replies and faults. It counts nothing, and
-knows of no other server: what a batch comes to is put together by `store`, and `topology` knows which
-node has a key. A server that hangs, is full or wants another password harms its own keys alone.
+A node executes the sub-batch of its server and returns replies and faults. A node counts nothing and knows
+no other server: `store` joins the results, and `topology` knows which node has a key. A server that
+hangs, is full or requires another password affects only its own keys.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from kvlab.stores.breaker import Breaker
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
-from kvlab.stores.redis.connection import Command, Reply
+from kvlab.stores.latch import Latch
+from kvlab.stores.redis.connection import Buffers, Command, Reply
 from kvlab.stores.redis.pool import FakePool, Pool
-from kvlab.stores.redis.reasons import OF_ONE_KEY, Refused, reason_of, takes_writes, works
+from kvlab.stores.redis.reasons import OF_ONE_KEY, Refused, reason_of, server_works, takes_writes
 
-WINDOW_BYTES: Final = 16 << 20  # more replies at once fall out of the server's cache: measured, docs/02
+WINDOW_BYTES: Final = 16 << 20  # replies to a larger window exceed the processor's cache: measured, docs/02
 WINDOW_KEYS: Final = 1024
-SHARE_OF_MEMORY: Final = 16  # no value may take more than this part of the server's maxmemory
-_LIMIT_AGE_S: Final = 60.0  # how long the server's maxmemory is remembered
+MAXMEMORY_DIVISOR: Final = 16  # the largest value is maxmemory divided by this
+_LIMIT_AGE_S: Final = 60.0  # how long maxmemory is remembered
 
 
 @dataclass(slots=True)
 class Batch:
-    """What one call of the store asks for, of whichever servers have the keys.
+    """The work of one store call, for every server that has some of its keys.
 
     Attributes:
-        call: the method of `Node` that does a server's share.
-        names: keys as the servers see them.
-        commands: for "ask": small ones.
-        out: for "get": one buffer a name.
-        values, sizes: for "put": what is stored, and how many bytes each value has.
-        ttl_ms: for "put", how long values live; for "get", how long hits live from now on. None: for ever.
-        always: also while the breaker is open, which learns how it went: for `health`.
+        call: the method of `Node` that executes a sub-batch.
+        names: the keys as sent to servers, with their prefix.
+        commands: for "send": small commands.
+        out: for "get": one buffer per name.
+        values, sizes: for "put": the values, and the size of each in bytes.
+        ttl_ms: the TTL of each stored value ("put") or hit ("get"). None: it is not set.
+        always: for `health`: send the commands even if the breaker is open. The breaker records the outcome.
     """
 
-    call: Literal["get", "put", "ask"]
+    call: Literal["get", "put", "send"]
     names: Sequence[bytes]
     commands: Sequence[Command] = ()
-    out: Sequence[memoryview] | None = None
+    out: Buffers | None = None
     values: Sequence[Value] = ()
     sizes: Sequence[int] = ()
     ttl_ms: int | None = None
@@ -59,11 +60,11 @@ class Batch:
 
 @dataclass(slots=True)
 class Answer:
-    """One server's share of a batch, done.
+    """The result of one sub-batch.
 
     Attributes:
-        replies: one for each index that was asked for, in that order.
-        faults: of each round trip that had some, their reasons.
+        replies: one per index of the sub-batch, in the same order.
+        faults: the reasons of each failed round trip.
     """
 
     replies: list[Reply]
@@ -71,10 +72,10 @@ class Answer:
 
 
 class Job:
-    """A server's share of a batch in a thread of the server's, so that waiting for it delays no other server.
+    """A sub-batch that runs in a thread of its node, so that waiting for one server does not delay another.
 
-    Whoever makes it knows of it before it begins: a signal's handler may raise at any moment, and what has begun
-    must then be abandoned.
+    A job is created before it is started: a signal handler may raise at any moment, and the creator must
+    then abandon every job that is running.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Job:
     ) -> None:
         self.deadline = deadline
         self._node, self._batch, self._indices, self._asking = node, batch, indices, asking
-        self._begun = threading.Lock()  # taken once, by whoever does the work or sees to it that nobody will
-        self._done = threading.Event()
+        self._begun = threading.Lock()  # acquired once: by `run`, or by `abandon` to prevent the run
+        self._done = Latch()
         self._outcome: Answer | BaseException = Answer([Refused(Reason.TIMEOUT)] * len(indices))
 
     def run(self) -> None:
-        """Do the work, unless it has begun elsewhere or was abandoned."""
+        """Execute the sub-batch, unless the job has started already or was abandoned."""
         if not self._begun.acquire(blocking=False):
             return
         try:
@@ -98,14 +99,14 @@ class Job:
         self._done.set()
 
     def result(self) -> Answer:
-        """Wait for the answer. Raises what the work raised."""
+        """Wait for the answer and return it, or raise the exception of the run."""
         self._done.wait()
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome
 
     def abandon(self) -> None:
-        """Nobody wants the answer: after this call nothing writes into the caller's buffers."""
+        """Discard the answer. After this call, nothing writes into the caller's buffers."""
         self.deadline.abandon()
         if not self._begun.acquire(blocking=False):
             self._done.wait()
@@ -116,12 +117,12 @@ class Node:
     """One server.
 
     Args:
-        name: host:port, a path, or what else tells it from others.
-        max_workers: how many calls may wait for it at the same moment, when they wait for others too.
+        name: host:port, a path, or another text that identifies the server.
+        max_workers: how many jobs may run at the same time.
 
     Attributes:
-        breaker: opens when the server does not answer.
-        write_breaker: opens when it answers, but takes no writes.
+        breaker: opens if the server does not answer.
+        write_breaker: opens if the server answers, but refuses writes.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class Node:
         self.write_breaker = Breaker(clock=clock)
         self._clock = clock
         self._max_workers = max_workers
-        self._value_bytes = 1 << 20  # what values were like lately: how many fit a window
-        self._limit = MAX_VALUE_BYTES  # of a value, until `_limit_expires_at`; fakeredis has no other
+        self._value_bytes = 1 << 20  # the size of recent values: how many fit a window
+        self._limit = MAX_VALUE_BYTES  # the largest value, until `_limit_expires_at`; constant for fakeredis
         self._limit_expires_at = math.inf if isinstance(pool, FakePool) else -math.inf
         self.reset_after_fork()
         reset_in_children(self)
@@ -147,21 +148,21 @@ class Node:
         self._lock = threading.Lock()
         self._workers: ThreadPoolExecutor | None = None
 
-    # --- a share of a batch ---------------------------------------------------------------------
-    # `indices`, ascending, are those of the names that this server has. `asking`: their slots are on the
-    # way to it (ASK).
+    # --- sub-batches ----------------------------------------------------------------------------
+    # `indices`: the positions of this server's names in the batch, ascending. `asking`: their slots are being
+    # migrated to this server (ASK).
     def start(self, job: Job) -> None:
-        """Do a job in a thread of this server's; in the caller's own where none can be had."""
+        """Run a job in a thread of this node, or in the caller's thread if none can be started."""
         try:
             with self._lock:
                 if self._workers is None:
                     self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
             self._workers.submit(job.run)
-        except RuntimeError:  # no thread to be had, or the interpreter is ending
+        except RuntimeError:  # no thread can be started
             job.run()
 
     def get(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
-        """Values, window by window; hits live as long again, in the same round trip."""
+        """Fetch values, window by window. The TTL of a hit is restarted in the same round trip."""
         names, out = batch.names, batch.out
         if len(indices) < len(names):
             names, out = [names[i] for i in indices], None if out is None else [out[i] for i in indices]
@@ -169,7 +170,7 @@ class Node:
         answer, fault = Answer([]), None
         for window in _windows(sizes, math.inf):
             start, stop = window[0], window[-1] + 1
-            if fault is not None:  # nor would the server answer now
+            if fault is not None:  # the server would not answer these commands either
                 answer.replies += [Refused(fault)] * len(window)
                 continue
             commands: list[Command] = [(b"GET", name) for name in names[start:stop]]
@@ -177,8 +178,8 @@ class Node:
                 commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[start:stop]]
             replies = self.round_trip(commands, deadline, answer, out[start:stop] if out else None, asking)
             values = replies[: len(window)]
-            refused = next((r for r in replies[len(window) :] if isinstance(r, Exception) and says_no(r)), None)
-            if refused is not None:  # chains would die of age, unnoticed: such a server or user needs ttl_s=None
+            refused = next((r for r in replies[len(window) :] if isinstance(r, Exception) and is_refusal(r)), None)
+            if refused is not None:  # otherwise used blocks would expire; such a server or user needs ttl_s=None
                 values = [Refused(reason_of(refused))] * len(window)
             answer.replies += values
             fault = _fault_of(values)
@@ -187,8 +188,8 @@ class Node:
         return answer
 
     def put(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
-        """Store values, window by window. One too large for the server is refused before a byte of it is sent."""
-        answer = Answer([Refused(Reason.TOO_BIG)] * len(indices))  # of those that no window takes
+        """Store values, window by window. A value above the limit of the server is refused and not sent."""
+        answer = Answer([Refused(Reason.TOO_BIG)] * len(indices))  # for the values that are in no window
         limit = self.value_limit(deadline, answer)
         if not isinstance(limit, int):
             answer.replies = [limit] * len(indices)
@@ -202,32 +203,31 @@ class Node:
                 answer.replies[at] = reply
         return answer
 
-    def ask(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
-        """Small commands, in one round trip."""
+    def send(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
+        """Send small commands in one round trip."""
         answer, commands = Answer([]), [batch.commands[i] for i in indices]
         answer.replies = self.round_trip(commands, deadline, answer, None, asking, batch.always)
         return answer
 
     def value_limit(self, deadline: Deadline, answer: Answer) -> int | Exception:
-        """The most bytes that a value may have here, asked for once a minute; else why the server cannot say.
+        """Return the largest size of a value, requested once per minute, or the fault of the request.
 
-        A server may keep its memory to itself (no `maxmemory` in INFO, no INFO at all): then every value up
-        to `MAX_VALUE_BYTES` is tried.
+        If the server does not report `maxmemory` (INFO is refused or lacks it), the limit is `MAX_VALUE_BYTES`.
         """
         if self._clock() < self._limit_expires_at:
             return self._limit
         (reply,) = self.round_trip([(b"INFO", b"memory")], deadline, answer)
-        if isinstance(reply, Exception) and not says_no(reply):
+        if isinstance(reply, Exception) and not is_refusal(reply):
             return reply
-        answer.faults.clear()  # it was asked, and it said no: that is no fault
+        answer.faults.clear()  # a refusal is not a fault
         found = re.search(rb"^maxmemory:(\d{1,18})\b", reply, re.MULTILINE) if isinstance(reply, bytes) else None
-        share = int(found[1]) // SHARE_OF_MEMORY if found else 0
-        self._limit = min(MAX_VALUE_BYTES, share or MAX_VALUE_BYTES)
+        limit = int(found[1]) // MAXMEMORY_DIVISOR if found else 0
+        self._limit = min(MAX_VALUE_BYTES, limit or MAX_VALUE_BYTES)
         self._limit_expires_at = self._clock() + _LIMIT_AGE_S
         return self._limit
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self.pool.close()
 
     # --- one round trip -------------------------------------------------------------------------
@@ -247,11 +247,11 @@ class Node:
         commands: Sequence[Command],
         deadline: Deadline,
         answer: Answer,
-        out: Sequence[memoryview] | None = None,
+        out: Buffers | None = None,
         asking: bool = False,
         always: bool = False,
     ) -> list[Reply]:
-        """One round trip, if the breaker lets it through; the breaker learns how it went. Faults go to `answer`."""
+        """Make one round trip if the breaker allows it, and record the outcome. Faults are added to `answer`."""
         if not (always or self.breaker.allow()):
             answer.faults.append({Reason.BREAKER})
             return [Refused(Reason.BREAKER)] * len(commands)
@@ -264,10 +264,10 @@ class Node:
             if not faults:
                 verdict = True
             elif not deadline.abandoned:
-                verdict = works(faults) if connection.ready else False
+                verdict = server_works(faults) if connection.ready else False
                 answer.faults.append({reason_of(fault) for fault in faults})
-        except Exception as error:  # no connection came free, or could be made
-            verdict = works([error])
+        except Exception as error:  # no connection became free, or none could be created
+            verdict = server_works([error])
             answer.faults.append({reason_of(error)})
             replies = [error] * len(commands)
         finally:
@@ -277,21 +277,19 @@ class Node:
         return replies
 
 
-def says_no(reply: Exception) -> bool:
-    """Whether the server answered, and its answer is that it does not do this command for this user."""
+def is_refusal(reply: Exception) -> bool:
+    """Return whether the server refused the command: a missing permission, or a "response" error."""
     return isinstance(reply, redis.exceptions.NoPermissionError) or reason_of(reply) == Reason.RESPONSE
 
 
 def _fault_of(replies: Sequence[Reply]) -> Reason | None:
-    """What keeps a server from answering further commands, if anything does."""
-    for reply in replies:
-        if isinstance(reply, Exception) and (reason := reason_of(reply)) not in OF_ONE_KEY:
-            return reason
-    return None
+    """Return the first reason that also affects further commands to the server, or None."""
+    reasons = (reason_of(reply) for reply in replies if isinstance(reply, Exception))
+    return next((reason for reason in reasons if reason not in OF_ONE_KEY), None)
 
 
 def _windows(sizes: Iterable[int], limit: float) -> Iterator[list[int]]:
-    """Positions of the values that fit `limit`, at most `WINDOW_BYTES` and `WINDOW_KEYS` together."""
+    """Yield positions of values up to `limit`, in windows of at most `WINDOW_BYTES` and `WINDOW_KEYS`."""
     window: list[int] = []
     total = 0
     for at, size in enumerate(sizes):

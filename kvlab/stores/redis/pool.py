@@ -1,7 +1,7 @@
-"""The connections to one server: a bounded pool in which whoever waits longest goes next.
+"""The connections to one server, in a bounded pool. The thread that has waited longest gets the next.
 
-redis-py's pools let a busy thread overtake a waiting one for ever, and cost a fifth of the time of a
-small read.
+In redis-py's pools a busy thread can overtake a waiting one for ever, and the pool takes a fifth of
+the time of a small read.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 
 from redis.connection import parse_url
 
-from kvlab.stores.base import joined, place
+from kvlab.stores.base import deliver, joined
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.fork import reset_in_children
-from kvlab.stores.redis.connection import CLASSES, SETTINGS, Command, Reply, TooBig, pack
+from kvlab.stores.latch import Latch
+from kvlab.stores.redis.connection import CLASSES, SETTINGS, Buffers, Command, Reply, TooBig, pack
 
 
 class NoConnection(Exception):
-    """All connections stayed in use for half of what remained: nothing is known about the server."""
+    """No connection, or no lease to request the map, became free in time. This says nothing about the server."""
 
 
 class Pool:
-    """At most `max_connections` connections to one server, each opened when it is first needed.
+    """At most `max_connections` connections to one server. Each is opened when it is first needed.
 
     Args:
-        url: redis://, rediss:// or unix://, as redis-py reads them.
-        read_only: also for reads from a replica of a cluster.
+        url: redis://, rediss:// or unix://, in the form that redis-py parses.
+        read_only: the connections can also read from a cluster replica.
 
     Attributes:
-        host: of the server.
-        address: its host and port, as messages name it.
-        secrets: what messages must not show.
+        host, address: the host of the server, and its host and port for messages.
+        secrets: texts that messages must not contain.
 
     Raises:
         ValueError, TypeError: redis-py does not know a setting of the URL.
@@ -47,16 +47,16 @@ class Pool:
         self.host = str(self._settings.get("host") or "localhost")
         self.address = f"{self.host}:{self._settings.get('port', 6379)}"
         self.secrets = tuple(str(self._settings[s]) for s in ("password", "ssl_password") if self._settings.get(s))
-        self._class(**self._settings)  # connects nowhere; a wrong setting shows here
+        self._class(**self._settings)  # opens no connection, but raises if a setting is invalid
         self.reset_after_fork()
         reset_in_children(self)
 
     def take(self, deadline: Deadline) -> Any:
-        """An idle connection, a new one, or the one that a thread gives back. `give_back` must follow.
+        """Return an idle connection, a new one, or one that another thread gives back. `give_back` must follow.
 
         Raises:
-            NoConnection: none came free in half of what remained. The other half is the server's, or it
-                would be blamed for the waiting.
+            NoConnection: no connection became free in half of the remaining time. The other half is for the
+                server; otherwise the wait would count as its fault.
         """
         with self._lock:
             if self._idle:
@@ -65,35 +65,31 @@ class Pool:
                 connection = self._class(**self._settings)
                 self._not_made -= 1
                 return connection
-            place = _Place()
-            self._queue.append(place)
+            waiter = _Waiter()
+            self._queue.append(waiter)
         waited = False
         try:
-            place.served.wait(deadline.remaining / 2)
+            waiter.wait(deadline.remaining / 2)
             waited = True
-        finally:  # a signal's handler may raise while this waits
+        finally:  # a signal handler may raise during the wait
             with self._lock:
-                if place.connection is None:
-                    self._queue.remove(place)
+                if waiter.connection is None:
+                    self._queue.remove(waiter)
                 elif not waited:
-                    self._hand_on(place.connection)
-        if place.connection is None:
+                    self._hand_on(waiter.connection)
+        if waiter.connection is None:
             raise NoConnection(f"all {self._max} connections stayed in use")
-        return place.connection
+        return waiter.connection
 
     def give_back(self, connection: Any) -> None:
-        """Keep a connection for the next call, closed if its last exchange left it out of step."""
-        if not connection.in_step or self._closed:
+        """Keep a connection for the next call. A connection that is not reusable is closed first."""
+        if not connection.reusable or self._closed:
             connection.disconnect()
         with self._lock:
             self._hand_on(connection)
 
-    def ask(self, command: Command, deadline: Deadline) -> Any:
-        """A reply of any shape, over a connection of its own. For maps of servers, not for values.
-
-        Raises:
-            Exception: whatever a broken server makes redis-py raise, and its error replies.
-        """
+    def request(self, command: Command, deadline: Deadline) -> Any:
+        """Return the reply to a command, of any type, over a new connection; raise any error. For maps only."""
         connection = self._class(**self._settings)
         connection.deadline = deadline
         try:
@@ -104,46 +100,43 @@ class Pool:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close all connections: those in use when they come back."""
+        """Close all connections; a connection in use is closed when it is given back."""
         self._closed = True
         with self._lock:
             for connection in self._idle:
                 connection.disconnect()
 
     def reset_after_fork(self) -> None:
-        """See `Forkable`. Connections, and the threads that wait for them, stay the parent's."""
+        """See `Forkable`. The connections and the waiting threads remain with the parent."""
         self._lock = threading.Lock()
-        self._idle: list[Any] = []  # the last one used is the first one taken
+        self._idle: list[Any] = []  # the connection used last is taken first
         self._not_made = self._max
-        self._queue: deque[_Place] = deque()
+        self._queue: deque[_Waiter] = deque()
         self._closed = False
 
     def _hand_on(self, connection: Any) -> None:
         if self._queue:
-            place = self._queue.popleft()
-            place.connection = connection
-            place.served.set()
+            waiter = self._queue.popleft()
+            waiter.connection = connection
+            waiter.set()
         else:
             self._idle.append(connection)
 
 
-class _Place:
-    """A thread's place in the queue for a connection."""
+class _Waiter(Latch):
+    """A thread in the queue for a connection."""
 
-    def __init__(self) -> None:
-        self.served = threading.Event()
-        self.connection: Any = None
+    connection: Any = None
 
 
 class FakePool:
-    """The same over fakeredis: a Redis inside this process, without a wire, deadlines or eviction.
+    """The interface of `Pool` over fakeredis, a Redis inside this process without network, deadlines or eviction.
 
-    There is one "connection", the pool itself, and every thread may use it. The child of a fork has a
-    copy of the server.
+    Its one "connection" is the pool itself, which all threads share. The child of a fork has a copy of the server.
     """
 
     secrets: tuple[str, ...] = ()
-    ready = in_step = True
+    ready = reusable = True
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -156,13 +149,9 @@ class FakePool:
         """See `Pool.give_back`."""
 
     def exchange(
-        self,
-        commands: Sequence[Command],
-        deadline: Deadline,
-        out: Sequence[memoryview] | None = None,
-        asking: bool = False,
+        self, commands: Sequence[Command], deadline: Deadline, out: Buffers | None = None, asking: bool = False
     ) -> list[Reply]:
-        """See `Connection.exchange`. `asking` is for clusters, which this is none of."""
+        """See `Connection.exchange`. `asking` has no effect: fakeredis is not a cluster."""
         try:
             pipe = self._client.pipeline(transaction=False)
             for name, *arguments in commands:
@@ -174,10 +163,10 @@ class FakePool:
         for i, view in enumerate(out or ()):
             value = replies[i]
             if isinstance(value, bytes):
-                placed = place(value, view)
-                replies[i] = TooBig() if placed is None else placed
+                delivered = deliver(value, view)
+                replies[i] = TooBig() if delivered is None else delivered
         return replies
 
     def close(self) -> None:
-        """Let go of the server."""
+        """Close the client."""
         self._client.close()

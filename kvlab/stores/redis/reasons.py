@@ -1,6 +1,6 @@
-"""What a reply means: the one reason that it is counted under, and what it says of the server.
+"""Classify replies: the reason under which a reply is counted, and what it says about the server.
 
-The error words are those that Redis 8 and Valkey 9 can send to the commands of this store.
+The error words are those that Redis 8 and Valkey 9 can return to the commands of this store.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kvlab.stores.redis.pool import NoConnection
 
 
 class Refused(Exception):
-    """A command that was not sent, and why."""
+    """A command without a usable reply, and the reason: it was not sent, or its reply must not be used."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-# First match wins: in redis-py an authentication error is a ConnectionError too, MASTERDOWN a CLUSTERDOWN.
+# The first match counts: in redis-py, AuthenticationError is a ConnectionError, MasterDownError a ClusterDownError.
 _BY_CLASS: Final[tuple[tuple[type[BaseException], Reason], ...]] = (
     (TooBig, Reason.TOO_BIG),
     (NoConnection, Reason.POOL),
@@ -37,7 +37,7 @@ _BY_CLASS: Final[tuple[tuple[type[BaseException], Reason], ...]] = (
     (redis.BusyLoadingError, Reason.LOADING),
     (redis.exceptions.MasterDownError, Reason.LOADING),
     (ClusterDownError, Reason.DOWN),
-    (AskError, Reason.MOVED),  # MOVED too
+    (AskError, Reason.MOVED),  # MovedError is an AskError
     (TryAgainError, Reason.MOVED),
     (redis.ReadOnlyError, Reason.READONLY),
     (redis.exceptions.OutOfMemoryError, Reason.OOM),
@@ -45,7 +45,7 @@ _BY_CLASS: Final[tuple[tuple[type[BaseException], Reason], ...]] = (
     (redis.ConnectionError, Reason.CONN),
     (OSError, Reason.CONN),
 )
-_BY_WORD: Final = {  # the first words of error replies that redis-py has no class for
+_BY_WORD: Final = {  # the first word of error replies for which redis-py has no class
     "BUSY": Reason.BUSY,
     "MISCONF": Reason.MISCONF,
     "NOREPLICAS": Reason.NOREPLICAS,
@@ -53,18 +53,18 @@ _BY_WORD: Final = {  # the first words of error replies that redis-py has no cla
     "REDIRECT": Reason.READONLY,  # a Valkey replica names its primary
     "NOMASTERLINK": Reason.LOADING,
 }
-_FULL: Final = "max number of clients"  # with more words behind it in a cluster
+_FULL: Final = "max number of clients"  # more words follow in a cluster
 _LINK_FAULTS: Final = frozenset(["timeout", "conn", "protocol", "loading", "busy", "error"])
 NO_FAULT: Final = frozenset({Reason.ABSENT, Reason.TOO_BIG, Reason.RESPONSE, Reason.MOVED})
-"""Reasons that are no failure of a round trip."""
+"""Reasons that are not faults of a round trip."""
 OF_ONE_KEY: Final = NO_FAULT | {Reason.DOWN}
-"""Reasons that say nothing about the other keys of the same server."""
+"""Reasons that say nothing about other keys of the same server."""
 HINTS: Final = frozenset(["moved", "down", "readonly", "conn", "timeout", "protocol", "loading", "breaker"])
-"""Reasons that may mean that another server has the keys now."""
+"""Reasons that suggest that another server has the keys now."""
 
 
 def reason_of(reply: Reply) -> Reason:
-    """Why a reply is not the one hoped for: the counter that it belongs to."""
+    """Return the reason under which an unsuccessful reply is counted."""
     if isinstance(reply, Refused):
         return reply.reason
     if not isinstance(reply, BaseException):
@@ -79,8 +79,8 @@ def reason_of(reply: Reply) -> Reason:
     return _BY_WORD.get(str(reply).partition(" ")[0], Reason.RESPONSE)
 
 
-def works(faults: Iterable[Exception]) -> bool | None:
-    """Whether the server answers as it should, for its breaker; None when that was not found out."""
+def server_works(faults: Iterable[Exception]) -> bool | None:
+    """Return whether the server works, for its breaker; None if the faults do not show it."""
     reasons = {reason_of(fault) for fault in faults if not isinstance(fault, redis.exceptions.NoPermissionError)}
     if Reason.POOL in reasons:
         return None
@@ -88,38 +88,38 @@ def works(faults: Iterable[Exception]) -> bool | None:
 
 
 def takes_writes(replies: Sequence[Reply]) -> bool | None:
-    """Whether the server takes writes, for its write breaker; None when that was not found out.
+    """Return whether the server accepts writes, for its write breaker; None if the replies do not show it.
 
-    Any refusal counts that is not about one key, in whatever words: a server that refuses all writes is
-    not sent every value again and again.
+    Every error reply counts unless it concerns one key, whatever its words: otherwise a server that refuses
+    all writes would be sent every value again and again.
     """
     if any(map(is_ok, replies)):
         return True
     errors = [reply for reply in replies if isinstance(reply, redis.ResponseError)]
-    return False if any(not _is_of_one_key(error) for error in errors) else None
+    return False if any(not _concerns_one_key(error) for error in errors) else None
 
 
-def _is_of_one_key(error: redis.ResponseError) -> bool:
+def _concerns_one_key(error: redis.ResponseError) -> bool:
     if isinstance(error, ClusterDownError):
         return "slot not served" in str(error)
     return isinstance(error, AskError | TryAgainError | redis.exceptions.ClusterCrossSlotError)
 
 
 def is_ok(reply: Reply) -> bool:
-    """Whether a SET was taken."""
+    """Return whether a SET succeeded."""
     return reply is True or (type(reply) is bytes and reply == b"OK")
 
 
 def is_value(reply: Reply) -> bool:
-    """Whether a GET brought a value."""
+    """Return whether a GET returned a value."""
     return type(reply) is memoryview or type(reply) is bytes
 
 
 def in_words(error: Exception, secrets: Sequence[str] = ()) -> str:
-    """A fault as `health` tells it, in one line, without secrets: servers repeat arguments they do not know."""
-    said = " ".join(str(error).split())
-    said = re.sub(r",? with args beginning with:.*", "", said, flags=re.IGNORECASE)
+    """Return a fault in one line, for `health`, without secrets: servers repeat unknown arguments."""
+    text = " ".join(str(error).split())
+    text = re.sub(r",? with args beginning with:.*", "", text, flags=re.IGNORECASE)
     for secret in secrets:
-        said = said.replace(secret, "***")
+        text = text.replace(secret, "***")
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{reason_of(error)}: {said}{notes}"
+    return f"{reason_of(error)}: {text}{notes}"

@@ -1,4 +1,4 @@
-"""A master that sentinels watch, and the replica that they make the master when it dies.
+"""A master that sentinels monitor, and the replica that they promote when the master fails.
 
 https://redis.io/docs/latest/develop/reference/sentinel-clients/
 """
@@ -13,7 +13,7 @@ import redis
 
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
-from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_telling
+from kvlab.stores.redis.discovery import MAX_SERVERS, SLOTS, Discovered, address_of, is_list, most_informative
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.pool import Pool
 from kvlab.stores.redis.reasons import reason_of
@@ -21,10 +21,10 @@ from kvlab.stores.redis.topology import Shard, Split, SubBatch
 
 
 class Sentinel(Discovered):
-    """One master, followed by replicas; when it dies, sentinels make one of them the master.
+    """One master with replicas. If the master fails, the sentinels promote a replica.
 
     Args:
-        name: what the sentinels call it.
+        name: the name of the master in Sentinel.
     """
 
     def __init__(self, name: str, *args: Any) -> None:
@@ -48,36 +48,35 @@ class Sentinel(Discovered):
         """See `Topology`."""
         return [self._shard] if self._shard else []
 
-    def _ask(self, deadline: Deadline) -> None:
+    def _request_map(self, deadline: Deadline) -> None:
         errors: list[Exception] = []
         for sentinel in random.sample(self._seeds, len(self._seeds)):  # one may be cut off from the others
             try:
-                self._shard = self._told_by(sentinel, deadline.half())
+                self._shard = self._shard_from(sentinel, deadline.half())
             except Exception as error:
                 error.add_note(f"from the sentinel at {sentinel.address}")
                 errors.append(error)
-                continue
-            self._keep_only([self._shard])
-            return
-        raise most_telling(errors)
+            else:
+                return self._keep_only([self._shard])
+        raise most_informative(errors)
 
-    def _told_by(self, sentinel: Pool, deadline: Deadline) -> Shard:
-        where = sentinel.ask((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._name), deadline)
-        if where is None:
+    def _shard_from(self, sentinel: Pool, deadline: Deadline) -> Shard:
+        reply = sentinel.request((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._name), deadline)
+        if reply is None:
             raise redis.ResponseError(f"Sentinel knows no master called {self._name.decode()!r}")
-        if not is_list(where, 2):
+        if not is_list(reply, 2):
             raise redis.InvalidResponse("expected a host and a port from Sentinel")
-        master = self._node(*address_of(*where[:2]))
-        return Shard(master, self._replicas_told_by(sentinel, deadline) if self._read_replicas else ())
+        master = self._node(*address_of(*reply[:2]))
+        return Shard(master, self._replicas_from(sentinel, deadline) if self._read_replicas else ())
 
-    def _replicas_told_by(self, sentinel: Pool, deadline: Deadline) -> tuple[Node, ...]:
-        """Those that work, by what the sentinel sees; none if it does not tell: then the master is read."""
+    def _replicas_from(self, sentinel: Pool, deadline: Deadline) -> tuple[Node, ...]:
+        """Return the replicas that the sentinel reports as working. A fault is counted and ends the list."""
         replicas: list[Node] = []
         try:
-            for told in sentinel.ask((b"SENTINEL", b"REPLICAS", self._name), deadline)[:MAX_SERVERS]:
-                facts = dict(zip(told[::2], told[1::2], strict=True))
+            for fields in sentinel.request((b"SENTINEL", b"REPLICAS", self._name), deadline)[:MAX_SERVERS]:
+                facts = dict(zip(fields[::2], fields[1::2], strict=True))
                 if not {b"s_down", b"o_down", b"disconnected"} & set(facts[b"flags"].split(b",")):
                     replicas.append(self._node(*address_of(facts[b"ip"], facts[b"port"])))
-        except Exception as error:  # a broken server makes libraries raise anything
+        except Exception as error:  # a broken server can cause any exception in a library
             self.faults[reason_of(error)] += 1
         return tuple(replicas)

@@ -1,4 +1,4 @@
-"""Which server has a key: what all kinds of topology have in common, and the simplest, one server for all keys."""
+"""Which server has a key: the interface of all topologies, and the simplest one, a single server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvlab.stores.redis.node import Node
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A master, and the replicas that follow it."""
+    """A master and its replicas."""
 
     master: Node
     replicas: tuple[Node, ...] = ()
@@ -23,11 +23,11 @@ class Shard:
 
 @dataclass(slots=True)
 class SubBatch:
-    """The share of a batch that one server is asked for.
+    """The part of a batch for one server.
 
     Attributes:
-        indices: of its keys in the batch, ascending.
-        asking: their slots are on the way to this server (ASK).
+        indices: the positions of its keys in the batch, ascending.
+        asking: the slots of the keys are being migrated to this server (ASK).
     """
 
     node: Node
@@ -36,17 +36,17 @@ class SubBatch:
 
 
 Split = tuple[list[SubBatch], Reason | None]
-"""A batch divided among servers, and why some names are in no part of it: None if all are."""
+"""The sub-batches of a batch, and the reason why some names are in none of them, or None."""
 
 
 class Topology(ABC):
-    """Which node has a key. Safe to use from several threads.
+    """Which node has a key. Thread-safe.
 
     Attributes:
         multi_node: whether there can be several servers.
-        health_commands: what `health` tries on each server besides the store's own commands.
-        faults: questions for the map that failed while an older one was there, by reason.
-        secrets: what messages about those who tell the map must not show.
+        health_commands: commands that `health` tries in addition to the commands of the store.
+        faults: failed requests for a newer map or for the replicas in Sentinel, by reason.
+        secrets: texts that messages about the map must not contain.
     """
 
     multi_node = True
@@ -58,35 +58,26 @@ class Topology(ABC):
 
     @abstractmethod
     def split(self, names: Sequence[bytes], deadline: Deadline, reading: bool = False) -> Split:
-        """Divide a batch among the nodes.
-
-        Args:
-            names: keys as the servers see them.
-            reading: a replica will do.
-        """
+        """Divide a batch among the nodes. `reading`: a replica may be used."""
 
     @abstractmethod
     def shards(self) -> list[Shard]:
-        """All shards that are known."""
+        """Return all known shards."""
 
-    def ask(self, deadline: Deadline) -> list[Shard]:
-        """All shards, asked for now.
-
-        Raises:
-            Exception: no server tells.
-        """
+    def refresh(self, deadline: Deadline) -> list[Shard]:
+        """Request the map now and return all shards; raise an exception if no server returns a map."""
         return self.shards()
 
     def unserved(self) -> int:
-        """How many slots no server has."""
+        """Return how many slots have no server."""
         return 0
 
     def hint(self, reasons: Iterable[Reason]) -> None:
-        """What became of a round trip: it may mean that the map is old."""
+        """Take the reasons of a failed round trip. They may mean that the map is out of date."""
         return None
 
-    def redirect(self, part: SubBatch, replies: Sequence[Reply]) -> list[SubBatch]:
-        """Where the server says that keys have gone. Remembers what is said for good (MOVED, not ASK)."""
+    def redirect(self, sub_batch: SubBatch, replies: Sequence[Reply]) -> list[SubBatch]:
+        """Return sub-batches for the keys that the server redirected. MOVED changes the map, ASK does not."""
         return []
 
     @abstractmethod
@@ -95,7 +86,7 @@ class Topology(ABC):
 
 
 class SingleServer(Topology):
-    """One server has all keys."""
+    """One server that has all keys."""
 
     multi_node = False
 

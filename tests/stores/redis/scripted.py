@@ -16,7 +16,7 @@ from redis.crc import key_slot
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.connection import Reply
-from kvlab.stores.redis.discovery import ASKER, Discovered
+from kvlab.stores.redis.discovery import REFRESHER, Discovered
 from kvlab.stores.redis.node import Batch
 from kvlab.stores.redis.store import KEY_PREFIX
 from tests.harness.scripted import ScriptedServer
@@ -227,7 +227,7 @@ class Orderly(RedisStore):
 
     def _answer(self, batch: Batch, deadline: Deadline, reading: bool = False) -> list[Reply]:
         if batch.names and not self._closed and isinstance(self._topology, Discovered) and self._topology._known:
-            self._topology._refresh(deadline)
+            self._topology._refresh_if_due(deadline)
             wait_for_askers()
         return super()._answer(batch, deadline, reading)
 
@@ -235,7 +235,7 @@ class Orderly(RedisStore):
 def wait_for_askers() -> None:
     """Wait until no thread asks for a map any more."""
     for thread in threading.enumerate():
-        if thread.name == ASKER:
+        if thread.name == REFRESHER:
             thread.join(LONG_S)
             assert not thread.is_alive()
 

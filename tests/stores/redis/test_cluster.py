@@ -56,7 +56,7 @@ def known_cluster(holes: set[int] = frozenset()) -> Cluster:  # type: ignore[ass
     width = SLOTS // 16
     made._slots = [None if at // width in holes else shards[at // width % 4] for at in range(SLOTS)]
     made._by_master = {shard.master: shard for shard in shards}
-    made._known, made._asked_at = True, time.monotonic()
+    made._known, made._requested_at = True, time.monotonic()
     return made
 
 
@@ -347,7 +347,7 @@ def test_an_empty_map_means_that_no_server_has_anything() -> None:
     with SlotMap(1) as cluster, opened(cluster.url) as store:
         cluster.said = b"*0\r\n"
         assert store.get_many([A, B]) == [None, None] and store.stats().misses == Counter(down=2)
-        assert not store.health().ok and "no server has" in store.health().detail
+        assert not store.health().ok and "no slot has a server" in store.health().detail
 
 
 def test_one_server_that_has_left_the_cluster_does_not_hide_the_others(cluster: SlotMap) -> None:
@@ -419,7 +419,7 @@ def test_slots_that_no_server_has_cost_their_keys_alone(cluster: SlotMap) -> Non
         assert store.stats().faults == Counter(down=2)
         assert store.touch_many([C, A]) == [False, True] and store.delete_many([C, A]) == 1
         health = store.health()
-        assert not health.ok and f"no server has {SLOTS - THIRDS[2][0]} of {SLOTS} slots" in health.detail
+        assert not health.ok and f"{SLOTS - THIRDS[2][0]} of {SLOTS} slots have no server" in health.detail
 
 
 def test_slots_that_a_server_has_again_are_found_after_the_pause(cluster: SlotMap, clock: FakeClock) -> None:

@@ -147,7 +147,7 @@ def test_values_that_do_not_fit_are_skipped_and_those_behind_them_come() -> None
         room = [memoryview(bytearray(size)) for size in (100_000, 4, 2, 4)]
         commands = [(b"GET", key) for key in (b"a", b"b", b"c", b"d")]
         first, second, third, last = connection.exchange(commands, Deadline(LONG_S), room)
-        assert isinstance(first, TooBig) and isinstance(third, TooBig) and connection.in_step
+        assert isinstance(first, TooBig) and isinstance(third, TooBig) and connection.reusable
         assert (second, last) == (b"tiny", b"last") and bytes(room[0]) == bytes(100_000) and bytes(room[2]) == bytes(2)
         connection.disconnect()
 
@@ -158,7 +158,7 @@ def test_one_round_trip_takes_one_reply_a_command_and_stays_in_step() -> None:
         for _ in range(3):
             keys = [b"%d" % i for i in range(2000)]
             assert connection.exchange([(b"GET", key) for key in keys], Deadline(LONG_S)) == keys
-            assert connection.in_step
+            assert connection.reusable
         assert len(server._open) == 1
         connection.disconnect()
 
@@ -167,7 +167,7 @@ def test_an_error_is_the_reply_to_its_command_alone() -> None:
     with ScriptedServer(lambda words: b"-OOM full\r\n" if words[1] == b"b" else b"+OK\r\n") as server:
         connection = connected_to(server.url)
         said = connection.exchange([(b"SET", key, b"") for key in (b"a", b"b", b"c")], Deadline(LONG_S))
-        assert (said[0], reason_of(said[1]), said[2], connection.in_step) == (b"OK", "oom", b"OK", True)
+        assert (said[0], reason_of(said[1]), said[2], connection.reusable) == (b"OK", "oom", b"OK", True)
         connection.disconnect()
 
 
@@ -177,7 +177,7 @@ def test_replies_that_did_not_come_are_the_fault_that_broke_it() -> None:
         connection = connected_to(server.url)
         said = connection.exchange([(b"GET", key) for key in (b"a", b"b", b"c")], Deadline(LONG_S))
         assert said[0] == b"one" and [reason_of(reply) for reply in said[1:]] == ["conn", "conn"]
-        assert said[1] is said[2] and (connection.ready, connection.in_step) == (True, False)
+        assert said[1] is said[2] and (connection.ready, connection.reusable) == (True, False)
 
 
 @pytest.mark.parametrize("more", [b":1\r\n", b"\r\n", b"-ERR late\r\n", b"$3\r\none\r\n"])
@@ -185,7 +185,7 @@ def test_more_than_was_asked_for_leaves_it_out_of_step(more: bytes) -> None:
     with ScriptedServer(lambda words: b"$-1\r\n" + more) as server:
         connection = connected_to(server.url)
         assert connection.exchange([(b"GET", b"a")], Deadline(LONG_S)) == [None]
-        late = not connection.in_step or connection._has_unread_bytes()  # as it arrives
+        late = not connection.reusable or connection._receive_unrequested()  # as it arrives
         assert late
         connection.disconnect()
 

@@ -14,7 +14,7 @@ import redis
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.cluster import Cluster
-from kvlab.stores.redis.discovery import ASKER, MAP_AGE_S, PAUSE_S, SLOTS, Lease, address_of, most_telling
+from kvlab.stores.redis.discovery import MAP_AGE_S, PAUSE_S, REFRESHER, SLOTS, address_of, most_informative
 from kvlab.stores.redis.pool import Pool
 from kvlab.testbed.server import free_port
 from tests.harness.helpers import FakeClock
@@ -131,8 +131,8 @@ def test_while_nobody_tells_one_thread_a_second_tries(
         for _ in range(90):
             store.get_many([A])
             clock.now += 0.1
-        assert 8 <= started.count(ASKER) <= 10
-        assert store.stats().faults == Counter(conn=started.count(ASKER)) and store.stats().misses == Counter()
+        assert 8 <= started.count(REFRESHER) <= 10
+        assert store.stats().faults == Counter(conn=started.count(REFRESHER)) and store.stats().misses == Counter()
 
 
 def test_a_question_that_nobody_answered_is_asked_again_after_the_pause(cluster: SlotMap, clock: FakeClock) -> None:
@@ -163,7 +163,7 @@ def test_a_question_that_was_interrupted_tells_nothing_and_blocks_nobody(
         store.get_many([A])
         store.get_many([A])
         with monkeypatch.context() as patch:
-            patch.setattr(Pool, "ask", interrupted)
+            patch.setattr(Pool, "request", interrupted)
             with pytest.raises(Interrupted):
                 store.get_many([A])
         assert store._topology._breaker.faults == 2
@@ -345,14 +345,14 @@ def test_after_a_hint_the_next_call_asks_in_half_of_its_time(
 ) -> None:
     times: list[float] = []
     by: list[str] = []
-    ask = Cluster._ask
+    request_map = Cluster._request_map
 
-    def watched_ask(topology: Cluster, deadline: Deadline) -> None:
+    def watched(topology: Cluster, deadline: Deadline) -> None:
         times.append(deadline.remaining)
         by.append(threading.current_thread().name)
-        ask(topology, deadline)
+        request_map(topology, deadline)
 
-    monkeypatch.setattr(Cluster, "_ask", watched_ask)
+    monkeypatch.setattr(Cluster, "_request_map", watched)
     with opened(cluster.url, RedisStore, clock=clock) as store:
         store.get_many([A])
         cluster.twist = lambda at, command: resp("READONLY no") if at == 0 and command[0] == b"SET" else ...
@@ -364,7 +364,7 @@ def test_after_a_hint_the_next_call_asks_in_half_of_its_time(
         assert store.get_many([A]) == [b"x"]
         wait_for_askers()
         me = threading.current_thread().name
-        assert by == [me, me, ASKER] and LONG_S / 2 < times[0] < LONG_S and times[1] <= LONG_S / 2 < times[2]
+        assert by == [me, me, REFRESHER] and LONG_S / 2 < times[0] < LONG_S and times[1] <= LONG_S / 2 < times[2]
 
 
 def test_without_a_thread_to_ask_the_old_map_goes_on(
@@ -399,7 +399,7 @@ def test_the_child_of_a_fork_waits_for_no_lock_of_its_parent(
 ) -> None:
     with opened((cluster if kind == "cluster" else watched).url, clock=clock) as store:
         assert store.get_many([A, B]) == values(A, B)
-        with store._topology._lock, store._topology._lease._free, store._topology._breaker._lock:
+        with store._topology._lock, store._topology._lease._lock, store._topology._breaker._lock:
             child = os.fork()
             if child == 0:
                 try:
@@ -421,37 +421,6 @@ def test_close_lets_go_of_every_server(cluster: SlotMap) -> None:
     asked = cluster.questions()
     assert store.get_many([A]) == [None] and store.put_many([A], [b"x"]) == 0 and not store.health().ok
     assert store.stats().misses == Counter(closed=1) and cluster.questions() == asked
-
-
-# --- who may ask now ----------------------------------------------------------------------------
-def test_one_thread_has_the_lease_and_the_next_one_gets_it_when_it_is_given_back() -> None:
-    lease, got = Lease(), list[bool]()
-    assert lease.take(0, LONG_S) and not lease.take(0, LONG_S)
-    waiting = threading.Thread(target=lambda: got.append(lease.take(LONG_S, LONG_S)))
-    waiting.start()
-    lease.give_back()
-    waiting.join()
-    assert got == [True] and not lease.take(0, LONG_S)
-
-
-def test_a_lease_that_is_never_given_back_ends_by_itself() -> None:
-    lease = Lease()
-    assert lease.take(0, SHORT_S) and not lease.take(SHORT_S / 8, LONG_S)
-    assert lease.take(LONG_S, LONG_S)
-
-
-def test_of_many_threads_one_at_a_time_has_the_lease() -> None:
-    lease, holders, most = Lease(), list[int](), list[int]()
-
-    def hold() -> bool:
-        assert lease.take(LONG_S, LONG_S)
-        holders.append(1)
-        most.append(len(holders))
-        holders.pop()
-        lease.give_back()
-        return True
-
-    assert in_threads(16, hold) == [True] * 16 and set(most) == {1}
 
 
 # --- what servers say of servers ----------------------------------------------------------------
@@ -497,4 +466,4 @@ def test_of_servers_asked_in_vain_what_one_said_tells_most(errors: list[str], to
         "no right": redis.exceptions.NoPermissionError("no right"),
         "loading": redis.BusyLoadingError("loading"),
     }
-    assert str(most_telling([made[error] for error in errors])) == told
+    assert str(most_informative([made[error] for error in errors])) == told

@@ -13,7 +13,7 @@ import pytest
 
 from kvlab.stores.base import MAX_VALUE_BYTES
 from kvlab.stores.deadline import Deadline
-from kvlab.stores.redis.node import SHARE_OF_MEMORY, Answer, Batch, Job, Node
+from kvlab.stores.redis.node import MAXMEMORY_DIVISOR, Answer, Batch, Job, Node
 from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.reasons import reason_of
 from kvlab.testbed.server import free_port
@@ -27,7 +27,7 @@ MINUTE_S = 60.0
 # --- work in threads ----------------------------------------------------------------------------
 
 
-ASK = Batch("ask", (b"a",), ((b"GET", b"a"),))
+SEND = Batch("send", (b"a",), ((b"GET", b"a"),))
 
 
 def node() -> Node:
@@ -36,12 +36,12 @@ def node() -> Node:
 
 def start(made: Node, work: Callable[[], list[Any]]) -> Job:
     """Have a node do this in one of its threads, as if it were its share of a batch."""
-    made.ask = lambda *share: Answer(work())  # type: ignore[method-assign]
+    made.send = lambda *sub_batch: Answer(work())  # type: ignore[method-assign]
     return begun(made)
 
 
 def begun(made: Node) -> Job:
-    job = Job(made, ASK, [0], Deadline(LONG_S))
+    job = Job(made, SEND, [0], Deadline(LONG_S))
     made.start(job)
     return job
 
@@ -118,8 +118,8 @@ def test_work_is_done_once_though_a_thread_could_not_be_started(monkeypatch: pyt
 
 def test_work_that_was_abandoned_before_it_began_is_not_done() -> None:
     made, runs = node(), list[int]()
-    made.ask = lambda *share: runs.append(1) or Answer([b"x"])  # type: ignore[method-assign]
-    job = Job(made, ASK, [0], Deadline(LONG_S), asking=False)
+    made.send = lambda *sub_batch: runs.append(1) or Answer([b"x"])  # type: ignore[method-assign]
+    job = Job(made, SEND, [0], Deadline(LONG_S), asking=False)
     job.abandon()
     job.run()
     assert runs == [] and [reason_of(reply) for reply in job.result().replies] == ["timeout"]
@@ -189,7 +189,7 @@ def test_the_limit_is_remembered_for_a_minute(clock: FakeClock) -> None:
         lambda: resp(b"# Memory\r\nmaxmemory:%d\r\nmaxmemory_human:x\r\n" % memory[0]), clock
     )
     with server:
-        assert limit() == 1600 // SHARE_OF_MEMORY
+        assert limit() == 1600 // MAXMEMORY_DIVISOR
         memory[0] = 3200
         clock.now += MINUTE_S - 0.01
         assert limit() == 100 and len(server.commands) == 1

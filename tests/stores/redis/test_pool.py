@@ -13,6 +13,7 @@ import pytest
 
 from kvlab.stores import RedisStore
 from kvlab.stores.deadline import Deadline
+from kvlab.stores.latch import Latch
 from kvlab.stores.redis.connection import TooBig
 from kvlab.stores.redis.pool import FakePool, NoConnection, Pool
 from kvlab.stores.redis.reasons import is_ok, reason_of
@@ -103,12 +104,12 @@ def test_who_is_interrupted_while_waiting_takes_no_connection_along(
     held = pool.take(Deadline(LONG_S))
     held.exchange(GET, Deadline(LONG_S))
 
-    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
+    def interrupted(latch: Latch, timeout_s: float | None = None) -> bool:
         pool.give_back(held)  # served at the same moment
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Event, "wait", interrupted)
+        patch.setattr(Latch, "wait", interrupted)
         with pytest.raises(Interrupted):
             pool.take(Deadline(LONG_S))
     assert pool.take(Deadline(LONG_S)) is held
@@ -118,7 +119,7 @@ def test_a_connection_out_of_step_is_closed_before_the_next_one_has_it(server: S
     pool = Pool(server.url, 1)
     connection = pool.take(Deadline(LONG_S))
     connection.exchange([(b"EXISTS", b"a")], Deadline(LONG_S))  # a value is no answer to that
-    assert not connection.in_step
+    assert not connection.reusable
     pool.give_back(connection)
     assert not connection.is_connected and ask(pool) == [b"one"] and len(server._open) == 2
 
@@ -149,7 +150,7 @@ def test_after_a_fork_connections_and_those_who_wait_are_the_parents(server: Scr
 def test_a_map_is_asked_for_over_a_connection_of_its_own(server: ScriptedServer) -> None:
     pool = Pool(server.url, 1)
     held = pool.take(Deadline(LONG_S))
-    assert pool.ask((b"CLUSTER", b"SLOTS"), Deadline(LONG_S)) == b"one"
+    assert pool.request((b"CLUSTER", b"SLOTS"), Deadline(LONG_S)) == b"one"
     assert server.commands == [[b"CLUSTER", b"SLOTS"]]
     pool.give_back(held)
 
@@ -169,7 +170,7 @@ def test_a_setting_that_is_none_shows_when_the_pool_is_made(url: str) -> None:
 # --- fakeredis ----------------------------------------------------------------------------------
 def test_a_fake_pool_answers_as_a_server_would() -> None:
     pool = FakePool(fakeredis.FakeRedis())
-    assert pool.take(Deadline(0)) is pool and pool.ready and pool.in_step
+    assert pool.take(Deadline(0)) is pool and pool.ready and pool.reusable
     said = pool.exchange(
         [(b"SET", b"a", (b"o", memoryview(b"ne"))), (b"GET", b"a"), (b"TOUCH", b"a"), (b"GET", b"x"), (b"WAT",)],
         Deadline(0),

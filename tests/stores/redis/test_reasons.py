@@ -18,7 +18,7 @@ from kvlab.stores import RedisStore
 from kvlab.stores.faults import Reason
 from kvlab.stores.redis.connection import TooBig
 from kvlab.stores.redis.pool import NoConnection
-from kvlab.stores.redis.reasons import Refused, in_words, reason_of, takes_writes, works
+from kvlab.stores.redis.reasons import Refused, in_words, reason_of, server_works, takes_writes
 from kvlab.testbed.proxy import FaultProxy
 from kvlab.testbed.server import RedisServer, valkey_program
 from tests.harness.helpers import FakeClock
@@ -74,7 +74,7 @@ def test_each_reply_has_one_reason(reply: Any, reason: str) -> None:
     ],
 )
 def test_what_faults_say_of_the_link(faults: list[Exception], verdict: bool | None) -> None:
-    assert works(faults) is verdict
+    assert server_works(faults) is verdict
 
 
 @pytest.mark.parametrize(

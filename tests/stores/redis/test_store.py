@@ -225,12 +225,12 @@ def test_what_large_values_add_to_one_servers_time_is_the_calls(cluster: SlotMap
         ends: list[float] = []
         for at, made in enumerate(store.nodes):
 
-            def ask(batch: Batch, indices: Any, deadline: Deadline, asking: bool, at: int = at) -> Answer:
+            def send(batch: Batch, indices: Any, deadline: Deadline, asking: bool, at: int = at) -> Answer:
                 deadline.extend(5_000_000_000 * (at == 1))
                 return Answer([deadline.remaining_to_connect()])
 
-            made.ask = ask  # type: ignore[method-assign]
-        for answer in _answers(Batch("ask", [b"a"]), [SubBatch(made, [0]) for made in store.nodes], deadline):
+            made.send = send  # type: ignore[method-assign]
+        for answer in _answers(Batch("send", [b"a"]), [SubBatch(made, [0]) for made in store.nodes], deadline):
             ends += answer.replies
         assert max(ends[0], ends[2]) <= LONG_S < ends[1]  # each has its own
         assert deadline.remaining_to_connect() > LONG_S

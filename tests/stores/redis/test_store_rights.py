@@ -72,7 +72,7 @@ def test_a_user_who_may_not_ask_for_the_memory_reads_and_writes(own_tls: RedisSe
     url = with_user(own_tls, [right for right in RIGHTS if right != "+info"])
     with RedisStore(url, ttl_s=100, deadline_s=LONG_S) as store:
         health = store.health()
-        assert health.ok and "it does not tell its memory: auth: " in health.detail
+        assert health.ok and "it refuses INFO: auth: " in health.detail
         assert store.put_many([b"k"], [VALUE]) == 1 and store.get_many([b"k"]) == [VALUE]
         assert store.stats().drops == store.stats().misses == Counter()
 

@@ -30,7 +30,7 @@ def test_one_server_gets_the_whole_batch(names: list[bytes], reading: bool) -> N
 
 
 def test_there_is_nothing_to_find_out(alone: SingleServer) -> None:
-    shards = alone.ask(Deadline(0))
+    shards = alone.refresh(Deadline(0))
     assert len(shards) == len(alone.shards()) == 1 and shards[0].replicas == ()
     assert (alone.unserved(), alone.multi_node, alone.health_commands, alone.faults) == (0, False, (), {})
     assert alone.hint(set(Reason)) is None  # nothing is asked again
