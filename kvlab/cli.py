@@ -1,7 +1,8 @@
-"""The command line: a table of commands, and what all of them have in common.
+"""The command line: a table of commands, their parser and their exit statuses.
 
-A command is one entry of `COMMANDS`: a name, a line of help, options, and a function that takes the
-options by name and returns the exit status. What a command needs is imported when it runs.
+Each entry of `COMMANDS` has a name, a help line, options and a function. The function takes the
+options as keyword arguments and returns the exit status. It imports the modules of its command
+when it runs.
 """
 
 from __future__ import annotations
@@ -14,21 +15,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from kvlab.errors import InputError, KVLabError
 from kvlab.lab.streams import accept_any_text
 
-if TYPE_CHECKING:
-    from kvlab.lab.demo import Parts
-
-GOOD, BAD, USAGE, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
-"""Exit statuses: as asked; something is untrue or out of reach; wrong usage; Ctrl-C; nobody reads the output."""
+SUCCESS, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+"""Exit statuses: success; an error or a failed check; wrong usage; Ctrl-C; the reader of stdout closed it."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command; `settings` as `argparse` takes them."""
+    """One option of a command. `settings` are keyword arguments of `add_argument`."""
 
     flag: str
     help: str
@@ -37,7 +35,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """One command. A name of two words is a command of a group."""
+    """One command. If its name has two words, the first one is the name of its group."""
 
     name: str
     help: str
@@ -46,12 +44,12 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status.
+    """Run one command and return the exit status.
 
-    Every output is possible in every encoding, and nothing that a user can cause ends in a traceback.
+    Any text can be printed in any encoding. Mistakes of the user never cause a traceback.
 
     Raises:
-        SystemExit: wrong usage (2), or `--help` (0).
+        SystemExit: the usage is wrong (status 2), or `--help` was given (status 0).
     """
     accept_any_text()
     try:
@@ -64,23 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has what it wanted, as `head` has
-        _drop_what_cannot_be_written()
-        return NO_READER
+    except BrokenPipeError:  # the reader of stdout, such as `head`, closed it
+        _discard_unwritable_output()
+        return BROKEN_PIPE
     except (KVLabError, OSError) as error:
-        _drop_what_cannot_be_written()
+        _discard_unwritable_output()
         if sys.stderr is not None:
             print(f"kvlab: {_one_line(str(error))}", file=sys.stderr)
-        return BAD
+        return FAILURE
 
 
 def _one_line(text: str) -> str:
-    """The text with line ends and other unprintable characters, of a file's name say, as escapes."""
+    """Escape line ends and other unprintable characters. The name of a file, for example, may contain them."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
-def _drop_what_cannot_be_written() -> None:
-    """Leave nothing in stdout's buffer that would fail once more when the program ends."""
+def _discard_unwritable_output() -> None:
+    """Flush stdout. If that fails, redirect it to the null device, so that the flush at exit does not fail again."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -90,38 +88,41 @@ def _drop_what_cannot_be_written() -> None:
 
 # --- the commands -------------------------------------------------------------------------------
 def _demo(store: str | None, impl: str | None, json: bool) -> int:
+    url = _default_store() if store is None else store
+    report = (lambda _: None) if json else (lambda line: print(line, flush=True))
+    if impl is not None:
+        return _learners_demo(impl, url, report, json)
     from kvlab.lab import demo
 
-    parts = demo.Parts() if impl is None else _learners_parts(impl)
-    say = (lambda _: None) if json else (lambda line: print(line, flush=True))
-    try:
-        result = demo.run(_named_store() if store is None else store, parts, say)
-    except (KVLabError, OSError):
-        raise
-    except Exception as error:
-        if not parts.learners:
-            raise
-        names = " and ".join(parts.learners)
-        raise InputError(f"with {names} of {impl} the demo fails: {type(error).__name__}: {error}") from error
+    result = demo.run(url, say=report)
     if json:
         _print_json(result.as_json())
-    return GOOD if result.ok else BAD
+    return SUCCESS if result.ok else FAILURE
 
 
-def _learners_parts(file: str) -> Parts:
-    """The learner's functions where their file has them, the package's for the rest."""
-    from kvlab.course.exercises import load_answers
-    from kvlab.lab.demo import Parts
+def _learners_demo(file: str, url: str, report: Callable[[str], None], json: bool) -> int:
+    from kvlab.course import own
 
-    answers = load_answers(file)
-    own = {name: getattr(answers, name) for name in ("causal_attention", "hit_rate") if hasattr(answers, name)}
-    if not own:
-        raise InputError(f"expected causal_attention or hit_rate in {file}, found neither; leave --impl out")
-    return Parts(**own, learners=tuple(own))
+    try:
+        result = own.run(file, url, report)
+    except (KVLabError, OSError):
+        raise
+    except Exception as error:  # a learner's class may raise anything
+        raise InputError(f"the demo fails with {file}: {type(error).__name__}: {error}") from error
+    if json:
+        _print_json(result)
+    return SUCCESS if result["ok"] else FAILURE
 
 
-def _named_store() -> str:
-    """The store that the surroundings name (docker-compose.yml does), else one in this process."""
+def _progress(impl: str | None) -> int:
+    from kvlab.course import progress
+
+    print(progress.report(impl or "mykv.py"))
+    return SUCCESS
+
+
+def _default_store() -> str:
+    """Return the store URL in `KVLAB_STORE`, which docker-compose.yml sets, or the URL of an in-process store."""
     return os.environ.get("KVLAB_STORE") or "fakeredis://"
 
 
@@ -132,14 +133,14 @@ def _doctor() -> int:
 
 
 def _bench(module: str) -> Callable[..., int]:
-    """A command that prints what the `run` of a module returns; bad if that says it is not ok."""
+    """Return a command that prints the result of the module's `run`. It fails if the result has a false "ok"."""
 
     def run(json: bool, **options: Any) -> int:
         from kvlab.lab import tables
 
         result = import_module(module).run(**options)
         _print_json(result) if json else print(tables.text(result))
-        return GOOD if result.get("ok", True) else BAD
+        return SUCCESS if result.get("ok", True) else FAILURE
 
     return run
 
@@ -150,60 +151,61 @@ def _print_json(result: dict[str, Any]) -> None:
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999,999,999,999, got {text!r}")
     return int(text)
 
 
-STORE = Option("--store", "a store, say redis://localhost:6379", {"metavar": "URL"})
-IMPL = Option("--impl", "run with the functions of this file, say work/mykv.py", {"metavar": "FILE"})
+STORE = Option("--store", "URL of a store, for example redis://localhost:6379", {"metavar": "URL"})
+IMPL = Option("--impl", "use the functions in this file, for example work/mykv.py", {"metavar": "FILE"})
 JSON = Option("--json", "print one JSON object and nothing else", {"action": "store_true"})
-WINDOWS = Option("--windows", "windows of text for the quality (default 96)", {"type": _count, "default": 96})
+WINDOWS = Option("--windows", "text windows for the quality measurement (default 96)", {"type": _count, "default": 96})
 CASES = Option("--n", "number of cases (default 100,000)", {"type": _count, "default": 100_000})
-SEED = Option("--seed", "another seed, other cases (default 0)", {"type": int, "default": 0})
-TRACE = Option("--trace", "replay the block keys of this trace (.jsonl)", {"metavar": "FILE"})
+SEED = Option("--seed", "seed of the random cases (default 0)", {"type": int, "default": 0})
+TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {"metavar": "FILE"})
 
 COMMANDS = (
-    Command("demo", "the whole system once: cold against warm on the real model", _demo, (STORE, IMPL, JSON)),
-    Command("doctor", "check this machine; exit 1 on a problem", _doctor),
+    Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
+    Command("progress", "show which exercises of the course are solved in work/mykv.py", _progress, (IMPL,)),
+    Command("doctor", "check this machine; exit with status 1 on a problem", _doctor),
     Command(
         "bench hash",
-        "nanoseconds a token for block keys, beside bare SHA-256",
+        "time of block keys in nanoseconds per token, compared with plain SHA-256",
         _bench("kvlab.lab.bench.hash"),
         (JSON,),
     ),
     Command(
         "bench codec",
-        "bytes, speed and quality of every codec on real KV; with --store its wire too (minutes)",
+        "size, speed and quality of every codec on real KV; --store adds transfer times (takes minutes)",
         _bench("kvlab.lab.bench.codec"),
         (WINDOWS, STORE, JSON),
     ),
     Command(
         "bench fuzz",
-        "decode records that were damaged or forged; exit 1 if one gets through",
+        "decode damaged and forged records; exit with status 1 if one is mishandled",
         _bench("kvlab.lab.fuzz"),
         (CASES, SEED, JSON),
     ),
     Command(
         "bench policies",
-        "accesses a second of every eviction policy",
+        "accesses per second of every eviction policy",
         _bench("kvlab.lab.bench.policies"),
         (TRACE, JSON),
     ),
     Command(
         "bench wire",
-        "GB/s to a Redis and back, one started here or --store (writes about 300 MB there, and deletes it)",
+        "GB/s to and from a local Redis or the one at --store (about 300 MB are written and deleted)",
         _bench("kvlab.lab.bench.wire"),
         (STORE, JSON),
     ),
     Command(
         "bench shards",
-        "256 records over a Redis Cluster of three nodes, beside one server",
+        "compare a Redis Cluster of three nodes with one server on 256 records",
         _bench("kvlab.lab.bench.shards"),
         (JSON,),
     ),
     Command(
         "bench failover",
-        "seconds until a replica replaces a lost master (minutes)",
+        "seconds until a replica replaces a failed master (takes minutes)",
         _bench("kvlab.lab.bench.failover"),
         (JSON,),
     ),
@@ -213,7 +215,7 @@ GROUPS = {"bench": "measure one part of the system on this machine"}
 
 # --- from the table to a parser -----------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the usage, without the login of a URL that stands where none belongs."""
+    """A parser whose error messages hide the user name and the password of any URL."""
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"://\S*@", "://***@", message))

@@ -276,8 +276,8 @@ def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):
     run = setup(checkout, python=old)
     assert run.returncode == 1
     assert run.stderr == (
-        f"kvlab set-up: PYTHON={old} is not a Python 3.11 to 3.14 that runs; "
-        "name another one, or none to let this script look\n"
+        f"kvlab set-up: PYTHON={old} is not a working Python 3.11 to 3.14; "
+        "set PYTHON to another one, or unset it to search for one\n"
     )
 
 
@@ -336,7 +336,7 @@ def test_without_a_gpu_the_cpu_build_is_asked_for_and_only_then_the_usual_one(ch
     installs = [line for line in (checkout / "calls").read_text().splitlines() if "torch" in line]
     assert "--no-deps" in installs[0] and installs[0].endswith("torch==2.13.0+cpu")
     assert installs[-1].endswith("install torch==2.13.0")
-    assert "no CPU build within reach" in run.stdout and "3 GB" in run.stdout
+    assert "no CPU build is available" in run.stdout and "3 GB" in run.stdout
 
 
 def test_the_usual_build_needs_more_disk(checkout):
@@ -359,7 +359,7 @@ def test_the_working_copy_never_overwrites(checkout):
     (checkout / "work").mkdir()
     (checkout / "work" / "00_a.ipynb").write_text("mine")
     run = setup(checkout, "--copy", "work")
-    assert run.stdout == "work: 1 notebooks copied, 1 kept as you left them\n"
+    assert run.stdout == "work: 1 notebooks copied, 1 existing ones not changed\n"
     assert (checkout / "work" / "00_a.ipynb").read_text() == "mine"
     assert (checkout / "work" / "01_b.ipynb").read_text() == "from the course"
 

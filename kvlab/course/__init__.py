@@ -1,1 +1,1 @@
-"""What only the notebooks need: plots, widgets, exercises, recorded results, the doctor."""
+"""Support for the notebooks: plots, widgets, exercises, recorded results, and the doctor."""

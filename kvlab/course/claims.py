@@ -1,7 +1,7 @@
-"""The headline numbers of the source document. Each is a claim to test, not a fact; notebook 10 gives the verdicts.
+"""The main claims of the source document, which the course tests. Notebook 10 compares them with measurements.
 
 The source document is an engineering write-up of a distributed KV cache for LLM serving. The course
-grew out of it.
+is based on this document.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what it is about, the source document's number and its unit."""
+    """One claim: its name, its question, the source document's number, and the unit."""
 
     name: str
     question: str

@@ -1,8 +1,8 @@
-"""Is this machine ready for the course? One line for each thing looked at, with the command that mends it.
+"""Checks whether this machine is ready for the course. Each check prints a line, with a command that fixes a problem.
 
-`python -m kvlab doctor` prints the lines. It imports `kvlab`, hence torch; where even that
-fails, `python kvlab/course/doctor.py` says the same: nothing outside the standard library is
-imported here before its own check.
+`python -m kvlab doctor` prints the lines. This command imports `kvlab` and therefore torch. If this
+import fails, `python kvlab/course/doctor.py` prints the same lines: each check imports the packages
+that it needs, so that the script starts with the standard library alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRAS = {"hf": "transformers models", "secure": "encrypted records", "test": "t
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `status` is "ok", "optional, missing" or "problem"; `fix` a command, or empty."""
+    """Result of one check. `status` is "ok", "optional, missing" or "problem"; `fix` is a command or empty."""
 
     name: str
     status: str
@@ -37,11 +37,11 @@ class Check:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:<18} {self.name:<15} {self.detail}" + (f"; to mend it: {self.fix}" if self.fix else "")
+        return f"{self.status:<18} {self.name:<15} {self.detail}" + (f"; to fix it: {self.fix}" if self.fix else "")
 
 
 def checks() -> list[Check]:
-    """Look at everything. Never raises: what breaks a check is that check's problem."""
+    """Run all checks. An exception in a check becomes the problem of this check and is never raised."""
     return [
         _guarded("Python", _python),
         _guarded("packages", _packages),
@@ -55,25 +55,25 @@ def checks() -> list[Check]:
 
 
 def run(out: Callable[[str], object] = print) -> int:
-    """Say what `checks` found, line by line; return the exit status: 1 if there is a problem, else 0."""
+    """Print the results of `checks`, one per line; return the exit status: 1 if there is a problem, else 0."""
     found = checks()
     for check in found:
         out(str(check))
     problems = sum(check.status == PROBLEM for check in found)
-    out(f"{problems} to mend" if problems else "ready")
+    out(f"problems: {problems}" if problems else "ready")
     return 1 if problems else 0
 
 
 def _guarded(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
-    except Exception as error:  # whatever it is, the reader needs a line, not a traceback
+    except Exception as error:  # the reader needs a line, not a traceback
         said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         return Check(name, PROBLEM, said.splitlines()[0], f"{_pip()} -e {_near(CHECKOUT, '[course]')}")
 
 
 def _near(path: Path, extra: str = "") -> str:
-    """A path as one types it here: relative while both are in the course's folder."""
+    """A path (with an extra) for a command line: relative if it and the current folder are in the checkout."""
     inside = path.is_relative_to(CHECKOUT) and Path.cwd().is_relative_to(CHECKOUT)
     return shlex.quote((os.path.relpath(path) if inside else str(path)) + extra)
 
@@ -98,18 +98,18 @@ def _packages() -> Check:
     unfit = list(_unfit(wanted))
     if not unfit:
         return Check("packages", OK, f"all {len(wanted)} are there in versions that fit")
-    return Check("packages", PROBLEM, _said(unfit), f"{_pip()} {_arguments(unfit)}")
+    return Check("packages", PROBLEM, _described(unfit), f"{_pip()} {_arguments(unfit)}")
 
 
 def _extra(name: str) -> Check:
     unfit = list(_unfit(_requirements(name)))
     if not unfit:
         return Check(f"extra {name}", OK, f"{EXTRAS[name]} will run")
-    return Check(f"extra {name}", MISSING, f"for {EXTRAS[name]}: {_said(unfit)}", f"{_pip()} {_arguments(unfit)}")
+    return Check(f"extra {name}", MISSING, f"for {EXTRAS[name]}: {_described(unfit)}", f"{_pip()} {_arguments(unfit)}")
 
 
 def _requirements(extra: str, package: str = "kvlab") -> list[Requirement]:
-    """What the installed `package` requires: without any extra, or only what `extra` adds."""
+    """Requirements of the installed `package`: its own if `extra` is "", else only those that `extra` adds."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in metadata.requires(package) or ()]
@@ -118,7 +118,7 @@ def _requirements(extra: str, package: str = "kvlab") -> list[Requirement]:
 
 
 def _unfit(wanted: Iterable[Requirement]) -> Iterable[tuple[Requirement, str | None]]:
-    """The requirements that are not met, each with the version that is installed instead."""
+    """The requirements that are not met, each with the installed version (None: missing)."""
     for requirement in wanted:
         version = _version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
@@ -132,7 +132,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _said(unfit: Iterable[tuple[Requirement, str | None]]) -> str:
+def _described(unfit: Iterable[tuple[Requirement, str | None]]) -> str:
     return ", ".join(f"{r.name} is missing" if v is None else f"{r.name} {v} is not {r.specifier}" for r, v in unfit)
 
 
@@ -141,7 +141,7 @@ def _arguments(unfit: Iterable[tuple[Requirement, str | None]]) -> str:
 
 
 def _kernel() -> Check:
-    """A kernel of another environment of this user may carry the same name; it would not find kvlab."""
+    """Check that the kernel is this environment's. A kernel of another environment may have the same name."""
     from jupyter_client.kernelspec import KernelSpecManager
 
     if _version("ipykernel") is None:
@@ -154,13 +154,13 @@ def _kernel() -> Check:
 
 
 def _widgets() -> Check:
-    """Two halves that must match: ipywidgets in the kernel and an extension in JupyterLab, else nothing shows."""
+    """Check ipywidgets in the kernel and its extension in JupyterLab. Widgets appear only if both match."""
     from jupyter_core.paths import jupyter_path
 
     halves = [r for r in _requirements("", "ipywidgets") if r.name in ("jupyterlab_widgets", "widgetsnbextension")]
     unfit = list(_unfit(halves))
     if unfit:
-        return Check("widgets", PROBLEM, _said(unfit), f"{_pip()} {_arguments(unfit)}")
+        return Check("widgets", PROBLEM, _described(unfit), f"{_pip()} {_arguments(unfit)}")
     manager = "labextensions/@jupyter-widgets/jupyterlab-manager/package.json"
     if not any(Path(folder, manager).is_file() for folder in jupyter_path()):
         fix = f"{_pip()} --force-reinstall --no-deps jupyterlab_widgets"
@@ -186,11 +186,11 @@ def _redis() -> Check:
     if shutil.which("redis-server"):
         return Check("Redis", OK, "redis-server is installed; the lessons that need one start it")
     fix = "sudo apt-get install redis-server, or: brew install redis"
-    return Check("Redis", MISSING, "an in-process Redis and recorded results stand in", fix)
+    return Check("Redis", MISSING, "the lessons use an in-process Redis and recorded results", fix)
 
 
 def _named_store(url: str) -> Check:
-    """Whoever named a store wants that one: it is a problem if it does not answer."""
+    """Check the store that KVLAB_STORE names. A store that does not answer is a problem."""
     from kvlab.errors import ConfigError
     from kvlab.stores import Health, open_store
 
@@ -201,7 +201,7 @@ def _named_store(url: str) -> Check:
         health = Health(False, str(error))
     if health.ok:
         return Check("Redis", OK, f"KVLAB_STORE: {health.detail}")
-    fix = "start that store or correct its URL, or go without: unset KVLAB_STORE"
+    fix = "start this store, correct its URL, or run: unset KVLAB_STORE"
     return Check("Redis", PROBLEM, f"KVLAB_STORE: {health.detail}", fix)
 
 
@@ -215,7 +215,7 @@ def _gpu() -> Check:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # as kvlab.lab.streams does, which may be out of reach here
+    for stream in (sys.stdout, sys.stderr):  # as in kvlab.lab.streams, which may not be importable
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.exit(run())

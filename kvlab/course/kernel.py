@@ -1,8 +1,9 @@
-"""The environment of a kernel whose outputs are compared: only what programs need to run, and fixed settings.
+"""Environment of a kernel whose outputs are compared: the variables that programs need, and fixed settings.
 
-The build script, strict runs of pytest and the browser's pictures start their kernels with it. What a cell
-prints must not depend on who runs it, so a list of what passes stands here, not a list of what does not: a
-user's variables change warnings, hash seeds, encodings, widths, colours, time zones, threads, plots and stores.
+The build script, strict runs of pytest and the browser screenshots start their kernels in this environment.
+The outputs of a cell must not depend on the user. The user's variables can change warnings, hash seeds,
+encodings, widths, colours, time zones, threads, plots and stores. This module therefore lists the variables
+that are passed on, not the variables that are removed.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import os
 from pathlib import Path
 
 PASSED = (
-    # where programs, their libraries, and the user's and temporary files are
+    # locations of programs, libraries, the user's files and temporary files
     *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TEMP", "TMP"),
     *("VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
-    # without these nothing starts on Windows
+    # programs do not start on Windows without these
     *("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "USERPROFILE", "USERNAME"),
     *("APPDATA", "LOCALAPPDATA", "PROGRAMDATA", "PROGRAMFILES"),
 )
-"""Variables of the user that a kernel gets."""
+"""The user's variables that are passed on to a kernel."""
 FIXED = {"PYTHONUTF8": "1", "TZ": "UTC", "COLUMNS": "80", "LINES": "24"}
-"""Where a default would come from the machine or the terminal."""
+"""Settings whose default would depend on the machine or the terminal."""
 FOLDERS = {
     "KVLAB_WORK": "work",
     "IPYTHONDIR": "ipython",
@@ -29,15 +30,15 @@ FOLDERS = {
     "JUPYTER_DATA_DIR": "data",
     "JUPYTER_RUNTIME_DIR": "runtime",
 }
-"""Settings and answers of the user that a kernel must not find: empty folders instead."""
+"""Variables that name empty folders, so that a kernel does not find the user's settings and answers."""
 
 
 def kernel_environment(folder: Path, **more: str) -> dict[str, str]:
-    """All variables of a kernel that is started with its outputs in mind.
+    """All environment variables of a kernel whose outputs are compared.
 
     Args:
-        folder: an empty folder, for this kernel alone.
-        more: further variables, for who wants them on purpose.
+        folder: an empty folder for this kernel alone.
+        more: further variables.
     """
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}
     own = {name: str(folder / sub) for name, sub in FOLDERS.items()}

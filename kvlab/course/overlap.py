@@ -1,8 +1,8 @@
-"""What many requests have in common: a radix tree of their tokens, and pairs that are nearly alike.
+"""Overlap of many requests: a radix tree of their tokens, and pairs of similar requests.
 
-Both only look. They say what a prefix cache could save and where prompts should be laid out
-better. A near match is never served: its KV was computed from other tokens, and notebook 03
-measures what using it costs.
+Both are for analysis only. They show how much a prefix cache could save and which prompts need
+another layout. A cache never uses the KV of a similar request, because this KV was computed from
+other tokens. Notebook 03 measures the damage of such KV.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from itertools import combinations
 
 @dataclass
 class Node:
-    """One edge of the tree with what hangs below it.
+    """One edge of the tree and the subtree below it.
 
     Attributes:
-        tokens: the run of tokens that leads here from the parent.
-        requests: how many requests pass through here.
-        children: by their first token.
+        tokens: the tokens on the edge from the parent to this node.
+        requests: number of requests that contain this edge.
+        children: child nodes by their first token.
     """
 
     tokens: list[int]
@@ -29,7 +29,7 @@ class Node:
 
 
 class RadixTree:
-    """Requests folded together along their common prefixes, at the granularity of single tokens.
+    """A radix tree of requests: a common prefix is stored once. The granularity is a single token.
 
     >>> tree = RadixTree([[1, 2, 3, 4], [1, 2, 3, 9], [7, 8]])
     >>> tree.tokens, tree.unique, f"{tree.shared:.0%}"
@@ -45,11 +45,11 @@ class RadixTree:
 
     @property
     def shared(self) -> float:
-        """Share of all tokens that some earlier request already had as its prefix; 0 for an empty tree."""
+        """Share of all tokens that are part of a prefix of an earlier request; 0 for an empty tree."""
         return 1 - self.unique / self.tokens if self.tokens else 0.0
 
     def insert(self, tokens: Sequence[int]) -> int:
-        """Add a request; return how many of its leading tokens were there already."""
+        """Add a request; return how many of its leading tokens the tree already contained."""
         node, done = self.root, 0
         node.requests += 1
         while done < len(tokens):
@@ -67,7 +67,7 @@ class RadixTree:
         return done
 
     def match(self, tokens: Sequence[int]) -> int:
-        """Length of the longest prefix of `tokens` that some request has."""
+        """Length of the longest prefix of `tokens` that is also a prefix of a request."""
         node, done = self.root, 0
         while done < len(tokens) and (found := node.children.get(tokens[done])):
             same = common_prefix(found.tokens, tokens[done:])
@@ -78,7 +78,7 @@ class RadixTree:
         return done
 
     def walk(self) -> Iterator[tuple[int, Node]]:
-        """All nodes below the root with the number of tokens before each, parents before children."""
+        """All nodes below the root, parents before children, each with the number of tokens before the node."""
         stack = [(0, child) for child in reversed(self.root.children.values())]
         while stack:
             depth, node = stack.pop()
@@ -87,7 +87,7 @@ class RadixTree:
 
     @staticmethod
     def _split(parent: Node, node: Node, at: int) -> Node:
-        """Put a node for the first `at` tokens of `node` between it and its parent; return the new one."""
+        """Insert a node for the first `at` tokens of `node` between `parent` and `node`; return the new node."""
         upper = Node(node.tokens[:at], node.requests, {node.tokens[at]: node})
         parent.children[node.tokens[0]] = upper
         node.tokens = node.tokens[at:]
@@ -103,11 +103,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def near_duplicates(
     requests: Sequence[Sequence[int]], threshold: float = 0.5, n: int = 4
 ) -> list[tuple[int, int, float]]:
-    """Pairs of requests with similar content, wherever in the request it stands, most similar first.
+    """Pairs of requests with similar content at any position, most similar first.
 
-    Similarity is the Jaccard index of their sets of `n` tokens in a row (Broder 1997, "shingles").
-    Exact; time grows with the pairs that share a shingle, so it is for thousands of requests.
-    Requests that share none, or are shorter than `n`, form no pair.
+    The similarity is the Jaccard index of the sets of `n` consecutive tokens ("shingles", Broder
+    1997). The result is exact. The time grows with the number of pairs that share a shingle, which
+    is practical for thousands of requests. Pairs without a common shingle are not returned.
 
     >>> near_duplicates([[1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [6, 7, 8, 9, 6]], n=2)
     [(0, 1, 0.8)]

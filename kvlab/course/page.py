@@ -1,4 +1,4 @@
-"""What a notebook page shows besides plots and pictures: the takeaway box."""
+"""The takeaway box of a notebook."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from IPython.display import Markdown
 
 
 def takeaway(sentence: str) -> Markdown:
-    """The box that ends a section: one sentence whose number the cell above computed."""
+    """The box at the end of a section. The number in its sentence comes from the cell above."""
     return Markdown(f"> **Takeaway.** {sentence}")  # type: ignore[no-untyped-call]

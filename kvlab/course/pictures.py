@@ -1,4 +1,4 @@
-"""Pictures of the course that no data makes: steps in boxes, joined by arrows.
+"""Flow charts of the course: steps in boxes, connected by arrows.
 
 Plots of data are in `plots`.
 """
@@ -19,7 +19,7 @@ INK, PLAIN, MARKED = "#1b1b1b", "#eef3f8", "#fbe3d3"
 
 @dataclass(frozen=True)
 class Step:
-    """One box of a flow picture. A marked one is where the saving happens."""
+    """One box of a flow chart. A marked box has another colour."""
 
     title: str
     detail: str = ""
@@ -36,13 +36,13 @@ REQUEST = (
     Step("save", "new full blocks go to the store"),
     Step("next request", "finds them there"),
 )
-"""The way of a request through the system."""
+"""The steps of a request through the system."""
 
 
 class Flow:
-    """Boxes joined by arrows, a few in a row; in plain text a line with arrows.
+    """Boxes connected by arrows, `columns` per row. The plain text is one line with arrows.
 
-    The picture is a PNG: JupyterLab shows no SVG of a notebook that was not run here yet.
+    The picture is a PNG, because JupyterLab shows no SVG of a notebook that has not run on this machine.
     """
 
     def __init__(self, steps: Sequence[Step], columns: int = 4) -> None:
@@ -55,10 +55,10 @@ class Flow:
         return self.png()
 
     def png(self) -> bytes:
-        """The picture."""
+        """The flow chart as a PNG."""
         rows = -(-len(self.steps) // self.columns)
         fig = Figure(figsize=(2.3 * self.columns, 1.05 * rows), dpi=100)
-        fig.set_layout_engine("none")  # whatever the page's plot style says: the axes fill the picture
+        fig.set_layout_engine("none")  # overrides the course's plot style: the axes fill the picture
         ax = fig.add_axes((0, 0, 1, 1))
         ax.set(xlim=(-0.1, self.columns + 0.1), ylim=(rows - 0.1, -0.1))
         ax.axis("off")

@@ -1,8 +1,8 @@
-"""One look for every plot of the course: colours that all readers can tell apart, fixed sizes, computed captions.
+"""Plot style of the course: colours that colour-blind readers can distinguish, fixed sizes, computed captions.
 
-The palette is Okabe and Ito's; series also differ by marker or hatch, so a grey print works.
-A caption is a sentence computed from the data. It is printed under the plot: readers
-without the picture get it, and the notebook tests compare it.
+The palette is Okabe and Ito's. Series also differ by marker or hatch, so that they can be
+distinguished in a grey print. A caption is a sentence computed from the data. The caption is
+printed under the plot for readers without the picture, and the notebook tests compare the captions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = H
 
 def show(fig: Figure, caption: str) -> None:
     """Display a figure once, with its caption below it and as its alternative text."""
-    accept_any_text()  # the caption, where a notebook runs as a program in a terminal
+    accept_any_text()  # for a notebook that runs as a program in a terminal
     display(fig, metadata={"image/png": {"alt": caption}})  # type: ignore[no-untyped-call]
     plt.close(fig)
     print(f"Figure: {caption}")
@@ -69,5 +69,5 @@ def hatches() -> Iterator[str]:
 
 
 def ink_on(value: float) -> str:
-    """Black or white, whichever can be read on the map's colour for a value from 0 to 1."""
+    """Black or white: the readable text colour on the colour map's colour of a value from 0 to 1."""
     return "black" if value > 0.55 else "white"

@@ -1,8 +1,8 @@
-"""Results that not every machine can produce: run them live where it can be done, else show a recorded one.
+"""Results that not every machine can produce: measured on this machine if possible, else read from a recording.
 
-Recordings are JSON files in the folder `recorded`, each naming the machine that made it. A notebook
-that runs with `KVLAB_RECORD=1` writes its own anew; `python -m kvlab.course.recorded` writes those
-that take minutes, which no notebook waits for.
+Recordings are JSON files in the folder `recorded`. Each file names the machine of the measurement.
+A notebook that runs with `KVLAB_RECORD=1` updates its recordings. `python -m kvlab.course.recorded`
+updates the recordings that take minutes and that no notebook makes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Result = dict[str, Any]
 
 
 def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-server") -> Result:
-    """`run()`'s result where the program `needs` is installed, else the recording called `name`.
+    """The result of `run()` if the program `needs` is installed, else the recording called `name`.
 
-    Prints one line that says which it was. The result has the same shape both ways.
+    Prints one line with the source of the result. Both sources give the same structure.
 
     Raises:
         ConfigError: the program is missing and there is no such recording.
     """
-    accept_any_text()  # machines have names with signs of their own
+    accept_any_text()  # a machine's name may contain special characters
     if shutil.which(needs):
         result = run()
         if os.environ.get("KVLAB_RECORD"):
@@ -43,7 +43,7 @@ def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-s
 
 
 def save_recording(name: str, result: Result) -> None:
-    """Write a recording, with this machine's description."""
+    """Write a recording with this machine's description."""
     RECORDED.mkdir(exist_ok=True)
     content = {"machine": describe_machine(), "result": result}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -51,7 +51,7 @@ def save_recording(name: str, result: Result) -> None:
 
 
 def load_recording(name: str) -> tuple[Result, str]:
-    """A recording's result and its machine.
+    """A recording's result and the description of its machine.
 
     Raises:
         ConfigError: there is no such recording.
@@ -71,7 +71,7 @@ def _node_timeouts() -> Result:
 
 
 SLOW = {"07_node_timeout": _node_timeouts}
-"""What makes each recording that no notebook makes."""
+"""The functions that make the recordings that no notebook makes."""
 
 if __name__ == "__main__":
     for slow, run in SLOW.items():

@@ -1,8 +1,8 @@
-"""Things to move: `Explorer` for sliders over a picture, `Guesses` for the reader's own numbers.
+"""Interactive widgets: `Explorer` is a picture with controls, `Guesses` takes the reader's own numbers.
 
-A widget must not be the only way to learn what it shows. Before its cell has run, on GitHub
-and in print, the reader sees a still picture and one sentence in its place: the cell's
-output carries both, and the notebook tests compare the sentence.
+A widget's content must also be readable without the widget: before its cell has run, on GitHub and
+in print. There the reader sees a sentence and a still picture, if any. The cell's output contains
+both, and the notebook tests compare the sentence.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from kvlab.course.claims import CLAIMS, Claim
 from kvlab.course.work import work_dir
 
 Control = tuple[float, float, float] | list[Any] | bool
-"""(value, low, high) for a slider, a list of choices (the first is chosen), or a switch."""
+"""(value, low, high) for a slider, a list of choices (the first is the default), or a bool for a checkbox."""
 
 
 class Still(w.VBox):  # type: ignore[misc]
-    """A box of widgets that shows a sentence, and a picture if it has one, where widgets cannot run."""
+    """A box of widgets. Where widgets cannot run, a sentence and a picture (if any) appear instead."""
 
     def still(self) -> tuple[str, bytes]:
-        """The sentence and the PNG (or b"") that stand in for the widget."""
-        raise TypeError("a Still needs its own still()")
+        """The sentence and the PNG (or b"") that appear instead of the widget."""
+        raise TypeError("a subclass of Still must define still()")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -43,11 +43,11 @@ class Still(w.VBox):  # type: ignore[misc]
 
 
 class Explorer(Still):
-    """Controls above a picture and a sentence, both redrawn when a control moves.
+    """Controls above a picture and a sentence, both updated when a control changes.
 
     Args:
-        draw: makes a matplotlib figure from the controls' values, by name.
-        describe: says in one sentence what the figure shows.
+        draw: returns a matplotlib figure for the controls' values, which are passed by name.
+        describe: returns one sentence about the figure for the same values.
         controls: by name, see `Control`. Underscores in names are shown as spaces.
     """
 
@@ -63,7 +63,7 @@ class Explorer(Still):
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls say now."""
+        """The present values of the controls."""
         return {name: control.value for name, control in self._controls.items()}
 
     def still(self) -> tuple[str, bytes]:
@@ -81,9 +81,9 @@ class Explorer(Still):
 
 
 class Guesses(Still):
-    """One number field for each claim of the source document; "Keep" writes them to `guesses.json` in the work folder.
+    """One number field per claim of `CLAIMS`. The button writes the numbers to `guesses.json` in the work folder.
 
-    Notebook 10 puts guess, claim and measurement side by side.
+    Notebook 10 compares guesses, claims and measurements.
     """
 
     def __init__(self) -> None:
@@ -112,13 +112,13 @@ class Guesses(Still):
         path = work_dir() / "guesses.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(guesses, indent=2) + "\n", "utf-8")
-        said = f"Kept {len(guesses)} of {len(CLAIMS)} guesses. Notebook 10 will ask for them."
+        said = f"Kept {len(guesses)} of {len(CLAIMS)} guesses. Notebook 10 uses them."
         said += f" Not a number: {', '.join(unread)}." if unread else ""
         self._said.value = f'<p role="status">{html.escape(said)}</p>'
 
 
 def load_guesses() -> Mapping[str, float]:
-    """The guesses kept so far, by claim; empty if there are none or the file is not what `Guesses` wrote."""
+    """The saved guesses by claim; empty if there is no file or its content is not valid."""
     try:
         kept = json.loads((work_dir() / "guesses.json").read_text("utf-8"))
     except (OSError, ValueError):

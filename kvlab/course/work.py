@@ -1,4 +1,4 @@
-"""Where a learner's own files are: answers (`mykv.py`), guesses, plots they keep."""
+"""The folder of a learner's files: answers (`mykv.py`) and guesses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 def work_dir() -> Path:
     """The learner's folder.
 
-    `KVLAB_WORK` if that is set; else `work/` beside the course's `notebooks/`; else the current
-    folder, which is `work/` for a JupyterLab that `make lab` opened.
+    The folder is `KVLAB_WORK` if set. If the current folder is called `notebooks`, it is `work`
+    beside that folder. Otherwise it is the current folder; `make lab` starts JupyterLab in `work`.
     """
     if named := os.environ.get("KVLAB_WORK"):
         return Path(named)

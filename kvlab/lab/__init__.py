@@ -1,1 +1,1 @@
-"""Evaluation: what the system gives, in numbers. Everything here prints or returns JSON-ready data."""
+"""Evaluation of the system: the demo, benchmarks, fuzzing and model quality, with their common tools."""

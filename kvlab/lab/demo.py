@@ -1,13 +1,14 @@
-"""The whole system once: a real model answers a real prompt cold, then warm, with the same tokens, faster.
+"""The whole system in one run: a trained model answers a prompt without the cache, then with it.
 
-Everything printed is measured by this run, and the run fails if any of it is untrue.
+All printed numbers are measured in this run. The run fails if the text round trip fails, the tokens
+differ, or the hit rate over full blocks is below 100 %.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,18 @@ from kvlab.engine import generate
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.reachable import open_reachable
 from kvlab.lab.timing import NOISY_BEYOND, Timings, time_rounds
-from kvlab.model import Llama, Tokenizer, attention, held_out_tokens, load_model
+from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
 
 PREFIXES = (128, 256, 512, 1024, 2048)
 SUFFIX = 16
 NEW_TOKENS = 32
-TTL_S = 600  # of what the demo leaves in a store
+TTL_S = 600  # of the keys that the demo writes
 Say = Callable[[str], None]
 
 
 def hit_rate(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
-    """Share of a prompt's FULL blocks that came from the cache; 0 if it has none."""
+    """Share of a prompt's FULL blocks that came from the cache; 0 for a prompt without full blocks."""
     full = prompt_tokens // block_tokens
     return cached_tokens // block_tokens / full if full else 0.0
 
@@ -37,17 +38,8 @@ HEADER = f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the demo is built from. A learner's own functions replace the package's, one by one."""
-
-    causal_attention: Callable[..., Any] = attention
-    hit_rate: Callable[[int, int, int], float] = hit_rate
-    learners: Sequence[str] = field(default=())
-
-
-@dataclass(frozen=True)
 class Row:
-    """One prefix length: cold (no cache) against warm (prefix from the store), time to first token."""
+    """One prefix length: time to first token without a cache (cold) and with the prefix in the store (warm)."""
 
     prefix_tokens: int
     cold_ms: float
@@ -64,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the demo found out."""
+    """Results of the demo."""
 
     text_cached: bool
     text_retrieved: bool
@@ -73,21 +65,21 @@ class DemoResult:
 
     @property
     def tokens_equal(self) -> bool:
-        """Whether every warm answer was the cold answer, token for token."""
+        """Whether every warm answer has the same tokens as the cold answer."""
         return all(row.tokens_equal for row in self.rows)
 
     @property
     def hit_rate_full_blocks(self) -> float:
-        """The lowest hit rate over full blocks of all warm requests."""
+        """The lowest hit rate over full blocks among all warm requests."""
         return min(row.hit_rate for row in self.rows)
 
     @property
     def ok(self) -> bool:
-        """Whether the system did what it says."""
+        """Whether all checks of the demo succeeded."""
         return self.text_cached and self.text_retrieved and self.tokens_equal and self.hit_rate_full_blocks == 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The result for `--json`."""
         return {
             "ok": self.ok,
             "tokens_equal": self.tokens_equal,
@@ -101,22 +93,16 @@ class DemoResult:
         }
 
 
-def run(
-    store: str = "fakeredis://", parts: Parts | None = None, say: Say = print, prefixes: Sequence[int] = PREFIXES
-) -> DemoResult:
-    """Run the demo against the store with this URL, telling its progress through `say`.
+def run(store: str = "fakeredis://", say: Say = print, prefixes: Sequence[int] = PREFIXES) -> DemoResult:
+    """Run the demo against the store with this URL. Each line of output is passed to `say`.
 
     Raises:
-        ConfigError: no store has such a URL.
-        KVLabError: the store does not answer.
+        ConfigError: the URL is not a store URL.
+        KVLabError: the store does not answer or cannot be used.
     """
-    parts = parts or Parts()
     model, tokenizer = load_model(), Tokenizer()
-    model.attend = parts.causal_attention
     sample = held_out_tokens(tokenizer)
     say(f"machine: {describe_machine()}, {torch.get_num_threads()} threads")
-    if parts.learners:
-        say(f"yours:   {', '.join(parts.learners)}")
     with _Caches(store, model) as caches:
         say(f"store:   {caches.raw.health().detail}")
         cached, retrieved = _text_round_trip(caches.raw)
@@ -126,11 +112,11 @@ def run(
         say(HEADER)
         rows = []
         for n in prefixes:
-            rows.append(_measure(model, sample[: n + SUFFIX], caches, parts))
+            rows.append(_measure(model, sample[: n + SUFFIX], caches))
             say(_line(rows[-1]))
     result = DemoResult(cached, retrieved, rows, any(abs(r.aa_ratio - 1) > NOISY_BEYOND for r in rows))
     if result.noisy:
-        say("This machine was busy: the same work differed from itself by more than 10 %.")
+        say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     say(f"Same tokens cold and warm: {result.tokens_equal}")
     say(f"Cache hit rate: {result.hit_rate_full_blocks:.0%}")
     say("All tests completed!" if result.ok else "FAILED: see the lines above")
@@ -138,7 +124,7 @@ def run(
 
 
 class _Caches:
-    """One cache with raw records and one with zstd, under a salt of this run alone: no hit comes from an older run."""
+    """One cache with raw records and one with zstd. Their salts are random, so no hit comes from an older run."""
 
     def __init__(self, url: str, model: Llama) -> None:
         spec = spec_of(model)
@@ -164,7 +150,7 @@ class _Caches:
 
 
 def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
-    """The two calls by text, on one layer's tensors, as the source document shows them."""
+    """Store and load one layer's tensors by text. Returns whether each call succeeded."""
     k, v = torch.randn(2, 1, 2, 16, 64, generator=torch.Generator().manual_seed(0))
     cached = cache.cache_kv("def main():", layer=0, k_tensor=k, v_tensor=v)
     got = cache.get_cached_kv("def main():", layer=0)
@@ -180,7 +166,7 @@ def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: K
     say(f"warm:    {tokenizer.decode(warm.tokens)!r} ({warm.cached_tokens} tokens from the cache)")
 
 
-def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> Row:
+def _measure(model: Llama, prompt: list[int], caches: _Caches) -> Row:
     cold = generate(model, prompt, NEW_TOKENS)
     answers, rates, sizes = [], [], []
     for cache in (caches.raw, caches.zstd):
@@ -188,7 +174,7 @@ def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> 
         before = cache.stats().bytes_read
         warm = generate(model, prompt, NEW_TOKENS, cache)
         answers.append(warm.tokens)
-        rates.append(parts.hit_rate(len(prompt), warm.cached_tokens, cache.block_tokens))
+        rates.append(hit_rate(len(prompt), warm.cached_tokens, cache.block_tokens))
         sizes.append(cache.stats().bytes_read - before)
     times = _time_first_token(model, prompt, caches)
     return Row(
@@ -207,7 +193,7 @@ def _measure(model: Llama, prompt: list[int], caches: _Caches, parts: Parts) -> 
 
 
 def _time_first_token(model: Llama, prompt: list[int], caches: _Caches) -> Timings:
-    """Time to first token, cold against both caches; one new token, so only the prefill differs."""
+    """Time to first token without a cache and with each cache. Only the prefill differs, as one token is generated."""
     return time_rounds(
         {
             "cold": lambda: generate(model, prompt, 1),

@@ -95,7 +95,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes."""
     learner = metafunc.config.stash[LEARNER]
     stores = [StoreKind(f"impl-{c.__name__}", c) for c in learner if issubclass(c, Store)]
-    caches = [CacheKind(f"impl-{c.__name__}", c, MEMORY, {}) for c in learner if issubclass(c, KVCache)]
+    own = [c for c in learner if issubclass(c, KVCache)]
+    caches = [CacheKind(f"impl-{c.__name__}-{k.name}", c, k, {}) for c in own for k in (MEMORY, REDIS_TCP)]
     every = {
         "store_kind": (*STORES, *stores),
         "own_store_kind": STORES,

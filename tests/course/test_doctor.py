@@ -67,7 +67,7 @@ def test_a_missing_package_is_a_problem_with_the_command_that_installs_it(preten
     line = next(line for line in lines if " packages " in line)
     assert line.startswith("problem") and "hiredis is missing" in line
     assert "python" in line and " -m pip install 'hiredis<4,>=3.2'" in line
-    assert lines[-1] == "1 to mend"
+    assert lines[-1] == "problems: 1"
 
 
 def test_a_version_out_of_range_is_named_with_its_range(pretend):
@@ -204,4 +204,4 @@ def test_it_speaks_where_nothing_is_installed(tmp_path):
         environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": ""}
         run = subprocess.run(command, capture_output=True, encoding=encoding, env=environment, cwd=tmp_path)
         assert (run.returncode, run.stderr) == (1, "")
-        assert "problem            packages        No module named 'packaging'; to mend it: " in run.stdout
+        assert "problem            packages        No module named 'packaging'; to fix it: " in run.stdout

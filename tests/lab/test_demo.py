@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from kvlab.cli import main
 from kvlab.course import exercises
 from kvlab.errors import ConfigError, KVLabError
 from kvlab.lab import demo
+from kvlab.model import load_model
 from kvlab.testbed.server import RedisServer
 
 SHORT = (64, 128)
@@ -18,7 +20,7 @@ LINES = ("All tests completed!", "Cached KV tensors: True", "Retrieved from cach
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two short prefixes are enough to see that it works."""
-    monkeypatch.setattr(demo.run, "__defaults__", (*demo.run.__defaults__[:3], SHORT))
+    monkeypatch.setattr(demo.run, "__defaults__", (*demo.run.__defaults__[:2], SHORT))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("KVLAB_STORE", raising=False)
 
@@ -59,14 +61,17 @@ def test_a_store_that_cannot_be_used() -> None:
         demo.run("http://x", say=lambda _: None)
 
 
-def test_a_learners_bug_makes_the_demo_fail() -> None:
-    def mask_restarts(q, k, v, start):  # type: ignore[no-untyped-def]  # as learners write it
+def test_a_wrong_attention_makes_the_demo_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask_restarts(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         return exercises.CAUSAL_ATTENTION.reference(q, k, v, 0)
 
+    model = load_model()
+    model.attend = mask_restarts
+    monkeypatch.setattr(demo, "load_model", lambda: model)
     said: list[str] = []
-    result = demo.run(parts=demo.Parts(mask_restarts, learners=("causal_attention",)), say=said.append)
+    result = demo.run(say=said.append)
     assert not result.ok and not result.tokens_equal
-    assert {"yours:   causal_attention", "Same tokens cold and warm: False", "FAILED: see the lines above"} <= set(said)
+    assert {"Same tokens cold and warm: False", "FAILED: see the lines above"} <= set(said)
     assert "All tests completed!" not in said
 
 

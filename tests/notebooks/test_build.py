@@ -380,7 +380,7 @@ def test_a_changed_output_fails_once_and_skips_the_rest(strict: Any, name: str, 
 
 def test_a_failure_says_how_to_accept_the_new_outputs(strict: Any) -> None:
     assert "python scripts/build_notebooks.py notebooks/number.ipynb" in strict[1]
-    assert "stored without having been run" in strict[1]
+    assert "was never run; run: python scripts/build_notebooks.py" in strict[1]
 
 
 def test_strict_runs_work_from_any_folder_and_in_a_hostile_environment(project: Path, tmp_path: Path) -> None:

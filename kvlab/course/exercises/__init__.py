@@ -1,10 +1,11 @@
-"""The exercises: how an answer is checked (`engine`), what is asked (one module a lesson), where it is (`registry`).
+"""The exercises: how an answer is checked (`engine`) and kept (`mykv`), and the exercises of each lesson (`lesson_…`).
 
 A notebook says `exercises.check(exercises.HIT_RATE, hit_rate)`: the constants of the lessons are
 attributes of this package.
 """
 
-from kvlab.course.exercises.engine import Exercise, Verdict, Wrong, check, grade, keep, load_answers
+from kvlab.course.exercises.engine import Exercise, Verdict, Wrong, check, grade, keep
+from kvlab.course.exercises.mykv import load_answers
 from kvlab.course.exercises.registry import ALL, BY_CONSTANT, find
 
 __all__ = ["ALL", "Exercise", "Verdict", "Wrong", "check", "find", "grade", "keep", "load_answers"]

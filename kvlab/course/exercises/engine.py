@@ -4,54 +4,38 @@ A learner fills in a stub; one call checks it and gives back something that work
 
     hit_rate = exercises.check(exercises.HIT_RATE, hit_rate)
 
-prints `○ not started`, `✘ got … expected … hint: …` or `✔ 4 of 4`, never raises, and
-returns the learner's function if it passed, else the reference, so that "Run all" always
-reaches the end. A function that passes is written to `mykv.py` in the work folder: answers
-accumulate, and `python -m kvlab demo --impl work/mykv.py` runs the learner's system.
+prints `○ not started`, `✘ got … expected … hint: …` or `✔ 4 of 4`, never raises, and returns the
+learner's function if it passed. Otherwise it returns a stand-in that calls the reference, so that
+"Run all" reaches the end. The stand-in remembers the learner's function: checking it again checks
+that function again, and never passes. A function that passes is written to `mykv.py` (see `mykv`).
 
-Hints come from typical wrong answers. An exercise lists them as functions: when the learner's
-results agree with those of a wrong answer, or both raise the same error on the same case, its
-hint fits. Tests run each wrong answer through the check and expect exactly its hint. The
-exercises themselves are in `lesson_00`, `lesson_01` and so on.
+Hints come from typical wrong answers. An exercise lists them as functions. If the learner's results
+agree with those of a wrong answer, or both raise the same error on the same case, its hint is shown.
+Tests run each wrong answer through the check and expect exactly its hint. The exercises themselves
+are in `lesson_00`, `lesson_01` and so on.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
-import importlib.util
+import dis
+import functools
 import inspect
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
-import torch
-
-from kvlab.course.work import work_dir
-from kvlab.errors import InputError
+import kvlab
+from kvlab.course.exercises import mykv
+from kvlab.course.exercises.differences import differences, same, short
+from kvlab.course.exercises.limits import SECONDS, Forbidden, TooLong, call
 from kvlab.lab.streams import accept_any_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-HEADER = '''"""My distributed KV cache, as far as it goes. The course writes each answer here once it passes.
-
-Run it: python -m kvlab demo --impl work/mykv.py
-"""
-
-import bisect
-import hashlib
-import math
-import struct
-import zlib
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-'''
+_PACKAGE = Path(kvlab.__file__).parent
+_RETURNS_NONE = ({"LOAD_CONST", "RETURN_VALUE"}, {"RETURN_CONST"}, {"RETURN_VALUE", "LOAD_COMMON_CONSTANT"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Wrong:
     hint: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exercise:
     """One function to write.
 
@@ -72,7 +56,11 @@ class Exercise:
         reference: the solution.
         cases: argument tuples that the answer is tried on.
         wrong: typical wrong answers; each differs from the reference on at least one case.
-        hint: what to say when no typical wrong answer fits.
+        hint: the hint if no typical wrong answer fits.
+        forbidden: a part of the names of torch operations that the answer must not use; "" for none.
+        after: what to say once the answer is right.
+        observe: for an answer that acts on its arguments: from what it returned and the arguments to what is
+            compared. By default what it returned.
     """
 
     name: str
@@ -81,6 +69,14 @@ class Exercise:
     cases: Sequence[tuple[Any, ...]]
     wrong: Sequence[Wrong]
     hint: str
+    forbidden: str = ""
+    after: str = ""
+    observe: Callable[[Any, tuple[Any, ...]], Any] = lambda result, args: result
+
+    def run(self, answer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What an answer does with one case. It gets copies, so that it cannot spoil the next case."""
+        args = copy.deepcopy(args)
+        return self.observe(answer(*args), args)
 
 
 @dataclass(frozen=True)
@@ -101,88 +97,101 @@ class Verdict:
 def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     """Try an answer on all cases. Never raises."""
     title = f"{exercise.number} {exercise.name}"
+    todo = Verdict("todo", f"○ {title}: not started")
+    if _is_stub(answer):
+        return todo
     got: list[Any] = []
     for args in exercise.cases:
         try:
-            got.append(answer(*_copied(args)))
+            got.append(call(exercise.run, (answer, args), exercise.forbidden))
         except NotImplementedError:
-            return Verdict("todo", f"○ {title}: not started")
+            return todo
+        except Forbidden as error:
+            return _wrong(f"{title}: used {error}, which is what this exercise builds", [], "write the steps yourself")
+        except TooLong:
+            said = f"{title}: {_call(exercise, args)} had no result after {SECONDS:g} s"
+            return _wrong(said, [], "does every loop end?")
         except Exception as error:  # a learner's code may raise anything
-            line = f"✘ {title}: {_call(exercise, args)} raised {type(error).__name__}: {error}"
-            return Verdict("wrong", f"{line}\n  hint: {_hint(exercise, [*got, Raised(type(error))])}")
-    if all(result is None or result is ... for result in got):
-        return Verdict("todo", f"○ {title}: not started")
-    expected = [exercise.reference(*_copied(args)) for args in exercise.cases]
-    right = [_same(g, e) for g, e in zip(got, expected, strict=True)]
+            said = f"{title}: {_call(exercise, args)} raised {type(error).__name__}: {error}"
+            return _wrong(said, [], _hint(exercise, [*got, Raised(type(error))]))
+    if all(result is ... for result in got):
+        return todo
+    expected = [exercise.run(exercise.reference, args) for args in exercise.cases]
+    right = [same(g, e) for g, e in zip(got, expected, strict=True)]
     if all(right):
         return Verdict("right", f"✔ {title}: {len(right)} of {len(right)}")
-    i = right.index(False)
-    lines = [
-        f"✘ {title}: {_call(exercise, exercise.cases[i])}",
-        f"  got      {_short(got[i])}",
-        f"  expected {_short(expected[i])}",
-        f"  hint: {_hint(exercise, got)}",
-    ]
-    return Verdict("wrong", "\n".join(lines))
+    at = right.index(False)
+    if got[at] is None and all(result is None for result in got):
+        said = f"{title}: {_call(exercise, exercise.cases[at])} returned None"
+        return _wrong(said, [], "is there a `return`? What a function prints is not what it returns")
+    said = f"{title}: {_call(exercise, exercise.cases[at])}"
+    return _wrong(said, differences(got[at], expected[at]), _hint(exercise, got))
 
 
 def check(exercise: Exercise, answer: F) -> F:
-    """Print what `grade` finds, keep a right answer in `mykv.py`, and return the answer or else the reference."""
-    verdict = grade(exercise, answer)
+    """Print what `grade` finds and keep a right answer in `mykv.py`.
+
+    Returns:
+        The answer if it is right, else a stand-in that calls the reference.
+    """
     accept_any_text()  # not every terminal has a ✔
+    again = getattr(answer, "kvlab_answer", None)
+    verdict = grade(exercise, again or answer)
+    if _is_ours(again or answer):
+        verdict = Verdict("todo", f"○ {exercise.number} {exercise.name}: not started (this is the course's solution)")
     print(verdict.text)
-    if verdict.state != "right":
-        print("  (the notebook goes on with the reference solution)")
-        return exercise.reference  # type: ignore[return-value]
-    print(f"  {keep(exercise, answer)}")
-    return answer
+    if verdict.state == "right" and again is None:
+        print(f"  {keep(exercise, answer)}")
+        if exercise.after:
+            print(f"  {exercise.after}")
+        return answer
+    if again is not None:
+        print("  (checked again as it was: to check another one, run the cell that defines it, under the same name)")
+    print("  (the notebook goes on with the reference solution)")
+    return _stand_in(exercise, again or answer)  # type: ignore[return-value]
 
 
 def keep(exercise: Exercise, answer: Callable[..., Any]) -> str:
     """Write a right answer into `mykv.py`, replacing an older one; return a line that says so, or why not."""
-    path = work_dir() / "mykv.py"
     called = getattr(answer, "__name__", exercise.name)
     if called != exercise.name:
         return f"not kept in mykv.py: the function is called {called}, expected {exercise.name}"
     try:
-        before = path.read_text("utf-8") if path.exists() else HEADER
-        after = _replaced(before, exercise.name, inspect.getsource(answer))
-        if not _stands_alone(exercise, after):
-            return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(after, "utf-8")
+        source = inspect.getsource(answer)
+        return mykv.keep(exercise.name, source, lambda kept: grade(exercise, kept).state == "right")
     except (OSError, TypeError, ValueError, SyntaxError) as error:  # say, a mykv.py of another encoding
         return f"not kept in mykv.py: {error}"
-    return "kept in mykv.py"
 
 
-def _stands_alone(exercise: Exercise, module: str) -> bool:
-    """Whether the answer in this text of a `mykv.py` is right without the notebook around it."""
-    with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
-        trial = Path(folder) / "mykv.py"
-        trial.write_text(module, "utf-8")
-        try:
-            return grade(exercise, getattr(load_answers(trial), exercise.name)).state == "right"
-        except (AttributeError, InputError):
-            return False
+def _stand_in(exercise: Exercise, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does what the reference does, and remembers the learner's."""
+
+    @functools.wraps(exercise.reference)
+    def stand_in(*args: Any, **settings: Any) -> Any:
+        return exercise.reference(*args, **settings)
+
+    stand_in.kvlab_answer = answer  # type: ignore[attr-defined]
+    return stand_in
 
 
-def load_answers(path: str | Path) -> ModuleType:
-    """Import a learner's `mykv.py`. It is their own code, so it is simply run.
+def _is_stub(answer: Callable[..., Any]) -> bool:
+    """Whether a function has no body yet: nothing but a docstring, `...` or `pass`."""
+    code = getattr(answer, "__code__", None)
+    if code is None:
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
+    names, values = {step.opname for step in steps}, [step.argval for step in steps if "CONST" in step.opname]
+    return names in _RETURNS_NONE and values == [None]
 
-    Raises:
-        InputError: there is no such file, or it does not import.
-    """
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location("mykv", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"expected a Python file with answers, found none at {path}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever their code raises is theirs to mend
-        raise InputError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    return module
+
+def _is_ours(answer: Callable[..., Any]) -> bool:
+    """Whether a function is part of this package, and so no learner's answer."""
+    code = getattr(answer, "__code__", None)
+    return code is not None and Path(code.co_filename).is_relative_to(_PACKAGE)
+
+
+def _wrong(said: str, lines: Sequence[str], hint: str) -> Verdict:
+    return Verdict("wrong", "\n".join([f"✘ {said}", *(f"  {line}" for line in lines), f"  hint: {hint}"]))
 
 
 def _hint(exercise: Exercise, got: list[Any]) -> str:
@@ -191,55 +200,18 @@ def _hint(exercise: Exercise, got: list[Any]) -> str:
     `got` ends with the first case that raised; a wrong answer fits if it raises the same error there.
     """
     for wrong in exercise.wrong:
-        if all(_same(g, _outcome(wrong.answer, args)) for g, args in zip(got, exercise.cases, strict=False)):
+        if all(same(g, _outcome(exercise, wrong.answer, args)) for g, args in zip(got, exercise.cases, strict=False)):
             return wrong.hint
     return exercise.hint
 
 
-def _outcome(answer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _outcome(exercise: Exercise, answer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
-        return answer(*_copied(args))
+        return exercise.run(answer, args)
     except Exception as error:  # a wrong answer may fail on some case, as a learner's may
         return Raised(type(error))
 
 
-def _same(got: Any, expected: Any) -> bool:
-    """Equal, floats and tensors to a relative 1e-4 (a learner may sum in another order)."""
-    try:
-        if isinstance(expected, torch.Tensor):
-            got = torch.as_tensor(got)
-            return got.shape == expected.shape and torch.allclose(got.double(), expected.double(), 1e-4, 1e-5)
-        if isinstance(expected, float):
-            return bool(abs(float(got) - expected) <= 1e-4 * max(1.0, abs(expected)))
-        return bool(got == expected)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
-def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that an answer may write to without spoiling the next case."""
-    return copy.deepcopy(args)
-
-
 def _call(exercise: Exercise, args: tuple[Any, ...]) -> str:
     names = inspect.signature(exercise.reference).parameters
-    return f"{exercise.name}({', '.join(f'{n}={_short(a)}' for n, a in zip(names, args, strict=False))})"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        if value.numel() > 6:
-            return f"tensor{tuple(value.shape)} beginning {[round(x, 3) for x in value.flatten()[:3].tolist()]}"
-        return str(value)
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:87]}..."
-
-
-def _replaced(module: str, name: str, source: str) -> str:
-    """`module` with its function `name` replaced by `source`, or with it at the end."""
-    lines = module.rstrip().splitlines()
-    for node in ast.parse(module).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            begin = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-            return "\n".join([*lines[:begin], source.rstrip(), *lines[node.end_lineno :]]) + "\n"
-    return "\n".join([*lines, "", "", source.rstrip()]) + "\n"
+    return f"{exercise.name}({', '.join(f'{n}={short(a)}' for n, a in zip(names, args, strict=False))})"

@@ -63,6 +63,7 @@ CAUSAL_ATTENTION = Exercise(
         Wrong(_heads_interleaved, "neighbouring query heads share a KV head: repeat_interleave, not repeat"),
     ),
     hint="four steps: repeat the KV heads, scaled scores, mask, softmax over the last dim times v",
+    forbidden="attention",
 )
 
 

@@ -1,15 +1,23 @@
 """Exercises never raise; right answers are kept in mykv.py; wrong ones get the hint that fits."""
 
+import contextlib
+import inspect
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from kvlab.course import exercises
-from kvlab.course.exercises import check, grade, keep, load_answers
+from kvlab.course.exercises import check, grade, keep, limits, load_answers
 from kvlab.errors import InputError
+from kvlab.lab import demo
+from kvlab.model import attention
 
 ALL = {e.name: e for e in exercises.ALL}
 
@@ -45,9 +53,131 @@ def test_an_answer_that_writes_to_its_arguments_spoils_no_other_case() -> None:
 
 def test_check_falls_back_to_the_reference(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     got = check(exercises.HIT_RATE, lambda *_: 0.5)
-    assert got is exercises.HIT_RATE.reference
+    assert got(1040, 512, 64) == exercises.HIT_RATE.reference(1040, 512, 64)
     assert "goes on with the reference" in capsys.readouterr().out
     assert not (work / "mykv.py").exists()
+
+
+def stub(*_: object) -> None: ...
+
+
+def half(*_: object) -> float:
+    return 0.5
+
+
+@pytest.mark.parametrize(("answer", "mark"), [(stub, "○"), (half, "✘")])
+@pytest.mark.parametrize("exercise", exercises.ALL, ids=lambda e: e.name)
+def test_checking_again_never_passes_what_did_not_and_keeps_nothing(
+    exercise: exercises.Exercise, answer: Any, mark: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A notebook rebinds the learner's name to what the check returns: the next run of the cell gets that."""
+    first = capsys.readouterr().out if (got := check(exercise, answer)) else ""
+    for _ in range(3):
+        got = check(exercise, got)
+        again = capsys.readouterr().out
+        assert again.startswith(f"{mark} {exercise.number}") and "checked again as it was" in again, first
+    assert not (work / "mykv.py").exists()
+
+
+def test_an_answer_that_is_mended_after_a_check_passes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(exercises.HIT_RATE, check(exercises.HIT_RATE, half))
+    answer = mykv_function(work)
+    assert check(exercises.HIT_RATE, answer) is answer
+    assert check(exercises.HIT_RATE, answer) is answer
+    assert capsys.readouterr().out.count("✔ 00.2 hit_rate: 4 of 4\n  kept in mykv.py") == 2
+
+
+def mykv_function(folder: Path) -> Any:
+    """The solution of 00.2 as a learner's function, from a file outside the package."""
+    (folder / "cell.py").write_text(inspect.getsource(exercises.HIT_RATE.reference), "utf-8")
+    return load_answers(folder / "cell.py").hit_rate
+
+
+@pytest.mark.parametrize("ours", [exercises.HIT_RATE.reference, demo.hit_rate], ids=["reference", "package"])
+def test_a_function_of_the_package_is_no_answer(ours: Any, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = check(exercises.HIT_RATE, ours)
+    assert capsys.readouterr().out.startswith("○ 00.2 hit_rate: not started (this is the course's solution)")
+    check(exercises.HIT_RATE, got)
+    assert "✔" not in capsys.readouterr().out
+    assert not (work / "mykv.py").exists()
+
+
+def test_a_function_that_prints_instead_of_returning_is_told_so() -> None:
+    def printing(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> None:
+        print(cached_tokens // block_tokens / max(1, prompt_tokens // block_tokens))
+
+    verdict = grade(exercises.HIT_RATE, printing)
+    assert verdict.state == "wrong"
+    assert "returned None" in verdict.text and "is there a `return`?" in verdict.text
+
+
+def no_body(*_: object) -> None:
+    """A docstring alone."""
+
+
+def only_pass(*_: object) -> None:
+    pass
+
+
+def returns_dots(*_: object) -> Any:
+    return ...
+
+
+@pytest.mark.parametrize("empty", [no_body, only_pass, returns_dots, stub])
+def test_every_way_to_leave_a_body_empty_is_not_started(empty: Any) -> None:
+    assert grade(exercises.HIT_RATE, empty).state == "todo"
+
+
+def spins(*_: object) -> None:
+    while True:
+        pass
+
+
+def spins_and_catches(*_: object) -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            int("x")
+
+
+@pytest.mark.parametrize("endless", [spins, spins_and_catches])
+def test_a_loop_that_never_ends_is_stopped(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.call, "__defaults__", ("", 0.2))
+    before = threading.active_count()
+    verdict = grade(exercises.HIT_RATE, endless)
+    assert verdict.state == "wrong" and "had no result after" in verdict.text and "does every loop end?" in verdict.text
+    assert threading.active_count() == before
+
+
+def test_an_answer_that_ends_the_program_is_told() -> None:
+    verdict = grade(exercises.HIT_RATE, lambda *_: sys.exit(3))
+    assert verdict.state == "wrong" and "SystemExit" in verdict.text
+
+
+fused = F.scaled_dot_product_attention
+SPELLINGS: dict[str, Any] = {
+    "is_causal": lambda q, k, v, start: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    "attn_mask": lambda q, k, v, start: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_mask(q.shape[2], k.shape[2], start), enable_gqa=True
+    ),
+    "another name": lambda q, k, v, start: fused(q, k, v, enable_gqa=True),
+    "built name": lambda q, k, v, start: getattr(F, "scaled_dot" + "_product_attention")(q, k, v, enable_gqa=True),
+    "torch._C": lambda q, k, v, start: torch._C._nn.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "torch.ops": lambda q, k, v, start: torch.ops.aten.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "math": lambda q, k, v, start: torch._scaled_dot_product_attention_math(q, k, v, enable_gqa=True)[0],
+    "multi-head": lambda q, k, v, start: torch.nn.MultiheadAttention(8, 1, batch_first=True)(q[0], q[0], q[0])[0],
+    "kvlab": lambda q, k, v, start: attention(q, k, v, start),
+}
+
+
+def causal_mask(T: int, S: int, start: int) -> torch.Tensor:
+    return torch.arange(S) <= start + torch.arange(T)[:, None]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_is_forbidden_is_forbidden_in_every_spelling(spelling: str) -> None:
+    verdict = grade(exercises.CAUSAL_ATTENTION, SPELLINGS[spelling])
+    assert verdict.state == "wrong"
+    assert "which is what this exercise builds" in verdict.text
 
 
 def test_right_answers_accumulate_and_replace_older_ones(work: Path) -> None:

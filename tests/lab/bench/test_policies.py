@@ -61,7 +61,7 @@ def test_made_requests_come_close_to_the_trace() -> None:
 )
 def test_a_file_that_is_no_trace_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"^expected .* in .*t\.jsonl.*; give a trace as Mooncake released them$"):
+    with pytest.raises(InputError, match=r"^expected .* in .*t\.jsonl.*; use a trace in Mooncake's format$"):
         read_trace(tmp_path / "t.jsonl")
 
 

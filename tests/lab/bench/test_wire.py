@@ -45,7 +45,7 @@ def test_bench_wire_says_when_a_server_takes_nothing(redis_server: RedisServer) 
     client = redis_server.client()
     client.config_set("maxmemory", 1)
     try:
-        with pytest.raises(KVLabError, match=r"cannot be used|did not take a value"):
+        with pytest.raises(KVLabError, match=r"cannot be used|did not accept a value"):
             bench_wire.run(redis_server.url, scale=0.01)
     finally:
         client.config_set("maxmemory", 0)

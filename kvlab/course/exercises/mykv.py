@@ -1,0 +1,183 @@
+"""`work/mykv.py`: the learner's functions, the course's for those not written yet, and the cache around them.
+
+The file is a whole cache after every lesson. A function that passes its check takes the place of the
+one that was imported from `kvlab.course.minikv`. Whatever else the learner writes into the file stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+from kvlab.course import minikv
+from kvlab.course.work import work_dir
+from kvlab.errors import InputError
+
+PARTS = tuple(
+    name
+    for name, value in vars(minikv).items()
+    if isinstance(value, FunctionType) and value.__module__ == minikv.__name__
+)
+"""The functions that the cache is built from, in the order of the course."""
+CLASSES = ("MiniRedis", "MiniCache")
+
+HEADER = '''"""My distributed KV cache. The course writes each answer here once it passes; change what you like.
+
+All of it at work: python -m kvlab demo --impl work/mykv.py
+How far I am:      python -m kvlab progress
+"""
+
+import bisect
+import copy
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import redis
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor
+
+from kvlab.cache import CacheStats, KVCache
+from kvlab.core.keys import KVSpec, token_bytes
+from kvlab.errors import InputError
+from kvlab.stores import Health
+'''
+NOT_YET = "# Not written yet: these are the course's."
+IMPORT = f"from {minikv.__name__} import "
+
+
+def keep(name: str, source: str, right: Callable[[Callable[..., object]], bool]) -> str:
+    """Put a function's source into the learner's `mykv.py`, replacing an older one.
+
+    Args:
+        right: whether the function is right as it is in the file, without the notebook around it.
+
+    Returns:
+        A line that says that it was kept, or why not.
+
+    Raises:
+        OSError, ValueError, SyntaxError: the file cannot be read, parsed or written.
+    """
+    path = work_dir() / "mykv.py"
+    before = path.read_text("utf-8") if path.exists() else HEADER
+    after = with_function(before, name, source)
+    if not _stands_alone(after, name, right):
+        return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, after)
+    return "kept in mykv.py"
+
+
+def with_function(module: str, name: str, source: str) -> str:
+    """The text of a `mykv.py` with this function in it, and whole."""
+    module = _with_classes(module)
+    lines = module.rstrip().splitlines()
+    found = {node.name: node for node in ast.parse(module).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    if name in found:
+        begin, end = _first_line(found[name]), found[name].end_lineno
+        lines[begin:end] = source.rstrip().splitlines()
+    else:
+        at = _first_line(found[CLASSES[0]]) if CLASSES[0] in found else len(lines)
+        lines[at:at] = [*source.rstrip().splitlines(), "", ""]
+    return _with_imports("\n".join(lines) + "\n")
+
+
+def load_answers(path: str | Path) -> ModuleType:
+    """Import a learner's `mykv.py`. It is their own code, so it is simply run.
+
+    Raises:
+        InputError: there is no such file, or it does not import.
+    """
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location("mykv", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"expected a Python file with answers, found none at {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever their code raises is theirs to mend
+        raise InputError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def find(path: str | Path) -> Path:
+    """A learner's file by the path they gave: from here, or in their work folder.
+
+    Raises:
+        InputError: it is at neither place.
+    """
+    places = [Path(path), work_dir() / Path(path).name, Path(minikv.__file__).parents[2] / "work" / Path(path).name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(f"expected a Python file with answers, found none at {' or '.join(map(str, places[:2]))}")
+
+
+def own_function(module: ModuleType, name: str) -> FunctionType | None:
+    """A function that a learner's file defines. One that it imports from the course is not theirs: None."""
+    function = getattr(module, name, None)
+    return function if isinstance(function, FunctionType) and function.__module__ == module.__name__ else None
+
+
+def _with_classes(module: str) -> str:
+    """With the cache around the functions, where the file has none yet."""
+    have = {node.name for node in ast.parse(module).body if isinstance(node, ast.ClassDef)}
+    missing = [inspect.getsource(getattr(minikv, name)).rstrip() for name in CLASSES if name not in have]
+    return "\n\n\n".join([module.rstrip(), *missing]) + "\n"
+
+
+def _with_imports(module: str) -> str:
+    """With an import for each function that the cache needs and that the learner has not written."""
+    body = ast.parse(module).body
+    lines = module.splitlines()
+    for node in reversed(body):
+        if isinstance(node, ast.ImportFrom) and node.module == minikv.__name__:
+            begin = node.lineno - 1
+            begin -= begin > 0 and lines[begin - 1] == NOT_YET
+            del lines[begin : node.end_lineno]
+            while begin < len(lines) and not lines[begin]:
+                del lines[begin]
+    own = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    missing = [name for name in PARTS if name not in own]
+    body = ast.parse("\n".join(lines)).body
+    at = max([node.end_lineno or 0 for node in body if isinstance(node, ast.Import | ast.ImportFrom)], default=0)
+    rest = lines[at:]
+    while rest and not rest[0]:
+        del rest[0]
+    imports = [NOT_YET, f"{IMPORT}({', '.join(missing)})"] if missing else []
+    return "\n".join([*lines[:at], "", *imports, "", "", *rest]) + "\n"
+
+
+def _first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+
+
+def _stands_alone(module: str, name: str, right: Callable[[Callable[..., object]], bool]) -> bool:
+    """Whether the function in this text of a `mykv.py` is right without the notebook around it."""
+    with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
+        trial = Path(folder) / "mykv.py"
+        trial.write_text(module, "utf-8")
+        try:
+            return right(getattr(load_answers(trial), name))
+        except (AttributeError, InputError):
+            return False
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once: a crash leaves the old one."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, "utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

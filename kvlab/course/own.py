@@ -1,0 +1,192 @@
+"""The demo with a learner's `mykv.py`: their cache, their functions, and a check of each.
+
+The real model answers prompts without a cache and with the learner's. A function whose check fails is
+replaced by the course's, and the demo fails and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import redis
+import torch
+
+from kvlab.cache import DistributedKVCache, KVCache
+from kvlab.core.keys import KVSpec
+from kvlab.course.exercises import mykv, registry
+from kvlab.course.exercises.engine import Exercise, Verdict, grade
+from kvlab.engine import generate
+from kvlab.errors import ConfigError, InputError
+from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say, hit_rate
+from kvlab.lab.timing import NOISY_BEYOND, time_rounds
+from kvlab.model import Tokenizer, held_out_tokens, load_model
+from kvlab.model.fingerprint import spec_of
+from kvlab.stores import MemoryStore
+
+PREFIXES = (128, 512, 2048)
+
+
+@dataclass
+class Own:
+    """What a learner's file has.
+
+    Attributes:
+        module: the file, imported. Functions whose check failed are replaced by the course's.
+        verdicts: the check of each exercise that the file has a function for.
+        calls: how often each function was called since it was loaded.
+    """
+
+    module: ModuleType
+    verdicts: dict[Exercise, Verdict]
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every function that the file has passed its check."""
+        return all(verdict.state == "right" for verdict in self.verdicts.values())
+
+    def has(self, name: str) -> bool:
+        """Whether a function is the learner's own, and right."""
+        return any(e.name == name and verdict.state == "right" for e, verdict in self.verdicts.items())
+
+
+def load(path: str | Path) -> Own:
+    """Import a learner's file, check each of its functions, and count their calls from now on.
+
+    Raises:
+        InputError: there is no such file, it does not import, or it has nothing of the course in it.
+    """
+    module = mykv.load_answers(mykv.find(path))
+    verdicts = {
+        e: grade(e, function) for e in registry.ALL if (function := mykv.own_function(module, e.name)) is not None
+    }
+    if not verdicts and not isinstance(getattr(module, "MiniCache", None), type):
+        names = ", ".join(e.name for e in registry.ALL)
+        raise InputError(f"expected functions of the course's exercises in {path}, found none of {names}")
+    own = Own(module, verdicts)
+    for exercise, verdict in verdicts.items():
+        if verdict.state != "right":
+            setattr(module, exercise.name, exercise.reference)
+    for name in {*mykv.PARTS, *(e.name for e in registry.ALL)} & vars(module).keys():
+        setattr(module, name, _counted(getattr(module, name), name, own.calls))
+    return own
+
+
+def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
+    """Run the demo with the learner's file against the store with this URL. Each line of output is passed to `say`.
+
+    Raises:
+        InputError: the file cannot be used; see `load`.
+        ConfigError: the store has a URL that the learner's cache cannot use.
+    """
+    own = load(path)
+    for verdict in own.verdicts.values():
+        say(verdict.text)
+    model, sample = load_model(), held_out_tokens(Tokenizer())
+    if own.has("causal_attention"):
+        model.attend = own.module.causal_attention
+    rate_of = own.module.hit_rate if own.has("hit_rate") else hit_rate
+    rows, salt = [], os.urandom(16)  # no hit comes from an older run
+    with _cache(own, store, spec_of(model), salt) as cache:
+        say(f"cache:   {type(cache).__name__} over {store}, blocks of {cache.block_tokens} tokens")
+        say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'hit rate':>9} {'same tokens':>12}")
+        for n in PREFIXES:
+            prompt = sample[: n + SUFFIX]
+            cold = generate(model, prompt, NEW_TOKENS)
+            generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
+            warm = generate(model, prompt, NEW_TOKENS, cache)
+            times = time_rounds(
+                {
+                    "cold": functools.partial(generate, model, prompt, 1),
+                    "warm": functools.partial(generate, model, prompt, 1, cache),
+                }
+            )
+            row = {
+                "prefix_tokens": n,
+                "cold_ms": times.median_ms("cold"),
+                "warm_ms": times.median_ms("warm"),
+                "speedup": times.ratio("cold", "warm"),
+                "hit_rate": rate_of(len(prompt), warm.cached_tokens, cache.block_tokens),
+                "tokens_equal": warm.tokens == cold.tokens,
+                "aa_ratio": times.aa_ratio,
+            }
+            rows.append(row)
+            say(
+                f"{n:>8} {row['cold_ms']:>6.1f} ms {row['warm_ms']:>6.1f} ms {row['speedup']:>7.1f}x "
+                f"{row['hit_rate']:>9.0%} {row['tokens_equal']!s:>12}"
+            )
+        readable = _package_reads(cache, prompt, salt)
+    if any(abs(row["aa_ratio"] - 1) > NOISY_BEYOND for row in rows):
+        say("This machine was busy: two measurements of the same work differ by more than 10 %.")
+    whose = {name: ("yours" if own.has(name) else "ours") for name in own.calls.keys() | set(mykv.PARTS)}
+    for owner in ("yours", "ours"):
+        names = sorted(name for name in whose if whose[name] == owner)
+        say(f"{owner + ':':8} " + (", ".join(f"{name} ({own.calls[name]} calls)" for name in names) or "none"))
+    say(f"kvlab's own cache reads what was written: {readable}")
+    ok = own.ok and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
+    say("Everything works." if ok else "FAILED: see the lines above")
+    return {
+        "ok": ok,
+        "yours": {e.name: verdict.state for e, verdict in own.verdicts.items()},
+        "calls": dict(own.calls),
+        "rows": rows,
+        "package_reads": readable,
+    }
+
+
+def _counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def counted(*args: Any, **settings: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **settings)
+
+    return counted
+
+
+def _cache(own: Own, store: str, spec: KVSpec, salt: bytes) -> KVCache:
+    """The learner's cache over a Redis; the package's if their file has no cache."""
+    made: type[KVCache] | None = getattr(own.module, "MiniCache", None)
+    if not inspect.isclass(made):
+        return DistributedKVCache(store=store, model=spec, precision="fp32", compress=False, salt=salt)
+    cache: KVCache = made(own.module.MiniRedis(_client(store), ttl_s=TTL_S), spec, salt=salt)  # type: ignore[call-arg]
+    if not cache.health().ok:
+        raise InputError(f"expected a Redis that answers at {store}: {cache.health().detail}")
+    return cache
+
+
+def _client(store: str) -> redis.Redis:
+    if store.startswith("fakeredis://"):
+        import fakeredis
+
+        return fakeredis.FakeRedis()
+    if not store.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError("expected redis://, rediss://, unix:// or fakeredis:// for a learner's cache")
+    return redis.Redis.from_url(store, protocol=2, socket_timeout=5.0)
+
+
+def _package_reads(cache: KVCache, prompt: Sequence[int], salt: bytes) -> bool:
+    """Whether the package's cache finds the same KV in what the learner's cache has stored."""
+    if isinstance(cache, DistributedKVCache):
+        return True
+    mini: Any = cache
+    keys = mini.keys(prompt)
+    values = mini.store.get_many(keys)
+    if None in values:
+        return False
+    copy = MemoryStore()
+    copy.put_many(keys, values)
+    stop = len(keys) * cache.block_tokens
+    shape = (mini.spec.layers, 2, mini.spec.heads, stop, mini.spec.head_dim)
+    theirs, ours = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    settings: dict[str, Any] = {"precision": "fp32", "salt": salt, "block_tokens": cache.block_tokens}
+    with DistributedKVCache(store=copy, model=mini.spec, **settings) as package:
+        both = package.load(prompt, 0, stop, ours) == cache.load(prompt, 0, stop, theirs) == stop
+    return both and torch.equal(theirs, ours)

@@ -1,0 +1,77 @@
+"""The cache on one page: it passes the cache contract, and it shares blocks with the package's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fakeredis
+import pytest
+import redis
+import torch
+
+from kvlab.cache import DistributedKVCache
+from kvlab.core.keys import Namespace
+from kvlab.course import minikv
+from kvlab.stores import RedisStore
+from kvlab.testbed.server import RedisServer
+from tests.harness.helpers import blank, exact_kv, small_spec
+
+ROOT = Path(__file__).parents[2]
+SPEC, SALT = small_spec(), b"tenant"
+TOKENS = [(31 * i) % 4096 for i in range(150)]
+
+
+@pytest.mark.redis
+def test_the_cache_contract_over_a_real_server() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "impl and redis"]
+    command += ["tests/contracts/test_cache.py", "--impl", "kvlab/course/minikv.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert int(re.findall(r"(\d+) passed", run.stdout)[-1]) > 50
+
+
+@pytest.mark.redis
+def test_both_caches_read_each_others_blocks(redis_server: RedisServer) -> None:
+    mini = minikv.MiniCache(minikv.MiniRedis(redis.Redis.from_url(redis_server.url, protocol=2)), SPEC, SALT)
+    package = DistributedKVCache(
+        store=RedisStore(redis_server.url), model=SPEC, salt=SALT, precision="fp32", compress=False
+    )
+    kv = exact_kv(SPEC, len(TOKENS))
+    whole = len(TOKENS) // mini.block_tokens * mini.block_tokens
+    for writer, reader, tokens in ((mini, package, TOKENS), (package, mini, TOKENS[::-1])):
+        assert writer.save(tokens, kv) == whole // mini.block_tokens
+        out = blank(SPEC, whole)
+        assert reader.match(tokens) == whole == reader.load(tokens, 0, whole, out)
+        assert torch.equal(out, kv[:, :, :, :whole])
+
+
+def test_keys_are_those_of_the_package() -> None:
+    root = minikv.root_key(SPEC.fingerprint, "fp32", SALT, 16)
+    assert minikv.block_keys(TOKENS, root, 16) == Namespace(SPEC.fingerprint, "fp32", SALT, 16).keys(TOKENS)
+
+
+def test_a_lost_server_is_misses_and_drops() -> None:
+    server = fakeredis.FakeServer()
+    cache = minikv.MiniCache(minikv.MiniRedis(fakeredis.FakeRedis(server=server)), SPEC)
+    kv = exact_kv(SPEC, len(TOKENS))
+    cache.save(TOKENS, kv)
+    server.connected = False
+    assert (cache.match(TOKENS), cache.save(TOKENS, kv), cache.health().ok) == (0, 0, False)
+    assert cache.load(TOKENS, 0, 64, blank(SPEC, 64)) == 0
+    server.connected = True
+    assert cache.load(TOKENS, 0, 64, blank(SPEC, 64)) == 64
+
+
+@pytest.mark.parametrize("ttl_s", [1, 100])
+def test_what_is_read_lives_on(ttl_s: float) -> None:
+    client = fakeredis.FakeRedis()
+    store = minikv.MiniRedis(client, ttl_s)
+    assert store.put_many([b"a", b"b"], [b"1", b"2"]) == 2
+    client.pexpire(b"kv:a", 5)
+    assert store.get_many([b"a", b"none"]) == [b"1", None]
+    assert client.pttl(b"kv:a") > 0.9 * ttl_s * 1000
