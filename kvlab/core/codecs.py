@@ -33,15 +33,21 @@ _GZIP_WINDOW: Final = 31  # selects gzip framing in zlib
 
 
 def pack(parts: list[Array], codec: str) -> tuple[bytes | memoryview, ...]:
-    """Return the payload in pieces. Raw pieces share the memory of the parts."""
+    """Return the payload in pieces. Raw pieces share the memory of the parts.
+
+    Raises:
+        ValueError: there is no such codec.
+    """
     flat = [p.reshape(-1).view(np.uint8).data for p in parts]
     if codec == "raw":
         return tuple(flat)
     if codec == "gzip":
         packer = zlib.compressobj(GZIP_LEVEL, wbits=_GZIP_WINDOW)  # no time stamp, so equal input gives equal bytes
         return (*map(packer.compress, flat), packer.flush())
-    frames = [frame for part in parts for frame in _zstd_frames(part)]
-    return struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames
+    if codec == "zstd":
+        frames = [frame for part in parts for frame in _zstd_frames(part)]
+        return struct.pack(f"<{len(frames)}I", *map(len, frames)), *frames
+    raise ValueError(f"expected a codec of {', '.join(CODECS)}, got {codec!r}")
 
 
 def unpack(payload: memoryview, codec: int, parts: Layout) -> list[Array]:

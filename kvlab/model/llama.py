@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvlab.errors import InputError
+from kvlab.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from kvlab.model.digests import Digests
@@ -36,7 +36,11 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A scaling of RoPE for long contexts: "llama3" (Llama 3.1 and later) or the older "linear"."""
+    """A scaling of RoPE for long contexts: "llama3" (Llama 3.1 and later) or the older "linear".
+
+    The fields are hashed in the fingerprint. A new field would change the fingerprint of every scaled model,
+    so another kind of scaling needs a class of its own.
+    """
 
     kind: str
     factor: float
@@ -90,6 +94,8 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
         return freq
     if s.kind == "linear":
         return freq / s.factor
+    if s.kind != "llama3":
+        raise ModelError(f"expected a RoPE scaling of llama3 or linear, got {s.kind!r}")
     # "llama3" keeps high frequencies, divides low ones by the factor, and interpolates between them.
     turns = s.original_context * freq / (2 * math.pi)
     keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)

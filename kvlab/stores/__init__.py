@@ -1,4 +1,7 @@
-"""Stores for KV blocks: the contract (`base`), in memory (`memory`), and in one or several Redis servers (`redis`)."""
+"""Stores for KV blocks: the contract (`base`), in memory (`memory`), and in one or several Redis servers (`redis`).
+
+docs/02_architecture_deep_dive.md, "The store", says what each module is for and what each reason means.
+"""
 
 from kvlab.stores.base import Health, Store, StoreStats, Value
 from kvlab.stores.memory import MemoryStore

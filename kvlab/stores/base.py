@@ -30,7 +30,7 @@ Value = bytes | memoryview | tuple[bytes | memoryview, ...]
 """A value to store: one buffer, or a tuple of pieces whose concatenation is the value (such as header and payload)."""
 
 MAX_TTL_S = 100 * 365 * 86400  # 100 years; every server accepts this TTL
-MAX_VALUE_BYTES = 64 << 20  # `RedisStore` drops a larger value
+MAX_VALUE_BYTES = 64 << 20  # a store drops a larger value
 _BYTES = frozenset((bytes, memoryview, bytearray))
 
 
@@ -76,7 +76,7 @@ class Store(ABC):
     def get_many(
         self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
     ) -> list[bytes | memoryview | None]:
-        """Fetch values, in the order of `keys`; None for a miss.
+        """Fetch values, in the order of `keys`; None for a miss. A hit restarts the TTL of its value.
 
         Args:
             out: one writable buffer per key. A value is written to the start of its buffer, and that part

@@ -1,7 +1,6 @@
 """A store in this process: a dict with a lock. For tests and learning, and the reference for other stores.
 
-Entries expire by a clock that tests can replace. Nothing is evicted: a bounded host tier belongs to
-the tiers above, and eviction policies are in `kvlab.core.policies`.
+Entries expire by a clock that tests can replace. Nothing is evicted, and the number of entries is not bounded.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvlab.stores.base import (
+    MAX_VALUE_BYTES,
     Health,
     Store,
     StoreStats,
@@ -75,12 +75,17 @@ class MemoryStore(Store):
             if self._closed:
                 self._stats.drops[Reason.CLOSED] += len(keys)
                 return 0
+            stored = 0
             for key, value in zip(keys, values, strict=True):
                 data = joined(value)
+                if len(data) > MAX_VALUE_BYTES:
+                    self._stats.drops[Reason.TOO_BIG] += 1
+                    continue
+                stored += 1
                 self._entries[key] = (data, self._expires_at())
                 self._stats.stored += 1
                 self._stats.bytes_in += len(data)
-            return len(keys)
+            return stored
 
     def probe(self, keys: Sequence[bytes]) -> int:
         """See `Store.probe`."""

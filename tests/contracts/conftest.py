@@ -1,4 +1,7 @@
-"""Which stores and caches the contract suites run on. A new implementation is one more entry here."""
+"""Which stores and caches the contract suites run on. A new implementation is one more entry here.
+
+The TTL suite has to know in addition how a test lets time pass in a new store (`aging`).
+"""
 
 from __future__ import annotations
 

@@ -135,9 +135,12 @@ def test_close_lets_go_of_the_connections(redis_server: RedisServer) -> None:
         assert time.monotonic() < give_up
 
 
-def test_a_value_over_the_limit_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlab.stores.redis.node.MAX_VALUE_BYTES", 1000)
-    with RedisStore() as store:
+@pytest.mark.parametrize(("module", "make"), [("redis.node", RedisStore), ("memory", MemoryStore)])
+def test_a_value_over_the_limit_is_dropped_and_counted(
+    module: str, make: type[RedisStore | MemoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"kvlab.stores.{module}.MAX_VALUE_BYTES", 1000)
+    with make() as store:
         assert store.put_many([b"a", b"b", b"c"], [b"x" * 1000, b"x" * 1001, b"x"]) == 2
         assert [value is None for value in store.get_many([b"a", b"b", b"c"])] == [False, True, False]
         assert store.stats().drops == Counter(too_big=1)

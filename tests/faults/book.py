@@ -6,7 +6,8 @@ def test_a_hung_server(book, own_server):
         ...
         row.seen, row.added_ms = dict(store.stats().misses), 251.0
 
-A row is written only when its test passed: what is in the file was seen.
+A row is written only when its test passed: what is in the file was seen. The file is also the list of the
+numbers: each row says what its number injects.
 """
 
 from __future__ import annotations

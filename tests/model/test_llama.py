@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlab.errors import InputError
+from kvlab.errors import InputError, ModelError
 from kvlab.model import Llama, Tokenizer, attention
 from kvlab.model.fingerprint import spec_of
 from kvlab.model.llama import RMSNorm, RopeScaling, rope_frequencies
@@ -149,6 +150,11 @@ def test_llama3_scaling_keeps_fast_pairs_and_slows_slow_ones() -> None:
     assert float(scaled[0]) == float(plain[0])
     assert float(scaled[-1] * 8) == pytest.approx(float(plain[-1]))
     assert bool((scaled[:-1] >= scaled[1:]).all())
+
+
+def test_an_unknown_scaling_is_refused() -> None:
+    with pytest.raises(ModelError, match="llama3 or linear, got 'yarn'"):
+        rope_frequencies(dataclasses.replace(build_model().config, rope_scaling=RopeScaling("yarn", 8.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote, urlencode
 import redis
 
 from kvlab.stores.redis.cluster import Cluster
+from kvlab.stores.redis.connection import CLASSES
 from kvlab.stores.redis.node import Node
 from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.sentinel import Sentinel
@@ -34,8 +35,8 @@ def topology_of(url: str, max_connections: int, read_replicas: bool, clock: Call
         raise unusable(url, "read_replicas requires redis-cluster:// or redis-sentinel://")
     if base == "fakeredis":
         return SingleServer(Node(shown(url), _fake_pool(parsed), max_connections, clock))
-    if base == "memory":
-        raise unusable(url, "a RedisStore cannot use it; open_store creates a MemoryStore")
+    if base not in CLASSES:
+        raise unusable(url, "a RedisStore cannot use it; open_store creates its store")
     if base == "unix":
         if parsed.authority or not re.fullmatch(r"/[^\s,]*[^\s,/]", parsed.path) or "\0" in unquote(parsed.path):
             raise unusable(url, f"expected {FORMS[base]}")

@@ -45,7 +45,7 @@ _BY_CLASS: Final[tuple[tuple[type[BaseException], Reason], ...]] = (
     (redis.ConnectionError, Reason.CONN),
     (OSError, Reason.CONN),
 )
-_BY_WORD: Final = {  # the first word of error replies for which redis-py has no class
+_BY_WORD: Final = {  # the first word of error replies for which redis-py has no class; any other word is RESPONSE
     "BUSY": Reason.BUSY,
     "MISCONF": Reason.MISCONF,
     "NOREPLICAS": Reason.NOREPLICAS,
@@ -54,7 +54,7 @@ _BY_WORD: Final = {  # the first word of error replies for which redis-py has no
     "NOMASTERLINK": Reason.LOADING,
 }
 _FULL: Final = "max number of clients"  # more words follow in a cluster
-_LINK_FAULTS: Final = frozenset(["timeout", "conn", "protocol", "loading", "busy", "error"])
+_OPENS_BREAKER: Final = frozenset(["timeout", "conn", "protocol", "loading", "busy", "error"])
 NO_FAULT: Final = frozenset({Reason.ABSENT, Reason.TOO_BIG, Reason.RESPONSE, Reason.MOVED})
 """Reasons that are not faults of a round trip."""
 OF_ONE_KEY: Final = NO_FAULT | {Reason.DOWN}
@@ -84,7 +84,7 @@ def server_works(faults: Iterable[Exception]) -> bool | None:
     reasons = {reason_of(fault) for fault in faults if not isinstance(fault, redis.exceptions.NoPermissionError)}
     if Reason.POOL in reasons:
         return None
-    return not (reasons & _LINK_FAULTS or Reason.AUTH in reasons)
+    return not (reasons & _OPENS_BREAKER or Reason.AUTH in reasons)
 
 
 def takes_writes(replies: Sequence[Reply]) -> bool | None:

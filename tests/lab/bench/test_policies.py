@@ -76,6 +76,10 @@ FIGURES = {
 }
 
 
+def test_every_policy_has_figures_of_the_real_trace() -> None:
+    assert FIGURES.keys() == POLICIES.keys()
+
+
 @pytest.fixture(scope="module")
 def conversations() -> list[list[int]]:
     if not TRACE.exists():
