@@ -2,8 +2,9 @@
 
 `--phase servers`: tests in `tests/faults/` and tests with the marker `cluster`. These tests freeze and kill servers
 and have deadlines of fractions of a second; in parallel they would disturb each other. `--phase together`: all other
-tests, on all cores. Both phases use pytest-xdist with `--dist loadfile --no-loadscope-reorder`, so that the cells of
-a notebook and the tests of a file run in one process, in order. Without `--phase` all tests run in one process.
+tests, on all cores. `run` starts both at the same time, the second with the lowest priority. Both phases use
+pytest-xdist with `--dist loadfile --no-loadscope-reorder`, so that the cells of a notebook and the tests of a file run
+in one process, in order. Without `--phase` all tests run in one process.
 """
 
 from __future__ import annotations
