@@ -27,9 +27,10 @@ from kvlab.engine import generate
 from kvlab.errors import ConfigError, InputError
 from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say, hit_rate
 from kvlab.lab.timing import NOISY_BEYOND, time_rounds
-from kvlab.model import Tokenizer, held_out_tokens, load_model
+from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
 from kvlab.stores import MemoryStore
+from kvlab.stores.url import shown
 
 PREFIXES = (128, 512, 2048)
 
@@ -56,6 +57,11 @@ class Own:
     def has(self, name: str) -> bool:
         """Whether a function is the learner's own, and right."""
         return any(e.name == name and verdict.state == "right" for e, verdict in self.verdicts.items())
+
+    def whose(self) -> dict[str, list[str]]:
+        """The names of the functions that the demo could call, by owner: "yours" and "ours"."""
+        names = sorted(self.calls.keys() | set(mykv.PARTS))
+        return {"yours": [n for n in names if self.has(n)], "ours": [n for n in names if not self.has(n)]}
 
 
 def load(path: str | Path) -> Own:
@@ -96,50 +102,44 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     rate_of = own.module.hit_rate if own.has("hit_rate") else hit_rate
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
-        say(f"cache:   {type(cache).__name__} over {store}, blocks of {cache.block_tokens} tokens")
+        say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
         say(f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'hit rate':>9} {'same tokens':>12}")
         for n in PREFIXES:
             prompt = sample[: n + SUFFIX]
-            cold = generate(model, prompt, NEW_TOKENS)
-            generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
-            warm = generate(model, prompt, NEW_TOKENS, cache)
-            times = time_rounds(
-                {
-                    "cold": functools.partial(generate, model, prompt, 1),
-                    "warm": functools.partial(generate, model, prompt, 1, cache),
-                }
-            )
-            row = {
-                "prefix_tokens": n,
-                "cold_ms": times.median_ms("cold"),
-                "warm_ms": times.median_ms("warm"),
-                "speedup": times.ratio("cold", "warm"),
-                "hit_rate": rate_of(len(prompt), warm.cached_tokens, cache.block_tokens),
-                "tokens_equal": warm.tokens == cold.tokens,
-                "aa_ratio": times.aa_ratio,
-            }
-            rows.append(row)
-            say(
-                f"{n:>8} {row['cold_ms']:>6.1f} ms {row['warm_ms']:>6.1f} ms {row['speedup']:>7.1f}x "
-                f"{row['hit_rate']:>9.0%} {row['tokens_equal']!s:>12}"
-            )
+            rows.append(_measure(model, prompt, cache, rate_of))
+            say(_line(rows[-1]))
         readable = _package_reads(cache, prompt, salt)
     if any(abs(row["aa_ratio"] - 1) > NOISY_BEYOND for row in rows):
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
-    whose = {name: ("yours" if own.has(name) else "ours") for name in own.calls.keys() | set(mykv.PARTS)}
-    for owner in ("yours", "ours"):
-        names = sorted(name for name in whose if whose[name] == owner)
+    for owner, names in own.whose().items():
         say(f"{owner + ':':8} " + (", ".join(f"{name} ({own.calls[name]} calls)" for name in names) or "none"))
     say(f"kvlab's own cache reads what was written: {readable}")
     ok = own.ok and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
     say("Everything works." if ok else "FAILED: see the lines above")
+    checks = {exercise.name: verdict.state for exercise, verdict in own.verdicts.items()}
+    return {"ok": ok, "checks": checks, "calls": dict(own.calls), "rows": rows, "package_reads": readable}
+
+
+def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[..., float]) -> dict[str, Any]:
+    """One prompt without a cache and with a full one: tokens, hit rate over full blocks, time to first token."""
+    cold = generate(model, prompt, NEW_TOKENS)
+    generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
+    warm = generate(model, prompt, NEW_TOKENS, cache)
+    times = time_rounds({"cold": lambda: generate(model, prompt, 1), "warm": lambda: generate(model, prompt, 1, cache)})
     return {
-        "ok": ok,
-        "yours": {e.name: verdict.state for e, verdict in own.verdicts.items()},
-        "calls": dict(own.calls),
-        "rows": rows,
-        "package_reads": readable,
+        "prefix_tokens": len(prompt) - SUFFIX,
+        "cold_ms": times.median_ms("cold"),
+        "warm_ms": times.median_ms("warm"),
+        "speedup": times.ratio("cold", "warm"),
+        "hit_rate": rate_of(len(prompt), warm.cached_tokens, cache.block_tokens),
+        "tokens_equal": warm.tokens == cold.tokens,
+        "aa_ratio": times.aa_ratio,
     }
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = f"{row['cold_ms']:>6.1f} ms {row['warm_ms']:>6.1f} ms {row['speedup']:>7.1f}x"
+    return f"{row['prefix_tokens']:>8} {times} {row['hit_rate']:>9.0%} {row['tokens_equal']!s:>12}"
 
 
 def _counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def _cache(own: Own, store: str, spec: KVSpec, salt: bytes) -> KVCache:
         return DistributedKVCache(store=store, model=spec, precision="fp32", compress=False, salt=salt)
     cache: KVCache = made(own.module.MiniRedis(_client(store), ttl_s=TTL_S), spec, salt=salt)  # type: ignore[call-arg]
     if not cache.health().ok:
-        raise InputError(f"expected a Redis that answers at {store}: {cache.health().detail}")
+        raise InputError(f"expected a Redis that answers at {shown(store)}: {cache.health().detail}")
     return cache
 
 
