@@ -6,17 +6,7 @@ import hashlib
 import struct
 
 from kvlab.course.exercises.engine import Exercise, Wrong
-
-
-def block_keys(tokens: list[int], root: bytes, block_tokens: int) -> list[bytes]:
-    """One chained SHA-256 key for each full block of `tokens`."""
-    keys, parent = [], root
-    for i in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        data = struct.pack(f"<{block_tokens}I", *tokens[i : i + block_tokens])
-        parts = (b"kvlab/1/block", parent, data)
-        parent = hashlib.sha256(b"".join(struct.pack("<I", len(p)) + p for p in parts)).digest()
-        keys.append(parent)
-    return keys
+from kvlab.course.minikv import block_keys, root_key
 
 
 def _chain(
@@ -118,12 +108,6 @@ USABLE_PREFIX = Exercise(
     ),
     hint="count blocks up to the first missing one, turn them into tokens, and leave at least one token to compute",
 )
-
-
-def root_key(fingerprint: bytes, precision: str, salt: bytes, block_tokens: int) -> bytes:
-    """The parent of every first block: everything that a key depends on, but for the tokens."""
-    parts = (b"kvlab/1/root", fingerprint, precision.encode(), salt, struct.pack("<I", block_tokens))
-    return hashlib.sha256(b"".join(struct.pack("<I", len(p)) + p for p in parts)).digest()
 
 
 def _concatenated(fingerprint: bytes, precision: str, salt: bytes, block_tokens: int) -> bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from kvlab.core.record import Format, encode
 from kvlab.course.exercises.engine import Exercise, Wrong
+from kvlab.course.minikv import open_record
 
 
 def shuffle(data: bytes, size: int) -> bytes:
@@ -125,24 +124,6 @@ PACK_NIBBLES = Exercise(
     ),
     hint="take pairs of neighbours; a byte is first | second << 4",
 )
-
-
-def open_record(value: bytes, key: bytes) -> str:
-    """ok, or the first reason not to use it: length, magic, version, length, checksum, key."""
-    import xxhash
-
-    if len(value) < 128:
-        return "length"
-    if value[:4] != b"KVL1":
-        return "magic"
-    if value[4] != 1:
-        return "version"
-    if struct.unpack_from("<Q", value, 48)[0] != len(value) - 128:
-        return "length"
-    digest = xxhash.xxh3_64_intdigest(value[:96] + bytes(32) + value[128:])
-    if value[96:128] != digest.to_bytes(8, "little") + bytes(24):
-        return "checksum"
-    return "ok" if value[64:96] == key else "key"
 
 
 def _key_never_checked(value: bytes, key: bytes) -> str:
