@@ -16,6 +16,7 @@ import pytest
 from kvlab import cli
 from kvlab.cli import BROKEN_PIPE, COMMANDS, FAILURE, INTERRUPTED, SUCCESS, USAGE, Command, main
 from kvlab.course import exercises, own
+from kvlab.course.exercises import mykv
 from kvlab.errors import KVLabError
 from kvlab.lab import demo
 from kvlab.testbed.server import RedisServer
@@ -220,8 +221,13 @@ def test_a_learners_bug_is_named_and_makes_the_demo_fail(
     source = "import hashlib\nimport struct\n" + IMPORTS + function.replace(good, bad)
     assert main(["demo", "--impl", learner(tmp_path, source)]) == FAILURE
     printed = capsys.readouterr().out
-    assert printed.startswith("✘ ") and "hint: " in printed
-    assert "yours:   none" in printed and printed.endswith("FAILED: see the lines above\n")
+    name = str(re.match(r"def (\w+)", function)[1])  # type: ignore[index]
+    assert "\n✘ 0" in printed and "hint: " in printed
+    assert (
+        f"(the demo runs with ours in place of your {name})" in printed
+        and "yours:   none" in printed
+        and printed.endswith("FAILED: see the lines above\n")
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,8 @@ def test_a_learners_bug_is_named_and_makes_the_demo_fail(
         ("def my_own(): ...", "expected functions of the course's exercises"),
         ("causal_attention = 3", "expected functions of the course's exercises"),
         ("", "expected functions of the course's exercises"),
-        ("class MiniCache: ...", "the demo fails with"),
+        ("class MiniCache: ...", "expected functions of the course's exercises"),
+        ("from kvlab.cache import KVCache\n\n\nclass Mine(KVCache): ...", "the demo fails with"),
     ],
 )
 def test_an_answer_file_that_does_not_work(
@@ -251,7 +258,16 @@ def test_an_answer_that_is_not_right_fails_the_demo(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "--impl", learner(tmp_path, source)]) == FAILURE
-    assert capsys.readouterr().out.startswith(("○ 01.1", "✘ 00.2"))
+    assert capsys.readouterr().out.splitlines()[1].startswith(("○ 01.1", "✘ 00.2"))
+
+
+def test_a_cache_class_of_any_name_is_the_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = mykv.with_function(mykv.HEADER, "block_keys", BLOCK_KEYS).replace("class MiniCache", "class MyOwn")
+    file = learner(tmp_path, text)
+    assert main(["demo", "--impl", file]) == SUCCESS
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"file:    {file}\n") and "cache:   MyOwn over fakeredis://" in printed
+    assert re.search(r"^yours: +block_keys \([1-9]\d* calls\)$", printed, re.MULTILINE)
 
 
 def test_progress_shows_each_exercise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

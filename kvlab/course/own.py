@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,11 +41,14 @@ class Own:
     """What a learner's file has.
 
     Attributes:
-        module: the file, imported. Functions whose check failed are replaced by the course's.
+        file: where it is.
+        module: the file, imported. It has a cache: the course's if the learner's file has none. The course's
+            functions replace those whose check failed.
         verdicts: the check of each exercise that the file has a function for.
         calls: how often each function was called since it was loaded.
     """
 
+    file: Path
     module: ModuleType
     verdicts: dict[Exercise, Verdict]
     calls: Counter[str] = field(default_factory=Counter)
@@ -59,9 +63,13 @@ class Own:
         return any(e.name == name and verdict.state == "right" for e, verdict in self.verdicts.items())
 
     def whose(self) -> dict[str, list[str]]:
-        """The names of the functions that the demo could call, by owner: "yours" and "ours"."""
-        names = sorted(self.calls.keys() | set(mykv.PARTS))
-        return {"yours": [n for n in names if self.has(n)], "ours": [n for n in names if not self.has(n)]}
+        """The names of all functions that take part: yours, those of yours that were only checked, and ours."""
+        right = sorted(e.name for e in self.verdicts if self.has(e.name))
+        return {
+            "yours": [name for name in right if self.calls[name]],
+            "checked": [name for name in right if not self.calls[name]],
+            "ours": sorted({*mykv.PARTS, *self.calls} - set(right)),
+        }
 
 
 def load(path: str | Path) -> Own:
@@ -70,20 +78,37 @@ def load(path: str | Path) -> Own:
     Raises:
         InputError: there is no such file, it does not import, or it has nothing of the course in it.
     """
-    module = mykv.load_answers(mykv.find(path))
+    file = mykv.find(path)
+    module = mykv.load_answers(file)
     verdicts = {
         e: grade(e, function) for e in registry.ALL if (function := mykv.own_function(module, e.name)) is not None
     }
-    if not verdicts and not isinstance(getattr(module, "MiniCache", None), type):
-        names = ", ".join(e.name for e in registry.ALL)
-        raise InputError(f"expected functions of the course's exercises in {path}, found none of {names}")
-    own = Own(module, verdicts)
+    if cache_class(module) is None:
+        if not verdicts:
+            names = ", ".join(e.name for e in registry.ALL)
+            raise InputError(f"expected functions of the course's exercises in {file}, found none of {names}")
+        module = _completed(file)
+    own = Own(file, module, verdicts)
     for exercise, verdict in verdicts.items():
         if verdict.state != "right":
             setattr(module, exercise.name, exercise.reference)
     for name in {*mykv.PARTS, *(e.name for e in registry.ALL)} & vars(module).keys():
         setattr(module, name, _counted(getattr(module, name), name, own.calls))
     return own
+
+
+def cache_class(module: ModuleType) -> type[KVCache] | None:
+    """The `KVCache` that a learner's file defines, if it defines one."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    return next((c for c in classes if issubclass(c, KVCache)), None)
+
+
+def _completed(file: Path) -> ModuleType:
+    """The learner's functions with the course's cache around them."""
+    with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
+        whole = Path(folder) / "mykv.py"
+        whole.write_text(mykv.whole(mykv.HEADER + file.read_text("utf-8")), "utf-8")
+        return mykv.load_answers(whole)
 
 
 def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
@@ -94,8 +119,11 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
         ConfigError: the store has a URL that the learner's cache cannot use.
     """
     own = load(path)
-    for verdict in own.verdicts.values():
+    say(f"file:    {own.file}")
+    for exercise, verdict in own.verdicts.items():
         say(verdict.text)
+        if verdict.state != "right":
+            say(f"  (the demo runs with ours in place of your {exercise.name})")
     model, sample = load_model(), held_out_tokens(Tokenizer())
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
@@ -112,7 +140,8 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if any(abs(row["aa_ratio"] - 1) > NOISY_BEYOND for row in rows):
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     for owner, names in own.whose().items():
-        say(f"{owner + ':':8} " + (", ".join(f"{name} ({own.calls[name]} calls)" for name in names) or "none"))
+        counted = [f"{name} ({own.calls[name]} calls)" if own.calls[name] else name for name in names]
+        say(f"{owner + ':':8} {', '.join(counted) or 'none'}")
     say(f"kvlab's own cache reads what was written: {readable}")
     ok = own.ok and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
     say("Everything works." if ok else "FAILED: see the lines above")
@@ -152,11 +181,9 @@ def _counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Ca
 
 
 def _cache(own: Own, store: str, spec: KVSpec, salt: bytes) -> KVCache:
-    """The learner's cache over a Redis; the package's if their file has no cache."""
-    made: type[KVCache] | None = getattr(own.module, "MiniCache", None)
-    if not inspect.isclass(made):
-        return DistributedKVCache(store=store, model=spec, precision="fp32", compress=False, salt=salt)
-    cache: KVCache = made(own.module.MiniRedis(_client(store), ttl_s=TTL_S), spec, salt=salt)  # type: ignore[call-arg]
+    """The learner's cache over a Redis."""
+    made: Any = cache_class(own.module)
+    cache: KVCache = made(own.module.MiniRedis(_client(store), ttl_s=TTL_S), spec, salt=salt)
     if not cache.health().ok:
         raise InputError(f"expected a Redis that answers at {shown(store)}: {cache.health().detail}")
     return cache
@@ -174,8 +201,6 @@ def _client(store: str) -> redis.Redis:
 
 def _package_reads(cache: KVCache, prompt: Sequence[int], salt: bytes) -> bool:
     """Whether the package's cache finds the same KV in what the learner's cache has stored."""
-    if isinstance(cache, DistributedKVCache):
-        return True
     mini: Any = cache
     keys = mini.keys(prompt)
     values = mini.store.get_many(keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvlab.course.exercises import engine, mykv, registry
+from kvlab.course.work import work_dir
 from kvlab.errors import InputError
 
 MARKS = {"right": "✔", "wrong": "✘", "todo": "○"}
@@ -16,24 +17,26 @@ def states(path: str | Path) -> dict[engine.Exercise, str]:
     Raises:
         InputError: the file does not import.
     """
-    try:
-        module = mykv.load_answers(mykv.find(path))
-    except InputError as error:
-        if "found none" not in str(error):
-            raise
-        return dict.fromkeys(registry.ALL, "todo")  # no file yet
+    module = mykv.load_answers(path)
     return {exercise: _state(exercise, mykv.own_function(module, exercise.name)) for exercise in registry.ALL}
 
 
 def report(path: str | Path) -> str:
     """A line for each lesson with exercises, and one that says how many are solved."""
-    state = states(path)
+    try:
+        file: Path | None = mykv.find(path)
+    except InputError:
+        file = None
+    state = dict.fromkeys(registry.ALL, "todo") if file is None else states(file)
     lessons: dict[str, list[str]] = {}
     for exercise, now in state.items():
         lessons.setdefault(exercise.number[:2], []).append(f"{MARKS[now]} {exercise.number} {exercise.name}")
     solved = sum(now == "right" for now in state.values())
     lines = [f"{lesson}  {'   '.join(entries)}" for lesson, entries in lessons.items()]
-    return "\n".join([*lines, f"{solved} of {len(state)} solved (✔ right, ✘ wrong, ○ not started)"])
+    where = f"no mykv.py yet; it will be {work_dir() / 'mykv.py'}" if file is None else f"in {file}"
+    if "wrong" in state.values():
+        lines.append(f"why ✘: python -m kvlab demo --impl {file}")
+    return "\n".join([*lines, f"{solved} of {len(state)} solved (✔ right, ✘ wrong, ○ not started), {where}"])
 
 
 def _state(exercise: engine.Exercise, function: object) -> str:

@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import inspect
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -70,9 +71,9 @@ def keep(name: str, source: str, right: Callable[[Callable[..., object]], bool])
     """
     path = work_dir() / "mykv.py"
     before = path.read_text("utf-8") if path.exists() else HEADER
-    after = with_function(before, name, source)
-    if not _stands_alone(after, name, right):
-        return "not kept in mykv.py: the function uses something from this notebook; put it inside the function"
+    after = with_function(before, name, textwrap.dedent(source))
+    if problem := _problem(after, name, right):
+        return f"not kept in mykv.py: {problem}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, after)
     return "kept in mykv.py"
@@ -82,7 +83,7 @@ def with_function(module: str, name: str, source: str) -> str:
     """The text of a `mykv.py` with this function in it, and whole."""
     module = _with_classes(module)
     lines = module.rstrip().splitlines()
-    found = {node.name: node for node in ast.parse(module).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    found = {node.name: node for node in _parsed(module) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     if name in found:
         begin, end = _first_line(found[name]), found[name].end_lineno
         lines[begin:end] = source.rstrip().splitlines()
@@ -129,16 +130,21 @@ def own_function(module: ModuleType, name: str) -> FunctionType | None:
     return function if isinstance(function, FunctionType) and function.__module__ == module.__name__ else None
 
 
+def whole(module: str) -> str:
+    """The text of a `mykv.py` with all that a whole cache needs."""
+    return _with_imports(_with_classes(module))
+
+
 def _with_classes(module: str) -> str:
     """With the cache around the functions, where the file has none yet."""
-    have = {node.name for node in ast.parse(module).body if isinstance(node, ast.ClassDef)}
+    have = {node.name for node in _parsed(module) if isinstance(node, ast.ClassDef)}
     missing = [inspect.getsource(getattr(minikv, name)).rstrip() for name in CLASSES if name not in have]
     return "\n\n\n".join([module.rstrip(), *missing]) + "\n"
 
 
 def _with_imports(module: str) -> str:
     """With an import for each function that the cache needs and that the learner has not written."""
-    body = ast.parse(module).body
+    body = _parsed(module)
     lines = module.splitlines()
     for node in reversed(body):
         if isinstance(node, ast.ImportFrom) and node.module == minikv.__name__:
@@ -149,7 +155,7 @@ def _with_imports(module: str) -> str:
                 del lines[begin]
     own = {node.name for node in body if isinstance(node, ast.FunctionDef)}
     missing = [name for name in PARTS if name not in own]
-    body = ast.parse("\n".join(lines)).body
+    body = _parsed("\n".join(lines))
     at = max([node.end_lineno or 0 for node in body if isinstance(node, ast.Import | ast.ImportFrom)], default=0)
     rest = lines[at:]
     while rest and not rest[0]:
@@ -162,15 +168,20 @@ def _first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
 
 
-def _stands_alone(module: str, name: str, right: Callable[[Callable[..., object]], bool]) -> bool:
-    """Whether the function in this text of a `mykv.py` is right without the notebook around it."""
+def _parsed(module: str) -> list[ast.stmt]:
+    return ast.parse(module, "mykv.py").body
+
+
+def _problem(module: str, name: str, right: Callable[[Callable[..., object]], bool]) -> str:
+    """Why the function in this text of a `mykv.py` is not right without the notebook around it; "" if it is."""
+    leans = "the function uses something from this notebook; put it inside the function"
     with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
         trial = Path(folder) / "mykv.py"
         trial.write_text(module, "utf-8")
         try:
-            return right(getattr(load_answers(trial), name))
-        except (AttributeError, InputError):
-            return False
+            return "" if right(getattr(load_answers(trial), name)) else leans
+        except InputError as error:
+            return leans if isinstance(error.__cause__, NameError) else str(error).replace(str(trial), "the file")
 
 
 def _write(path: Path, text: str) -> None:

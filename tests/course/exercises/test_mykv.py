@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kvlab.course import exercises, minikv
 from kvlab.course.exercises import mykv
 from kvlab.errors import InputError
 
+HIT_RATE = exercises.HIT_RATE.reference
 PARTS = [(name, inspect.getsource(getattr(minikv, name))) for name in mykv.PARTS]
 
 
@@ -81,6 +83,30 @@ def test_a_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert mykv.find("work/mykv.py") == work / "mykv.py"
     monkeypatch.chdir(tmp_path)
     assert mykv.find("work/mykv.py") == Path("work/mykv.py")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("import nosuchthing\n", "the file does not import: ModuleNotFoundError: No module named 'nosuchthing'"),
+        ("def f((a)):\n    pass\n", "(mykv.py, line 1)"),
+    ],
+)
+def test_a_broken_file_is_the_reason_that_is_told(
+    file: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    (tmp_path / "mykv.py").write_text(file, "utf-8")
+    kept = exercises.keep(exercises.HIT_RATE, HIT_RATE)
+    assert kept.startswith("not kept in mykv.py: ") and kept.endswith(said)
+    assert (tmp_path / "mykv.py").read_text("utf-8") == file
+
+
+def test_a_function_that_was_defined_indented_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    (tmp_path / "cell.py").write_text("if True:\n" + textwrap.indent(inspect.getsource(HIT_RATE), "    "), "utf-8")
+    answer = mykv.load_answers(tmp_path / "cell.py").hit_rate
+    assert exercises.keep(exercises.HIT_RATE, answer) == "kept in mykv.py"
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
