@@ -117,7 +117,7 @@ def _learners_demo(file: str, url: str, report: Callable[[str], None], json: boo
 def _progress(impl: str | None) -> int:
     from kvlab.course import progress
 
-    print(progress.report(impl or "mykv.py"))
+    print(progress.report(impl))
     return SUCCESS
 
 

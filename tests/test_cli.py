@@ -278,6 +278,19 @@ def test_progress_shows_each_exercise(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "\n1 of " in printed
 
 
+def test_functions_alone_are_completed_whatever_the_file_begins_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = '"""Mine."""\n\nfrom __future__ import annotations\n\n' + HIT_RATE
+    assert main(["demo", "--impl", learner(tmp_path, source)]) == SUCCESS
+    assert "cache:   MiniCache over fakeredis://" in capsys.readouterr().out
+
+
+def test_progress_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["progress", "--impl", str(tmp_path / "nowhere.py")]) == FAILURE
+    assert "found none at" in capsys.readouterr().err
+
+
 def test_progress_before_the_first_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,11 +21,20 @@ def states(path: str | Path) -> dict[engine.Exercise, str]:
     return {exercise: _state(exercise, mykv.own_function(module, exercise.name)) for exercise in registry.ALL}
 
 
-def report(path: str | Path) -> str:
-    """A line for each lesson with exercises, and one that says how many are solved."""
+def report(path: str | Path | None = None) -> str:
+    """A line for each lesson with exercises, and one that says how many are solved.
+
+    Args:
+        path: the learner's file; by default `mykv.py`, which need not exist yet.
+
+    Raises:
+        InputError: the named file does not exist, or the file does not import.
+    """
     try:
-        file: Path | None = mykv.find(path)
+        file: Path | None = mykv.find(path or "mykv.py")
     except InputError:
+        if path is not None:
+            raise
         file = None
     state = dict.fromkeys(registry.ALL, "todo") if file is None else states(file)
     lessons: dict[str, list[str]] = {}
