@@ -48,6 +48,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, NbvalKernelspecManager
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
+from kvlab.course.exercises import Exercise
+from kvlab.course.exercises.registry import BY_CONSTANT
 from kvlab.course.kernel import kernel_environment
 from kvlab.lab.streams import accept_any_text
 
@@ -87,13 +89,15 @@ class Lesson:
     goal: str
     able: Sequence[str]
     needs: Sequence[str]
-    minutes: int
+    minutes: int = 0
+    fast: str = ""
     hardware: str = "a CPU is enough"
+    optional: bool = False
 
     @property
     def number(self) -> str:
-        """The two digits that the file name begins with."""
-        return self.file[:2]
+        """What the file name begins with: two digits, and a letter for an optional lesson."""
+        return self.file.partition("_")[0]
 
     @property
     def name(self) -> str:
@@ -112,20 +116,24 @@ class Course:
         """The lesson of a notebook, if it is one of the course."""
         return next((lesson for lesson in self.lessons if lesson.file == path.stem), None)
 
-    def header(self, lesson: Lesson) -> str:
+    def header(self, lesson: Lesson, notebook: NotebookNode) -> str:
         """The Markdown of a notebook's first cell."""
         able = "\n".join(f"- {item}" for item in lesson.able)
-        page = f"github/{REPOSITORY}/blob/main/notebooks/{lesson.file}.ipynb"
+        facts = [
+            f"**Needs:** {self.needs(lesson)}",
+            f"**Time:** {Time.of(notebook)}",
+            *([f"**Fast track (20 minutes):** {lesson.fast}"] if lesson.fast else []),
+            f"**Hardware:** {lesson.hardware}",
+        ]
         return "\n\n".join(
             [
-                f"# {lesson.name}",
+                f"# {lesson.name}" + (" (optional)" if lesson.optional else ""),
                 lesson.goal,
                 f"**You will be able to**\n\n{able}",
-                f"**Needs:** {self.needs(lesson)}  \n**Time:** about {lesson.minutes} minutes  \n"
-                f"**Hardware:** {lesson.hardware}",
+                "  \n".join(facts),
                 self.neighbours(lesson),
                 "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-                f"(https://colab.research.google.com/{page})",
+                f"({_colab(lesson)}) {self._colab_neighbours(lesson)}".strip(),
             ]
         )
 
@@ -135,12 +143,20 @@ class Course:
 
     def table(self, prefix: str = "") -> str:
         """The index of the course; `prefix` is the path from its page to the notebooks."""
-        rows = ["| No. | Lesson | Goal | Minutes | Needs |", "|---|---|---|---|---|"]
+        rows = ["| No. | Lesson | State | Goal | Minutes | Needs |", "|---|---|---|---|---|---|"]
         for lesson in self.lessons:
-            title = self._link(lesson, lesson.title, prefix)
+            title = self._link(lesson, lesson.title, prefix) + (" (optional)" if lesson.optional else "")
+            state = f"ready, [Colab]({_colab(lesson)})" if self._exists(lesson) else "planned"
             needs = self.needs(lesson, prefix, short=True)
-            rows.append(f"| {lesson.number} | {title} | {lesson.goal} | {lesson.minutes} | {needs} |")
+            cells = (lesson.number, title, state, lesson.goal, str(self.minutes(lesson)), needs)
+            rows.append(f"| {' | '.join(cells)} |")
         return "\n".join(rows)
+
+    def minutes(self, lesson: Lesson) -> int:
+        """How long a lesson takes: computed from its notebook, or the estimate of one that is planned."""
+        if not self._exists(lesson):
+            return lesson.minutes
+        return Time.of(nbformat.read(self.folder / f"{lesson.file}.ipynb", as_version=4)).total
 
     def neighbours(self, lesson: Lesson) -> str:
         """Links to the lessons before and after."""
@@ -155,13 +171,57 @@ class Course:
         parts = []
         for need in lesson.needs:
             other = by_number.get(need)
-            parts.append(self._link(other, need if short else "", prefix) if other else need)
+            missing = other is not None and not short and not self._exists(other)
+            note = " (not written yet; you can go on without it)" if missing else ""
+            parts.append(self._link(other, need if short else "", prefix) + note if other else need)
         return ", ".join(parts)
+
+    def _colab_neighbours(self, lesson: Lesson) -> str:
+        """Links to the neighbours that work in Colab, where links from one notebook to another do not."""
+        i = self.lessons.index(lesson)
+        near = (*self.lessons[max(i - 1, 0) : i], *self.lessons[i + 1 : i + 2])
+        links = [f"[{other.name}]({_colab(other)})" for other in near if self._exists(other)]
+        return f"In Colab, the neighbours are {' and '.join(links)}." if links else ""
+
+    def _exists(self, lesson: Lesson) -> bool:
+        return (self.folder / f"{lesson.file}.ipynb").exists()
 
     def _link(self, lesson: Lesson, text: str = "", prefix: str = "") -> str:
         text = text or lesson.name
-        exists = (self.folder / f"{lesson.file}.ipynb").exists()
-        return f"[{text}]({prefix}{lesson.file}.ipynb)" if exists else text
+        return f"[{text}]({prefix}{lesson.file}.ipynb)" if self._exists(lesson) else text
+
+
+def _colab(lesson: Lesson) -> str:
+    return f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{lesson.file}.ipynb"
+
+
+@dataclass(frozen=True)
+class Time:
+    """How long a notebook takes, in minutes: reading and running it, and its exercises.
+
+    Reading goes at 200 words or 12 visible lines of code a minute; an exercise takes what its difficulty says
+    (`kvlab.course.exercises.MINUTES`).
+    """
+
+    reading: int
+    exercises: int
+
+    @classmethod
+    def of(cls, notebook: NotebookNode) -> Time:
+        """The time of a notebook."""
+        own = [cell for cell in notebook.cells if not set(tags(cell)) & set(GENERATED)]
+        words = sum(len(outside_code(c.source).split()) for c in own if c.cell_type == "markdown")
+        lines = sum(bool(line.strip()) for c in own if is_visible_code(c) for line in c.source.splitlines())
+        return cls(round(words / 200 + lines / 12), sum(exercise.minutes for exercise in exercises_in(notebook)))
+
+    @property
+    def total(self) -> int:
+        """All of it, in steps of five minutes."""
+        return max(5, 5 * round((self.reading + self.exercises) / 5))
+
+    def __str__(self) -> str:
+        parts = f", {self.exercises} of them for the exercises" if self.exercises else ""
+        return f"about {self.total} minutes{parts}"
 
 
 def load_course(folder: Path) -> Course:
@@ -186,6 +246,24 @@ def tags(cell: NotebookNode) -> list[str]:
 def code_cells(notebook: NotebookNode) -> Iterator[NotebookNode]:
     """The code cells, in order."""
     return (cell for cell in notebook.cells if cell.cell_type == "code")
+
+
+def is_visible_code(cell: NotebookNode) -> bool:
+    """Whether a cell is code that a reader sees: neither folded nor the set-up on Colab."""
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    return cell.cell_type == "code" and not folded and "colab-setup" not in tags(cell)
+
+
+def exercises_in(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises that a notebook checks, in its order."""
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    names = re.findall(r"exercises\.check\(\s*exercises\.([A-Z][A-Z0-9_]*)", code)
+    return [BY_CONSTANT[name] for name in names if name in BY_CONSTANT]
+
+
+def outside_code(markdown: str) -> str:
+    """Markdown without its blocks of code; a piece of code in a sentence becomes one word."""
+    return re.sub(r"`[^`\n]*`", "code", re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.MULTILINE | re.DOTALL))
 
 
 def read(path: Path) -> NotebookNode:
@@ -215,7 +293,7 @@ def with_generated_cells(notebook: NotebookNode, lesson: Lesson, course: Course)
     old = {tag: cell for cell in result.cells for tag in GENERATED if tag in tags(cell)}
     setup = old.get("colab-setup") or new_code_cell()
     setup.source = COLAB_SETUP.rstrip()
-    ends = new_markdown_cell(course.header(lesson)), setup, new_markdown_cell(course.footer(lesson))
+    ends = new_markdown_cell(course.header(lesson, notebook)), setup, new_markdown_cell(course.footer(lesson))
     for cell, tag in zip(ends, GENERATED, strict=True):
         cell.id, cell.metadata = tag, NotebookNode(tags=[tag])
     body = [cell for cell in result.cells if not set(tags(cell)) & set(GENERATED)]

@@ -7,8 +7,9 @@ printed under the plot for readers without the picture, and the notebook tests c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -53,6 +54,48 @@ def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = H
     fig, ax = plt.subplots(figsize=(WIDTH, height))
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return fig, ax
+
+
+def lines(
+    title: str, x: Sequence[Any], series: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str, caption: str
+) -> None:
+    """Show one line for each series over the same `x`, from 0 up, with a caption."""
+    fig, ax = new_figure(title, xlabel, ylabel)
+    for label, y in series.items():
+        ax.plot(x, y, label=label)
+    ax.set_ylim(bottom=min(0, *(float(v) for y in series.values() for v in y)))
+    if len(series) > 1:
+        ax.legend()
+    show(fig, caption)
+
+
+def bars(title: str, values: Mapping[str, float], xlabel: str, caption: str, number: str = ",.0f") -> None:
+    """Show one horizontal bar for each name, the first on top, with its value beside it, and a caption.
+
+    Args:
+        number: how a value is written, as in `format`.
+    """
+    fig, ax = new_figure(title, xlabel, height=0.9 + 0.36 * len(values))
+    for name, colour, hatch in zip(values, cycle(OKABE_ITO), hatches(), strict=False):
+        ax.barh(name, values[name], color=colour, hatch=hatch, edgecolor="white")
+        ax.annotate(f" {values[name]:{number}}", (values[name], name), va="center")
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    show(fig, caption)
+
+
+def groups(title: str, names: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str, caption: str) -> None:
+    """Show a group of vertical bars for each name, one bar for each series, with a caption."""
+    fig, ax = new_figure(title, ylabel=ylabel)
+    width = 0.8 / len(series)
+    for i, (label, colour, hatch) in enumerate(zip(series, cycle(OKABE_ITO), hatches(), strict=False)):
+        places = [at + (i - (len(series) - 1) / 2) * width for at in range(len(names))]
+        ax.bar(places, series[label], width, label=label, color=colour, hatch=hatch, edgecolor="white")
+    ax.set_xticks(range(len(names)), names)
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    show(fig, caption)
 
 
 def show(fig: Figure, caption: str) -> None:

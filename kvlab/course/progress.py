@@ -39,7 +39,9 @@ def report(path: str | Path | None = None) -> str:
     state = dict.fromkeys(registry.ALL, "todo") if file is None else states(file)
     lessons: dict[str, list[str]] = {}
     for exercise, now in state.items():
-        lessons.setdefault(exercise.number[:2], []).append(f"{MARKS[now]} {exercise.number} {exercise.name}")
+        lessons.setdefault(exercise.number.partition(".")[0], []).append(
+            f"{MARKS[now]} {exercise.number} {exercise.name}"
+        )
     solved = sum(now == "right" for now in state.values())
     lines = [f"{lesson}  {'   '.join(entries)}" for lesson, entries in lessons.items()]
     where = f"no mykv.py yet; it will be {work_dir() / 'mykv.py'}" if file is None else f"in {file}"

@@ -10,16 +10,18 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from kvlab.course.claims import CLAIMS, Claim
-from kvlab.course.work import work_dir
+from kvlab.course import guesses
+from kvlab.course.claims import CLAIMS
+from kvlab.errors import InputError
+
+DPI = 100  # pixels of the page per inch of a figure
 
 Control = tuple[float, float, float] | list[Any] | bool
 """(value, low, high) for a slider, a list of choices (the first is the default), or a bool for a checkbox."""
@@ -54,7 +56,7 @@ class Explorer(Still):
     def __init__(self, draw: Callable[..., Figure], describe: Callable[..., str], **controls: Control) -> None:
         self._draw, self._describe = draw, describe
         self._controls = {name: _control(name, spec) for name, spec in controls.items()}
-        self._image = w.Image(format="png", layout={"max_width": "100%"})
+        self._image = w.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         self._sentence = w.HTML()
         super().__init__([*self._controls.values(), self._image, self._sentence])
         for control in self._controls.values():
@@ -68,64 +70,59 @@ class Explorer(Still):
 
     def still(self) -> tuple[str, bytes]:
         """See `Still.still`: the picture at the present values."""
-        return self._describe(**self.values), bytes(self._image.value)
+        return self._describe(**self.values), _png(self._draw(**self.values), DPI)
 
     def _redraw(self, *_: object) -> None:
         fig = self._draw(**self.values)
-        file = io.BytesIO()
-        fig.savefig(file, format="png", dpi=80, metadata={"Software": None})
-        plt.close(fig)
+        self._image.width = str(round(fig.get_figwidth() * DPI))
         sentence = self._describe(**self.values)
-        self._image.value, self._image.alt = file.getvalue(), sentence
+        self._image.value, self._image.alt = _png(fig, 2 * DPI), sentence  # sharp on any screen
         self._sentence.value = f'<p role="status">{html.escape(sentence)}</p>'
 
 
 class Guesses(Still):
-    """One number field per claim of `CLAIMS`. The button writes the numbers to `guesses.json` in the work folder.
+    """A number field for each question. The button keeps the numbers in the work folder, see `guesses`.
 
-    Notebook 10 compares guesses, claims and measurements.
+    Args:
+        names: questions of `guesses.QUESTIONS`; none: those of the source document's claims.
     """
 
-    def __init__(self) -> None:
-        kept = load_guesses()
-        self._fields = {c.name: _guess_field(c, kept.get(c.name)) for c in CLAIMS}
+    def __init__(self, *names: str) -> None:
+        self._questions = [guesses.find(name) for name in names or [claim.name for claim in CLAIMS]]
+        kept = guesses.load_guesses()
+        self._fields = {q.name: _guess_field(q, kept.get(q.name)) for q in self._questions}
         self._said = w.HTML()
-        button = w.Button(description="Keep my guesses", button_style="primary")
+        button = w.Button(description="Keep my guess" if len(names) == 1 else "Keep my guesses", button_style="primary")
         button.on_click(self._keep)
-        rows = [w.VBox([w.HTML(f"<b>{c.question}</b>"), self._fields[c.name]]) for c in CLAIMS]
+        rows = [w.VBox([w.HTML(f"<b>{q.text}</b>"), self._fields[q.name]]) for q in self._questions]
         super().__init__([*rows, button, self._said])
 
     def still(self) -> tuple[str, bytes]:
         """See `Still.still`: the questions."""
-        lines = [f"{i}. {c.question} (in {c.unit})" for i, c in enumerate(CLAIMS, 1)]
-        return "\n".join([f"{len(CLAIMS)} questions. Guess before you measure:", *lines]), b""
+        if len(self._questions) == 1:
+            return f"Guess before you measure: {self._questions[0].text} (in {self._questions[0].unit})", b""
+        lines = [f"{i}. {q.text} (in {q.unit})" for i, q in enumerate(self._questions, 1)]
+        return "\n".join([f"{len(lines)} questions. Guess before you measure:", *lines]), b""
 
     def _keep(self, _: object) -> None:
-        guesses, unread = {}, []
-        for claim in CLAIMS:
-            text = self._fields[claim.name].value.strip().rstrip("%x")
+        read, said = {}, []
+        for question in self._questions:
+            text = self._fields[question.name].value
             try:
-                if text:
-                    guesses[claim.name] = float(text)
-            except ValueError:
-                unread.append(text)
-        path = work_dir() / "guesses.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(guesses, indent=2) + "\n", "utf-8")
-        said = f"Kept {len(guesses)} of {len(CLAIMS)} guesses. Notebook 10 uses them."
-        said += f" Not a number: {', '.join(unread)}." if unread else ""
-        self._said.value = f'<p role="status">{html.escape(said)}</p>'
+                if text.strip():
+                    read[question.name] = guesses.read_guess(question, text)
+            except InputError as error:
+                said.append(f"{question.text} {error}.")
+        guesses.keep_guesses(read)
+        kept = f"Kept {len(read)} of {len(self._questions)}. Notebook 10 uses what you guess."
+        self._said.value = f'<p role="status">{html.escape(" ".join([kept, *said]))}</p>'
 
 
-def load_guesses() -> Mapping[str, float]:
-    """The saved guesses by claim; empty if there is no file or its content is not valid."""
-    try:
-        kept = json.loads((work_dir() / "guesses.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(kept, dict):
-        return {}
-    return {k: float(v) for k, v in kept.items() if isinstance(v, int | float)}
+def _png(fig: Figure, dpi: int) -> bytes:
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(fig)
+    return file.getvalue()
 
 
 def _control(name: str, spec: Control) -> Any:
@@ -139,10 +136,10 @@ def _control(name: str, spec: Control) -> Any:
     return kind(value=value, min=low, max=high, continuous_update=False, layout={"width": "32em"}, **label)
 
 
-def _guess_field(claim: Claim, kept: float | None) -> Any:
+def _guess_field(question: guesses.Question, kept: float | None) -> Any:
     return w.Text(
         value="" if kept is None else f"{kept:g}",
         placeholder="your guess",
-        description=claim.unit,
+        description=question.unit,
         style={"description_width": "9em"},
     )

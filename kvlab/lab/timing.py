@@ -2,7 +2,8 @@
 
 Machines are shared and noisy. In each round every contender runs once, so that all contenders meet
 the same noise. Ratios are therefore more stable than times. The first contender runs under two
-names. If the medians of the two differ by more than 10 %, the measurement is marked as noisy.
+names. If the medians of the two differ by more than 10 %, the measurement is marked as noisy; if the
+rounds of one contender differ by more than half, as unsteady.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 NOISY_BEYOND = 0.10
+UNSTEADY_BEYOND = 1.5
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,17 @@ class Timings:
     def noisy(self) -> bool:
         """Whether two measurements of the same work differ by more than 10 %."""
         return abs(self.aa_ratio - 1) > NOISY_BEYOND
+
+    @property
+    def swing(self) -> float:
+        """Upper quartile of the rounds by lower quartile, for the contender where it is highest."""
+        quartiles = [statistics.quantiles(rounds, n=4, method="inclusive") for rounds in self.seconds.values()]
+        return max(upper / lower for lower, _, upper in quartiles)
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether the slower rounds of the same work took more than 1.5 times as long as the faster ones."""
+        return self.swing > UNSTEADY_BEYOND
 
     def median_ms(self, name: str) -> float:
         """Median time of one contender in milliseconds."""

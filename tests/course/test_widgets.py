@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from kvlab.course import plots
 from kvlab.course.claims import CLAIMS
-from kvlab.course.widgets import Explorer, Guesses, load_guesses
+from kvlab.course.guesses import load_guesses
+from kvlab.course.widgets import Explorer, Guesses
 
 PNG = b"\x89PNG"
 
@@ -31,6 +32,7 @@ def make_explorer() -> Explorer:
 
 def test_an_explorer_stands_in_with_a_picture_and_a_sentence() -> None:
     bundle = make_explorer()._repr_mimebundle_()
+    assert float(make_explorer()._image.width) == 720, "as wide on the page as a plot, with twice its pixels"
     assert bundle["text/plain"] == "[interactive: run this cell to use it] a: 3, True"
     assert base64.b64decode(bundle["image/png"]).startswith(PNG)
     assert "application/vnd.jupyter.widget-view+json" in bundle
@@ -56,14 +58,23 @@ def type_in(guesses: Guesses, **texts: str) -> str:
 
 def test_guesses_are_kept_and_come_back(work: Path) -> None:
     said = type_in(Guesses(), latency="4", cost="50 %")
-    assert f"Kept 2 of {len(CLAIMS)}" in said
+    assert f"Kept 2 of {len(CLAIMS)}." in said
     assert json.loads((work / "guesses.json").read_text()) == {"latency": 4.0, "cost": 50.0}
     assert Guesses()._fields["latency"].value == "4"
 
 
 def test_a_guess_that_is_no_number_is_told(work: Path) -> None:
-    assert "Not a number: much" in type_in(Guesses(), latency="much")
+    assert "expected a number of 0 or more, got &#x27;much&#x27;" in type_in(Guesses(), latency="much")
     assert load_guesses() == {}
+
+
+def test_one_question_is_asked_alone_and_keeps_the_other_guesses(work: Path) -> None:
+    type_in(Guesses(), latency="4")
+    one = Guesses("first_cache")
+    assert list(one._fields) == ["first_cache"]
+    assert "ten lines" in one._repr_mimebundle_()["text/plain"]
+    assert "Kept 1 of 1" in type_in(one, first_cache="12 x")
+    assert load_guesses() == {"latency": 4.0, "first_cache": 12.0}
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"latency": "x"}'])

@@ -249,8 +249,10 @@ def test_the_colab_cell_prints_nothing_here(course: Any) -> None:
 def test_the_course_table_is_put_between_its_markers(course: Any) -> None:
     page = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
     filled = script.refill(page, course.table("notebooks/"))
-    assert "| 00 | [One](notebooks/00_one.ipynb) | See the first thing. | 5 | numbers |" in filled
-    assert "| 01 | Two | See the second thing. | 10 | [00](notebooks/00_one.ipynb) |" in filled
+    colab = "https://colab.research.google.com/github/kvlab/kvlab/blob/main/notebooks/00_one.ipynb"
+    link = "[One](notebooks/00_one.ipynb)"
+    assert f"| 00 | {link} | ready, [Colab]({colab}) | See the first thing. | 5 | numbers |" in filled
+    assert "| 01 | Two | planned | See the second thing. | 10 | [00](notebooks/00_one.ipynb) |" in filled
     assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
     assert script.refill(filled, course.table("notebooks/")) == filled
     assert script.refill("no markers", course.table()) == "no markers"

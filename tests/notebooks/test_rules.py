@@ -20,6 +20,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from kvlab.course.exercises import BY_CONSTANT, Exercise
 from tests.harness.builder import ROOT, script
 
 FOLDER = ROOT / "notebooks"
@@ -28,7 +29,14 @@ ALLOWED: Mapping[str, Any] = tomllib.loads((Path(__file__).parent / "allowed_tag
 MAX_LINES, MEDIAN_LINES = 25, 8
 MAX_BYTES = 1_500_000
 WORDS_PER_LINE = 5
+MAX_WIDTH = 88  # characters that JupyterLab shows at 1280 pixels
+VISIBLE_CELLS = range(25, 41)
+MAX_DRAWING = 0.10
 CELLS_BETWEEN_LOOKS = 8
+
+
+SOURCE = f"https://github.com/{script.REPOSITORY}/blob/main/"
+"""What links to files of this repository begin with: a notebook is also read in work/, in Colab and on web pages."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,17 @@ class Page:
     def lesson_code(self) -> list[NotebookNode]:
         """The code cells that an author wrote."""
         return [cell for cell in script.code_cells(self.notebook) if "colab-setup" not in script.tags(cell)]
+
+    @property
+    def visible_code(self) -> list[NotebookNode]:
+        """The code cells that a reader sees without unfolding them."""
+        return [cell for cell in self.notebook.cells if script.is_visible_code(cell)]
+
+    @property
+    def optional(self) -> bool:
+        """Whether it is a second notebook of its lesson."""
+        lesson = script.load_course(self.path.parent).lesson(self.path)
+        return lesson is not None and lesson.optional
 
     @property
     def prose(self) -> list[NotebookNode]:
@@ -108,6 +127,82 @@ def has_short_cells(page: Page) -> list[str]:
     ]
     median = statistics.median(len(cell.source.splitlines()) for cell in page.lesson_code)
     return complaints + ([f"the median cell has {median} lines, more than {MEDIAN_LINES}"] * (median > MEDIAN_LINES))
+
+
+def has_narrow_cells(page: Page) -> list[str]:
+    """No line of code is cut off at the right of the page."""
+    return [
+        f"cell {cell.id}: a line has {len(line)} characters, more than {MAX_WIDTH}: {line.strip()[:60]} …"
+        for cell in page.lesson_code
+        for line in cell.source.splitlines()
+        if len(line) > MAX_WIDTH
+    ]
+
+
+def has_a_readable_number_of_cells(page: Page) -> list[str]:
+    """A lesson is neither a page of text nor a book. What its goal does not need goes into an optional notebook."""
+    count, least = len(page.visible_code), 0 if page.optional else min(VISIBLE_CELLS)
+    if least <= count <= max(VISIBLE_CELLS):
+        return []
+    return [f"{count} code cells are visible, expected {least} to {max(VISIBLE_CELLS)}"]
+
+
+def draws_little(page: Page) -> list[str]:
+    """What a reader sees is the lesson: drawing is in kvlab/course/ or folded (source_hidden)."""
+    share = drawing_share(page)
+    return [f"{share:.0%} of the visible lines draw, more than {MAX_DRAWING:.0%}"] if share > MAX_DRAWING else []
+
+
+def drawing_share(page: Page) -> float:
+    """Visible lines of code that make or change a plot, by all visible lines."""
+    lines = [line for cell in page.visible_code for line in cell.source.splitlines() if line.strip()]
+    drawing = [line for line in lines if re.search(r"\b(ax|axes|fig|plt)(\[[^]]*\])?\.|\bplots\.\w+\(|\bax\b", line)]
+    return len(drawing) / max(len(lines), 1)
+
+
+def has_enough_exercises(page: Page) -> list[str]:
+    """At least three exercises, at least half of them with something to find out; headers say what a check knows."""
+    found = script.exercises_in(page.notebook)
+    text = "\n".join(cell.source for cell in page.prose)
+    complaints = [
+        f"no heading says: {expected}"
+        for e in found
+        if not re.search(re.escape(expected := _exercise_heading(e)).replace("TITLE", "[^(]+"), text)
+    ]
+    if page.optional:
+        return complaints
+    hard = sum(exercise.difficulty >= 3 for exercise in found)
+    few = [f"{len(found)} exercises, fewer than 3"] if len(found) < 3 else []
+    easy = [f"{hard} of {len(found)} exercises have difficulty 3 or more"] if 2 * hard < len(found) else []
+    return [*complaints, *few, *easy]
+
+
+def _exercise_heading(exercise: Exercise) -> str:
+    facts = f"difficulty {exercise.difficulty} of 5, about {exercise.minutes} minutes"
+    return f"### Exercise {exercise.number}: TITLE ({facts})"
+
+
+def has_its_solutions_at_the_end(page: Page) -> list[str]:
+    """Nobody sees a solution beside the check: all are folded, in one section before the recap."""
+    sources = [cell.source for cell in page.prose]
+    begin = next((i for i, source in enumerate(sources) if re.search("^## Solutions$", source, re.MULTILINE)), None)
+    early = [source for source in sources[:begin] if "<details><summary>Solution" in source]
+    return ["a solution is not in the section Solutions near the end"] if early else []
+
+
+def asks_for_a_guess(page: Page) -> list[str]:
+    """The reader guesses before the main measurement, and is told afterwards what came out."""
+    code = "\n".join(cell.source for cell in page.lesson_code)
+    missing = [call for call in ("Guesses(", "came_out(") if call not in code]
+    return [] if page.optional else [f"no cell calls {call}…)" for call in missing]
+
+
+def has_a_fast_track(page: Page) -> list[str]:
+    """The header says what to read with 20 minutes."""
+    lesson = script.load_course(page.path.parent).lesson(page.path)
+    if lesson is None or lesson.optional or lesson.fast:
+        return []
+    return ["course.toml has no `fast` for it"]
 
 
 def has_alternative_texts(page: Page) -> list[str]:
@@ -186,7 +281,7 @@ def has_a_takeaway(page: Page) -> list[str]:
 
 def has_one_title(page: Page) -> list[str]:
     """The generated header has the only heading of the first level."""
-    cells = [cell.id for cell in page.prose if re.search(r"^# ", _without_code(cell.source), re.MULTILINE)]
+    cells = [cell.id for cell in page.prose if re.search(r"^# ", script.outside_code(cell.source), re.MULTILINE)]
     return [f"cell {cell} has a heading of the first level; the header has the title" for cell in cells]
 
 
@@ -201,11 +296,15 @@ def has_links_that_resolve(page: Page) -> list[str]:
     complaints = []
     for cell in page.notebook.cells:
         if cell.cell_type == "markdown":
-            for groups in re.findall(pattern, _without_code(cell.source)):
+            for groups in re.findall(pattern, script.outside_code(cell.source)):
                 target = "".join(groups).partition("#")[0]
                 local = target and not re.match(r"[a-z]+:", target)
                 if local and not (page.path.parent / target).exists():
                     complaints.append(f"cell {cell.id}: link to {target} leads nowhere")
+                elif local and ("/" in target or not target.endswith(".ipynb")) and not target.startswith("images/"):
+                    complaints.append(f"cell {cell.id}: {target} is not in work/; begin the link with {SOURCE}")
+                elif target.startswith(SOURCE) and not (ROOT / target.removeprefix(SOURCE)).exists():
+                    complaints.append(f"cell {cell.id}: link to {target} leads nowhere in this repository")
     return complaints
 
 
@@ -225,13 +324,9 @@ def has_prose_around_its_code(page: Page) -> list[str]:
 
 def words_per_code_line(page: Page) -> float:
     """Words of the author's prose (solutions in code fences not counted) by non-blank lines of code."""
-    words = sum(len(_without_code(cell.source).split()) for cell in page.prose)
+    words = sum(len(script.outside_code(cell.source).split()) for cell in page.prose)
     lines = sum(bool(line.strip()) for cell in page.lesson_code for line in cell.source.splitlines())
     return words / max(lines, 1)
-
-
-def _without_code(markdown: str) -> str:
-    return re.sub(r"`[^`\n]*`", "code", re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.MULTILINE | re.DOTALL))
 
 
 def has_the_generated_cells(page: Page) -> list[str]:
@@ -252,6 +347,13 @@ RULES: list[Callable[[Page], list[str]]] = [
     shows_no_unexpected_error,
     has_only_allowed_tags,
     has_short_cells,
+    has_narrow_cells,
+    has_a_readable_number_of_cells,
+    draws_little,
+    has_enough_exercises,
+    has_its_solutions_at_the_end,
+    asks_for_a_guess,
+    has_a_fast_track,
     has_alternative_texts,
     has_a_caption_under_each_plot,
     has_something_to_look_at,
@@ -300,7 +402,21 @@ def test_the_readme_shows_the_course() -> None:
 
 
 # --- the rules themselves -----------------------------------------------------------------------
-PROSE = f"## About\n\n{'word ' * 60}\n\n![a box](course.toml), [a link](course.toml#there)\n\n> **Takeaway.** So."
+SOLVED = [constant for constant, exercise in BY_CONSTANT.items() if exercise.difficulty >= 3][:3]
+EASY = next(constant for constant, exercise in BY_CONSTANT.items() if exercise.difficulty < 3)
+EXERCISES = "\n\n".join(_exercise_heading(BY_CONSTANT[c]).replace("TITLE", "find it ") for c in SOLVED)
+PROSE = f"""\
+## About
+
+{"word " * 200}
+
+![a box](00_x.ipynb), [a link](00_x.ipynb#there), [a file]({SOURCE}README.md)
+
+> **Takeaway.** So.
+
+{EXERCISES}
+"""
+SOLUTIONS = "## Solutions\n\n<details><summary>Solution</summary></details>"
 LESSON = """
 [[lesson]]
 file = "00_x"
@@ -308,7 +424,7 @@ title = "X"
 goal = "Do."
 able = ["do"]
 needs = ["hands"]
-minutes = 1
+fast = "all"
 """
 
 
@@ -317,14 +433,18 @@ def page_in(folder: Path, spoil: Callable[[NotebookNode], object]) -> Page:
     plot = new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure size 1x1 with 1 Axes>"})
     caption = new_output("stream", name="stdout", text="Figure: a line.\n")
     still = new_output("display_data", {"image/png": "AAAA", "text/plain": "[interactive: run this cell] Text."})
+    checks = [f"exercises.check(exercises.{constant}, f)" for constant in SOLVED]
+    sources = [*checks, "3 + 1", 'Guesses("x")', 'came_out("x", 1)', *(f"{i} + 1" for i in range(6, 21))]
+    plain = [new_code_cell(source, id=f"c{i}") for i, source in enumerate(sources)]
+    looks = [new_code_cell("widget()", id=f"look{i}", outputs=[still]) for i in range(3)]
     cells = [
         new_markdown_cell(PROSE, id="prose"),
         new_code_cell("draw()", id="plot", outputs=[plot, caption]),
-        *(new_code_cell(f"{i} + 1", id=f"c{i}") for i in range(CELLS_BETWEEN_LOOKS - 1)),
-        new_code_cell("widget()", id="widget", outputs=[still]),
+        *[cell for i in range(3) for cell in (*plain[7 * i : 7 * i + 7], looks[i])],
+        new_markdown_cell(SOLUTIONS, id="solutions"),
     ]
     path = folder / "00_x.ipynb"
-    path.touch()
+    nbformat.write(new_notebook(), path)
     (folder / "course.toml").write_text(LESSON)
     course = script.load_course(folder)
     notebook = script.with_generated_cells(new_notebook(cells=cells), course.lessons[0], course)
@@ -348,6 +468,16 @@ def changed(cell_id: str, **values: Any) -> Callable[[NotebookNode], object]:
     return lambda notebook: cell_of(notebook, cell_id).update(copy.deepcopy(values))
 
 
+def more(notebook: NotebookNode, i: int) -> None:
+    """Spoils by one more cell."""
+    notebook.cells.insert(5, new_code_cell("1", id=f"more{i}"))
+
+
+def easier(notebook: NotebookNode, i: int) -> None:
+    """Spoils by replacing an exercise by an easy one."""
+    cell_of(notebook, f"c{i}").source = f"exercises.check(exercises.{EASY}, f)"
+
+
 ERROR = new_output("error", ename="ValueError", evalue="no", traceback=[])
 HTML = new_output("display_data", {"text/html": "<img src='x.png'>", "text/plain": "x"})
 PATH = new_output("stream", name="stdout", text="/home/someone/kvlab/x.py\n")
@@ -363,21 +493,35 @@ SPOILT = [
     (has_only_allowed_tags, changed("c3", source="# NBVAL_IGNORE_OUTPUT\n1")),
     (has_short_cells, changed("c3", source=LONG)),
     (has_short_cells, lambda notebook: [c.update(source="x = 1\n" * 9) for c in script.code_cells(notebook)]),
-    (has_alternative_texts, prose("![](course.toml)")),
+    (has_narrow_cells, changed("c3", source=f"x = '{'-' * 83}'")),
+    (has_a_readable_number_of_cells, lambda notebook: notebook.cells.pop(3)),
+    (has_a_readable_number_of_cells, lambda notebook: [more(notebook, i) for i in range(16)]),
+    (has_a_readable_number_of_cells, changed("c3", metadata=NotebookNode(jupyter={"source_hidden": True}))),
+    (draws_little, changed("c3", source="fig, ax = plt.subplots()\nax.plot(x)\nplots.show(fig)")),
+    (has_enough_exercises, changed("c0", source="1")),
+    (has_enough_exercises, changed("prose", source=PROSE.replace("difficulty", "about difficulty"))),
+    (has_enough_exercises, lambda notebook: [easier(notebook, i) for i in range(2)]),
+    (has_its_solutions_at_the_end, prose("<details><summary>Solution</summary></details>")),
+    (asks_for_a_guess, changed("c4", source="1")),
+    (asks_for_a_guess, changed("c5", source="1")),
+    (has_alternative_texts, prose("![](00_x.ipynb)")),
     (has_alternative_texts, prose('<img src="course.toml">')),
     (has_alternative_texts, changed("c3", outputs=[HTML])),
     (has_a_caption_under_each_plot, changed("plot", outputs=[PLOT])),
     (has_a_caption_under_each_plot, changed("plot", outputs=[PLOT, TEXT])),
-    (has_something_to_look_at, lambda notebook: notebook.cells.insert(5, new_code_cell("2", id="more"))),
+    (has_something_to_look_at, lambda notebook: [more(notebook, i) for i in range(2)]),
     (has_something_to_look_at, lambda notebook: [c.update(outputs=[]) for c in script.code_cells(notebook)]),
     (has_a_takeaway, changed("prose", source=PROSE.replace("Takeaway", "Note"))),
     (has_one_title, prose("# Another title")),
     (is_small, changed("c3", outputs=[new_output("stream", name="stdout", text="x" * 1_500_000)])),
     (has_links_that_resolve, prose("[next](01_gone.ipynb#part)")),
     (has_links_that_resolve, prose('<a href="../docs/gone.md">docs</a>')),
+    (has_links_that_resolve, prose("[docs](../README.md)")),
+    (has_links_that_resolve, prose("[map](course.toml)")),
+    (has_links_that_resolve, prose(f"[docs]({SOURCE}docs/gone.md)")),
     (names_no_machine, changed("c3", outputs=[PATH])),
     (names_no_machine, changed("c3", source=f"open('{ROOT}/x')")),
-    (has_prose_around_its_code, changed("c3", source="x = 1\n" * 25)),
+    (has_prose_around_its_code, changed("c3", source="x = 1\n" * 60)),
     (has_the_generated_cells, changed("header", source="# 00 · Mine")),
     (has_the_generated_cells, lambda notebook: notebook.cells.pop()),
 ]
@@ -395,6 +539,20 @@ def test_a_rule_finds_what_breaks_it(
     assert rule(page_in(tmp_path, spoil))
 
 
+def test_a_notebook_without_a_fast_track_is_found(tmp_path: Path) -> None:
+    page = page_in(tmp_path, lambda notebook: None)
+    (tmp_path / "course.toml").write_text(LESSON.replace('fast = "all"', ""))
+    assert has_a_fast_track(page)
+
+
+def test_an_optional_notebook_may_be_short_and_without_exercises(tmp_path: Path) -> None:
+    page = page_in(tmp_path, lambda notebook: [notebook.cells.pop(5) for _ in range(10)])
+    rules = (has_a_readable_number_of_cells, asks_for_a_guess, has_a_fast_track)
+    assert all(rule(page) for rule in rules[:2])
+    (tmp_path / "course.toml").write_text(LESSON + "optional = true\n")
+    assert not [complaint for rule in rules for complaint in rule(page)]
+
+
 def test_what_an_editor_leaves_behind_is_found(tmp_path: Path) -> None:
     page = page_in(tmp_path, lambda notebook: None)
     notebook = page.notebook
@@ -403,8 +561,8 @@ def test_what_an_editor_leaves_behind_is_found(tmp_path: Path) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    assert {rule for rule, _ in SPOILT} | {is_as_the_build_writes_it} == set(RULES)
+    assert {rule for rule, _ in SPOILT} | {is_as_the_build_writes_it, has_a_fast_track} == set(RULES)
 
 
 def test_code_and_links_in_code_are_not_prose() -> None:
-    assert _without_code("a\n```python\n# title\nb\n```\n`[x](y)` c").split() == ["a", "code", "c"]
+    assert script.outside_code("a\n```python\n# title\nb\n```\n`[x](y)` c").split() == ["a", "code", "c"]

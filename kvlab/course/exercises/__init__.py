@@ -4,11 +4,11 @@ A notebook says `exercises.check(exercises.HIT_RATE, hit_rate)`: the constants o
 attributes of this package.
 """
 
-from kvlab.course.exercises.engine import Exercise, Verdict, Wrong, check, grade, keep
+from kvlab.course.exercises.engine import MINUTES, Exercise, Verdict, Wrong, check, grade, keep
 from kvlab.course.exercises.mykv import load_answers
 from kvlab.course.exercises.registry import ALL, BY_CONSTANT, find
 
-__all__ = ["ALL", "Exercise", "Verdict", "Wrong", "check", "find", "grade", "keep", "load_answers"]
+__all__ = ["ALL", "MINUTES", "Exercise", "Verdict", "Wrong", "check", "find", "grade", "keep", "load_answers"]
 
 
 def __getattr__(constant: str) -> Exercise:

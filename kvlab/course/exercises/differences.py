@@ -42,7 +42,12 @@ def short(value: Any) -> str:
         return f"{len(value)} bytes: {value[:8].hex(' ')} … {value[-4:].hex(' ')}"
     if isinstance(value, list | tuple) and any(isinstance(x, bytes) and len(x) > 16 for x in value):
         return f"[{', '.join(short(x) for x in value[:2])}{', …' * (len(value) > 2)}]"
-    text = " ".join(repr(value).split())
+    return short_text(repr(value))
+
+
+def short_text(text: str) -> str:
+    """A text in one line of at most 90 characters."""
+    text = " ".join(text.split())
     return text if len(text) <= 90 else f"{text[:87]}..."
 
 

@@ -17,18 +17,21 @@ are in `lesson_00`, `lesson_01` and so on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dis
 import functools
 import inspect
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar
 
 import kvlab
 from kvlab.course.exercises import mykv
-from kvlab.course.exercises.differences import differences, same, short
+from kvlab.course.exercises.differences import differences, same, short, short_text
 from kvlab.course.exercises.limits import SECONDS, Forbidden, TooLong, call
 from kvlab.lab.streams import accept_any_text
 
@@ -36,6 +39,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = Path(kvlab.__file__).parent
 _RETURNS_NONE = ({"LOAD_CONST", "RETURN_VALUE"}, {"RETURN_CONST"}, {"RETURN_VALUE", "LOAD_COMMON_CONSTANT"})
+
+
+MINUTES = {1: 3, 2: 6, 3: 12, 4: 20, 5: 35}
+"""Minutes that an exercise takes, by its difficulty: 1 a line that the text gives, 2 a rule to apply, 3 a rule
+with a trap, 4 several rules together, 5 a small program."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +61,35 @@ class Exercise:
     Attributes:
         name: the function's name, also in `mykv.py`.
         number: notebook and running number, "01.2".
+        difficulty: 1 to 5, see `MINUTES`.
         reference: the solution.
         cases: argument tuples that the answer is tried on.
         wrong: typical wrong answers; each differs from the reference on at least one case.
         hint: the hint if no typical wrong answer fits.
         forbidden: a part of the names of torch operations that the answer must not use; "" for none.
         after: what to say once the answer is right.
+        given: for a hunt, the faulty function that the notebook gives instead of a stub. Unchanged it counts as
+            not started.
         observe: for an answer that acts on its arguments: from what it returned and the arguments to what is
             compared. By default what it returned.
     """
 
     name: str
     number: str
+    difficulty: int
     reference: Callable[..., Any]
     cases: Sequence[tuple[Any, ...]]
     wrong: Sequence[Wrong]
     hint: str
     forbidden: str = ""
     after: str = ""
+    given: Callable[..., Any] | None = None
     observe: Callable[[Any, tuple[Any, ...]], Any] = lambda result, args: result
+
+    @property
+    def minutes(self) -> int:
+        """Minutes that the exercise takes, see `MINUTES`."""
+        return MINUTES[self.difficulty]
 
     def run(self, answer: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """What an answer does with one case. It gets copies, so that it cannot spoil the next case."""
@@ -95,10 +113,21 @@ class Verdict:
 
 
 def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
-    """Try an answer on all cases. Never raises."""
+    """Try an answer on all cases. Never raises. What the answer prints is part of a wrong verdict's text."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        verdict = _grade(exercise, answer)
+    lines = printed.getvalue().splitlines()
+    if verdict.state != "wrong" or not lines:
+        return verdict
+    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
+    return Verdict("wrong", f"{verdict.text}\n  it printed: {short_text(lines[0])}{more}")
+
+
+def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     title = f"{exercise.number} {exercise.name}"
     todo = Verdict("todo", f"○ {title}: not started")
-    if _is_stub(answer):
+    if _is_stub(answer) or _is_given(exercise, answer):
         return todo
     got: list[Any] = []
     for args in exercise.cases:
@@ -182,6 +211,18 @@ def _is_stub(answer: Callable[..., Any]) -> bool:
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
     names, values = {step.opname for step in steps}, [step.argval for step in steps if "CONST" in step.opname]
     return names in _RETURNS_NONE and values == [None]
+
+
+def _is_given(exercise: Exercise, answer: Callable[..., Any]) -> bool:
+    """Whether a function is the faulty one that the exercise begins with, not changed yet."""
+    own, given = getattr(answer, "__code__", None), getattr(exercise.given, "__code__", None)
+    return given is not None and own is not None and _content(own) == _content(given)
+
+
+def _content(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, without its name and its place in a file."""
+    constants = tuple(_content(c) if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.co_code, constants, code.co_names, code.co_varnames
 
 
 def _is_ours(answer: Callable[..., Any]) -> bool:

@@ -34,6 +34,7 @@ def _counts_all_equal_positions(a: list[int], b: list[int], block_tokens: int) -
 CACHEABLE_PREFIX = Exercise(
     name="cacheable_prefix",
     number="00.1",
+    difficulty=2,
     reference=cacheable_prefix,
     cases=(
         ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], 2),
@@ -67,6 +68,7 @@ def _rate_over_started_blocks(prompt_tokens: int, cached_tokens: int, block_toke
 HIT_RATE = Exercise(
     name="hit_rate",
     number="00.2",
+    difficulty=2,
     reference=hit_rate,
     cases=((1040, 1024, 64), (1024, 512, 64), (100, 64, 64), (40, 0, 64)),
     wrong=(

@@ -54,6 +54,7 @@ def _qkv(heads: int, kv_heads: int, new: int, start: int) -> tuple[Tensor, Tenso
 CAUSAL_ATTENTION = Exercise(
     name="causal_attention",
     number="01.1",
+    difficulty=4,
     reference=causal_attention,
     cases=(_qkv(1, 1, 4, 0), _qkv(4, 2, 5, 0), _qkv(4, 2, 3, 6), _qkv(4, 1, 1, 7)),
     wrong=(
@@ -83,6 +84,7 @@ def _positions_off_by_one(cached_tokens: int, prompt_tokens: int) -> list[int]:
 SUFFIX_POSITIONS = Exercise(
     name="suffix_positions",
     number="01.2",
+    difficulty=1,
     reference=suffix_positions,
     cases=((4, 7), (0, 3), (64, 66)),
     wrong=(
@@ -109,6 +111,7 @@ def _one_layer(layers: int, kv_heads: int, head_dim: int, bytes_per_element: int
 KV_BYTES_PER_TOKEN = Exercise(
     name="kv_bytes_per_token",
     number="01.3",
+    difficulty=1,
     reference=kv_bytes_per_token,
     cases=((6, 2, 64, 4), (32, 8, 128, 2), (80, 8, 128, 2)),
     wrong=(
@@ -135,6 +138,7 @@ def _in_bits(bytes_per_token: int, prefill_tokens_per_s: float) -> float:
 BREAK_EVEN_BANDWIDTH = Exercise(
     name="break_even_bandwidth",
     number="01.4",
+    difficulty=1,
     reference=break_even_bandwidth,
     cases=((6144, 5000.0), (131072, 15300.0)),
     wrong=(

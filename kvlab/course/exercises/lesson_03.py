@@ -48,6 +48,7 @@ def _key_for_a_partial_block(tokens: list[int], root: bytes, block_tokens: int) 
 BLOCK_KEYS = Exercise(
     name="block_keys",
     number="03.1",
+    difficulty=3,
     reference=block_keys,
     cases=(
         ([1, 2, 3, 4], bytes(32), 2),
@@ -90,6 +91,7 @@ def _gives_up_a_block(present: list[bool], prompt_tokens: int, block_tokens: int
 USABLE_PREFIX = Exercise(
     name="usable_prefix",
     number="03.2",
+    difficulty=3,
     reference=usable_prefix,
     cases=(
         ([True, True, False, False], 270, 64),
@@ -128,6 +130,7 @@ def _empty_salt_left_out(fingerprint: bytes, precision: str, salt: bytes, block_
 ROOT_KEY = Exercise(
     name="root_key",
     number="03.3",
+    difficulty=2,
     reference=root_key,
     cases=(
         (bytes(32), "fp32", b"", 64),
@@ -172,6 +175,7 @@ def _changing_first(parts: list[tuple[str, int, float]]) -> list[str]:
 BEST_LAYOUT = Exercise(
     name="best_layout",
     number="03.4",
+    difficulty=4,
     reference=best_layout,
     cases=(
         ([("time", 20, 0.9), ("system", 400, 0.01), ("history", 900, 0.5), ("tools", 600, 0.05)],),

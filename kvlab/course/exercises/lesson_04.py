@@ -30,6 +30,7 @@ def _two_planes_only(data: bytes, size: int) -> bytes:
 SHUFFLE = Exercise(
     name="shuffle",
     number="04.1",
+    difficulty=3,
     reference=shuffle,
     cases=((b"aAbBcC", 2), (bytes(range(12)), 4), (b"plain", 1), (b"", 2)),
     wrong=(
@@ -74,6 +75,7 @@ def _a_level_too_many(x: Tensor, axis: int) -> Tensor:
 QUANTISE = Exercise(
     name="quantise_int8",
     number="04.2",
+    difficulty=3,
     reference=quantise_int8,
     cases=(
         (torch.tensor([[1.0, -2.0, 0.3], [50.0, 7.7, -100.0]]), 1),
@@ -115,6 +117,7 @@ def _halves_paired(numbers: list[int]) -> bytes:
 PACK_NIBBLES = Exercise(
     name="pack_nibbles",
     number="04.3",
+    difficulty=3,
     reference=pack_nibbles,
     cases=(([1, 2, 3, 15],), ([7, 8, 9],), ([],), ([0, 15, 15, 0, 5, 10],)),
     wrong=(
@@ -164,6 +167,7 @@ def _records() -> list[tuple[bytes, bytes]]:
 OPEN_RECORD = Exercise(
     name="open_record",
     number="04.4",
+    difficulty=3,
     reference=open_record,
     cases=_records(),
     wrong=(

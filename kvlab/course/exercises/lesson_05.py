@@ -30,6 +30,7 @@ def _from_the_end(expires: list[int]) -> list[int]:
 USABLE_UNTIL = Exercise(
     name="usable_until",
     number="05.1",
+    difficulty=2,
     reference=usable_until,
     cases=(([50, 80, 30, 90],), ([10, 20, 30],), ([30, 20, 10],), ([7],), ([],)),
     wrong=(
@@ -67,6 +68,7 @@ def _asks_both(existed: list[bool], values: list[bytes | None]) -> list[bytes]:
 FETCHED_PREFIX = Exercise(
     name="fetched_prefix",
     number="05.2",
+    difficulty=3,
     reference=fetched_prefix,
     cases=(
         ([True, True, True, False], [b"a", b"b", b"c", None]),
@@ -136,6 +138,7 @@ def _tries_too_late(calls: list[tuple[float, bool]], failures: int, cooldown_s: 
 LET_THROUGH = Exercise(
     name="let_through",
     number="05.3",
+    difficulty=4,
     reference=let_through,
     cases=(
         ([(0, True), (1, False), (2, True), (3, False), (4, True), (5, False), (6, True)], 3, 10),
@@ -185,6 +188,7 @@ def _ttl_without_its_length(key: bytes, pieces: list[bytes], ttl_ms: int) -> lis
 PACK_SET = Exercise(
     name="pack_set",
     number="05.4",
+    difficulty=3,
     reference=pack_set,
     cases=(
         (b"kv:a", [b"header", b"payload"], 5000),

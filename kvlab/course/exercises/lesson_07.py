@@ -49,6 +49,7 @@ def _strictly_after(points: list[int], owners: list[str], at: int) -> str:
 RING_OWNER = Exercise(
     name="ring_owner",
     number="07.1",
+    difficulty=2,
     reference=ring_owner,
     cases=(
         ([10, 40, 70], ["B", "A", "B"], 25),
@@ -103,6 +104,7 @@ def _heaviest(draws: dict[str, float], weights: dict[str, float]) -> str:
 WEIGHTED_OWNER = Exercise(
     name="weighted_owner",
     number="07.2",
+    difficulty=3,
     reference=weighted_owner,
     cases=(
         ({"A": 0.9, "B": 0.5}, {"A": 1, "B": 3}),
@@ -175,6 +177,7 @@ def _next_pair(key: bytes) -> bytes:
 HASH_TAG = Exercise(
     name="hash_tag",
     number="07.3",
+    difficulty=3,
     reference=hash_tag,
     cases=(
         (b"{user1000}.following",),
@@ -234,6 +237,7 @@ def _from_the_back(owners: list[str], replies: dict[str, list[bytes | None]]) ->
 IN_ORDER = Exercise(
     name="in_order",
     number="07.4",
+    difficulty=3,
     reference=in_order,
     cases=(
         (["A", "A"], {"A": [b"0", b"1"]}),

@@ -64,7 +64,8 @@ def keep(name: str, source: str, right: Callable[[Callable[..., object]], bool])
         right: whether the function is right as it is in the file, without the notebook around it.
 
     Returns:
-        A line that says that it was kept, or why not.
+        A line that says in which file it was kept, or why not. If it replaces another function of this name, the
+        file as it was stays beside it, with ".before" after its name.
 
     Raises:
         OSError, ValueError, SyntaxError: the file cannot be read, parsed or written.
@@ -75,8 +76,11 @@ def keep(name: str, source: str, right: Callable[[Callable[..., object]], bool])
     if problem := _problem(after, name, right):
         return f"not kept in mykv.py: {problem}"
     path.parent.mkdir(parents=True, exist_ok=True)
+    replaces = before != after and _has(before, name)
+    if replaces:
+        _write(old := path.with_name(f"{path.name}.before"), before)
     _write(path, after)
-    return "kept in mykv.py"
+    return f"kept in {_from_here(path)}" + (f"; the file as it was is {_from_here(old)}" if replaces else "")
 
 
 def with_function(module: str, name: str, source: str) -> str:
@@ -162,6 +166,17 @@ def _with_imports(module: str) -> str:
         del rest[0]
     imports = [NOT_YET, f"{IMPORT}({', '.join(missing)})"] if missing else []
     return "\n".join([*lines[:at], "", *imports, "", "", *rest]) + "\n"
+
+
+def _has(module: str, name: str) -> bool:
+    """Whether a text of a `mykv.py` defines this function."""
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in _parsed(module))
+
+
+def _from_here(path: Path) -> Path:
+    """The path relative to the current folder if the file is in it, else the whole path."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _first_line(node: ast.FunctionDef | ast.ClassDef) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kvlab.course import exercises
-from kvlab.course.exercises import check, grade, keep, limits, load_answers
+from kvlab.course.exercises import Exercise, check, grade, keep, limits, load_answers
 from kvlab.errors import InputError
 from kvlab.lab import demo
 from kvlab.model import attention
@@ -84,7 +84,7 @@ def test_an_answer_that_is_mended_after_a_check_passes(work: Path, capsys: pytes
     answer = mykv_function(work)
     assert check(exercises.HIT_RATE, answer) is answer
     assert check(exercises.HIT_RATE, answer) is answer
-    assert capsys.readouterr().out.count("✔ 00.2 hit_rate: 4 of 4\n  kept in mykv.py") == 2
+    assert capsys.readouterr().out.count(f"✔ 00.2 hit_rate: 4 of 4\n  kept in {work / 'mykv.py'}\n") == 2
 
 
 def mykv_function(folder: Path) -> Any:
@@ -182,9 +182,9 @@ def test_what_is_forbidden_is_forbidden_in_every_spelling(spelling: str) -> None
 
 def test_right_answers_accumulate_and_replace_older_ones(work: Path) -> None:
     for exercise in exercises.ALL:
-        assert keep(exercise, exercise.reference) == "kept in mykv.py"
+        assert keep(exercise, exercise.reference) == f"kept in {work / 'mykv.py'}"
     text = (work / "mykv.py").read_text("utf-8")
-    assert keep(exercises.HIT_RATE, exercises.HIT_RATE.reference) == "kept in mykv.py"
+    assert keep(exercises.HIT_RATE, exercises.HIT_RATE.reference) == f"kept in {work / 'mykv.py'}"
     assert (work / "mykv.py").read_text("utf-8") == text
     answers = load_answers(work / "mykv.py")
     for name, exercise in ALL.items():
@@ -276,5 +276,44 @@ def test_marks_and_answers_with_signs_in_any_terminal(tmp_path: Path, encoding: 
     command = [sys.executable, "-c", CHECK, tmp_path / "answers.py"]
     run = subprocess.run(command, env=environment, capture_output=True, encoding=encoding)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "00.1 cacheable_prefix: 5 of 5\n  kept in mykv.py" in run.stdout
+    assert f"00.1 cacheable_prefix: 5 of 5\n  kept in {tmp_path / 'work' / 'mykv.py'}\n" in run.stdout
     assert run.stdout[0] == ("✔" if encoding == "utf-8" else "\\")
+
+
+def test_a_function_that_was_changed_by_hand_is_not_lost(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    assert keep(exercises.HIT_RATE, exercises.HIT_RATE.reference) == "kept in mykv.py"
+    mine = (work / "mykv.py").read_text("utf-8").replace("full = ", "mine = 1\n    full = ")
+    (work / "mykv.py").write_text(mine, "utf-8")
+    said = keep(exercises.HIT_RATE, exercises.HIT_RATE.reference)
+    assert said == "kept in mykv.py; the file as it was is mykv.py.before"
+    assert (work / "mykv.py.before").read_text("utf-8") == mine
+
+
+def test_what_an_answer_prints_is_shown_with_the_verdict_and_not_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def loud(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
+        print("looking at", prompt_tokens)
+        return 2.0
+
+    check(exercises.HIT_RATE, loud)
+    said = capsys.readouterr().out
+    assert said.startswith("✘ 00.2 hit_rate")
+    assert "it printed: looking at 1040 (and 3 more lines)" in said
+
+
+def test_a_hunt_begins_with_faulty_code_that_is_not_started_until_it_is_changed() -> None:
+    def given(x: int) -> int:
+        """Twice x, it says."""
+        return x + 1
+
+    def other_name(x: int) -> int:
+        return x + 1
+
+    def mended(x: int) -> int:
+        return x + x
+
+    hunt = Exercise("double", "00.9", 3, lambda x: 2 * x, ((3,), (5,)), (), "multiply", given=given)
+    assert grade(hunt, given).state == "todo"
+    assert grade(hunt, lambda x: x + 2).state == "wrong"
+    assert grade(hunt, mended).state == "right"
+    assert grade(hunt, other_name).state == "wrong", "its constants differ: it has no docstring"

@@ -71,15 +71,32 @@ def cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def checked_in(path: Path) -> list[Exercise]:
-    names = re.findall(r"exercises\.([A-Z_]+)", "\n".join(c.source for c in cells(path) if c.cell_type == "code"))
-    return [getattr(exercises, name) for name in names]
+    code = "\n".join(c.source for c in cells(path) if c.cell_type == "code")
+    return [getattr(exercises, name) for name in re.findall(r"exercises\.([A-Z][A-Z0-9_]*)", code)]
+
+
+def first_version(exercise: Exercise) -> str:
+    """What a notebook gives of a hunt: the faulty function under the name of the exercise."""
+    assert exercise.given is not None
+    return (
+        inspect.getsource(exercise.given).replace(f"def {exercise.given.__name__}(", f"def {exercise.name}(").rstrip()
+    )
 
 
 def test_every_exercise_is_in_a_notebook_and_its_number_says_which() -> None:
     found = {e.name: path for path in NOTEBOOKS for e in checked_in(path)}
     assert found.keys() == ALL.keys()
     for name, path in found.items():
-        assert ALL[name].number.startswith(path.name[:2])
+        assert ALL[name].number.partition(".")[0] == path.name.partition("_")[0]
+
+
+@pytest.mark.parametrize("exercise", [e for e in exercises.ALL if e.given], ids=lambda e: e.name)
+def test_a_hunt_is_given_as_it_is_checked_and_its_faults_have_hints(exercise: Exercise) -> None:
+    (path,) = [path for path in NOTEBOOKS if exercise in checked_in(path)]
+    assert first_version(exercise) in [cell.source for cell in cells(path)]
+    assert exercise.given is not None
+    results = [exercise.run(exercise.given, args) for args in exercise.cases]
+    assert results != [exercise.run(exercise.reference, args) for args in exercise.cases], "it is not faulty"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -97,8 +114,10 @@ def test_a_solved_notebook_passes_strictly_and_keeps_its_answers(path: Path, tmp
     by_name = {e.name: inspect.getsource(e.reference) for e in checked_in(path)}
     for cell in notebook.cells:
         stub = re.match(r"def (\w+)\(.*\n(?s:.*)\n    \.\.\.$", cell.source)
-        if cell.cell_type == "code" and stub and stub[1] in by_name:
-            cell.source = by_name.pop(stub[1]).rstrip()
+        hunt = next((e for e in exercises.ALL if e.given and cell.source == first_version(e)), None)
+        name = stub[1] if stub else hunt.name if hunt else ""
+        if cell.cell_type == "code" and name in by_name:
+            cell.source = by_name.pop(name).rstrip()
     assert not by_name, f"no stub found for {list(by_name)}"
     notebook.cells.append(
         nbformat.v4.new_code_cell(IN_MYKV % sorted(e.name for e in checked_in(path)), execution_count=99)

@@ -106,12 +106,12 @@ def test_a_function_that_was_defined_indented_is_kept(tmp_path: Path, monkeypatc
     monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
     (tmp_path / "cell.py").write_text("if True:\n" + textwrap.indent(inspect.getsource(HIT_RATE), "    "), "utf-8")
     answer = mykv.load_answers(tmp_path / "cell.py").hit_rate
-    assert exercises.keep(exercises.HIT_RATE, answer) == "kept in mykv.py"
+    assert exercises.keep(exercises.HIT_RATE, answer).startswith("kept in ")
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
-    assert exercises.keep(exercises.HIT_RATE, exercises.HIT_RATE.reference) == "kept in mykv.py"
+    assert exercises.keep(exercises.HIT_RATE, exercises.HIT_RATE.reference).startswith("kept in ")
     before = (tmp_path / "mykv.py").read_bytes()
 
     def crash(*_: object) -> None:
