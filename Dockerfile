@@ -24,4 +24,4 @@ EXPOSE 8888
 
 # 0.0.0.0 is the container's own network; docker-compose.yml publishes the port on this machine alone.
 # JUPYTER_TOKEN is the token; where it is empty or not set, Jupyter makes a random one and prints the link.
-CMD ["sh", "-c", "sh scripts/setup.sh --copy ~/work && exec jupyter lab --ip=0.0.0.0 --no-browser --notebook-dir=$HOME/work"]
+CMD ["sh", "-c", "sh scripts/setup.sh --copy ~/work && exec jupyter lab --ip=0.0.0.0 --no-browser --notebook-dir=$HOME/work --LabApp.default_url=/lab/tree/00_start_here.ipynb"]

@@ -2,6 +2,11 @@
 #   make lab LAB_ARGS="--no-browser --port 8899"     what JupyterLab is told
 #   make test PYTHON=/path/to/python3                which Python makes .venv
 
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+ifneq ($(ROOT),$(CURDIR))
+$(error run make in the folder of the project, from elsewhere: make -C $(ROOT) $(MAKECMDGOALS))
+endif
+
 PY := .venv/bin/python
 # JupyterLab refuses to run as root unless told. It listens on this machine only and asks for its token.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -17,7 +22,7 @@ setup:
 
 lab: setup ## JupyterLab on your own copy of the notebooks, in work/
 	@sh scripts/setup.sh --copy work
-	@.venv/bin/jupyter lab --notebook-dir=work $(AS_ROOT) $(LAB_ARGS)
+	@.venv/bin/jupyter lab --notebook-dir=work --LabApp.default_url=/lab/tree/00_start_here.ipynb $(AS_ROOT) $(LAB_ARGS)
 
 demo: setup ## the whole system in a minute
 	@$(PY) -m kvlab demo

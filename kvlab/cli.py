@@ -54,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_any_text()
     try:
         try:
-            options = vars(_parser().parse_args(argv))
+            known, unknown = _parser().parse_known_args(argv)
+            options = vars(known)
             run: Callable[..., int] = options.pop("run")
+            parser: _Parser = options.pop("parser")
+            if unknown:  # said with the usage of the command, not with the list of all commands
+                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             return run(**options)
         finally:
             if sys.stdout is not None:
@@ -138,6 +142,8 @@ def _bench(module: str) -> Callable[..., int]:
     def run(json: bool, **options: Any) -> int:
         from kvlab.lab import tables
 
+        if options.get("store", "") is None and not _default_store().startswith("fakeredis://"):
+            options["store"] = _default_store()
         result = import_module(module).run(**options)
         _print_json(result) if json else print(tables.text(result))
         return SUCCESS if result.get("ok", True) else FAILURE
@@ -155,7 +161,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-STORE = Option("--store", "URL of a store, for example redis://localhost:6379", {"metavar": "URL"})
+STORE = Option(
+    "--store", "URL of a store, for example redis://localhost:6379 (default: KVLAB_STORE, if set)", {"metavar": "URL"}
+)
 IMPL = Option("--impl", "use the functions in this file, for example work/mykv.py", {"metavar": "FILE"})
 JSON = Option("--json", "print one JSON object and nothing else", {"action": "store_true"})
 WINDOWS = Option("--windows", "text windows for the quality measurement (default 96)", {"type": _count, "default": 96})
@@ -230,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
             inner = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = inner.add_subparsers(required=True, metavar="COMMAND")
         one = groups[group].add_parser(name, help=command.help, description=command.help)
-        one.set_defaults(run=command.run)
+        one.set_defaults(run=command.run, parser=one)
         for option in command.options:
             one.add_argument(option.flag, help=option.help, **option.settings)
     return parser

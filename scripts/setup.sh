@@ -105,6 +105,7 @@ install_torch() {
 # --- commands ---------------------------------------------------------------------------------
 set_up() {
     up_to_date && return
+    [ -w . ] || fail "$(pwd -P) cannot be written to; copy the project to a folder of your own and run the command there"
     rm -f .venv/.ready # an interrupted set-up starts again
     if has_environment; then
         say "[1/3] .venv exists"

@@ -62,7 +62,7 @@ def test_a_store_is_called_store_everywhere() -> None:
     taking = {command.name for command in COMMANDS if cli.STORE in command.options}
     assert taking == {"demo", "bench codec", "bench wire"}
     assert (cli.STORE.flag, cli.STORE.settings["metavar"]) == ("--store", "URL")
-    assert cli.STORE.help == "URL of a store, for example redis://localhost:6379"
+    assert cli.STORE.help.startswith("URL of a store, for example redis://localhost:6379")
 
 
 def test_only_commands_that_need_the_course_import_it() -> None:
@@ -104,6 +104,14 @@ def test_wrong_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("usage: kvlab")
 
 
+def test_wrong_usage_of_a_command_shows_the_usage_of_that_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "wire", "--nope", "1"])
+    assert stopped.value.code == USAGE
+    told = capsys.readouterr().err
+    assert told.startswith("usage: kvlab bench wire") and "unrecognized arguments: --nope 1" in told
+
+
 def test_wrong_usage_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["demo", "redis://me:secret@host"], ["demo", "--redis", "redis://:secret@host/0"]):
         with pytest.raises(SystemExit):
@@ -118,6 +126,8 @@ def test_wrong_usage_shows_no_password(capsys: pytest.CaptureFixture[str]) -> No
         ("redis://me:secret@127.0.0.1:9", "redis://me:***@127.0.0.1:9: conn"),
         ("http://x", "expected a store URL"),
         ("", "expected a store URL"),
+        ("localhost:6379", "(redis://HOST:PORT for a Redis), got '***'"),
+        ("me:secret@host", "(redis://HOST:PORT for a Redis)"),
         ("redis://localhost:65536", "expected a port of 1"),
         ("redis://localhost:6379\n", "not a usable store URL"),
         ("redis://local\nhost:6379", "not a usable store URL"),
@@ -137,8 +147,9 @@ def test_the_surroundings_may_name_the_store(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KVLAB_STORE", "redis://127.0.0.1:9")
-    assert main(["demo"]) == FAILURE
-    assert "redis://127.0.0.1:9" in capsys.readouterr().err
+    for command in (["demo"], ["bench", "wire"], ["bench", "codec"]):
+        assert main(command) == FAILURE
+        assert "redis://127.0.0.1:9" in capsys.readouterr().err
     assert main(["demo", "--store", "fakeredis://"]) == SUCCESS
 
 
@@ -274,7 +285,8 @@ def test_progress_shows_each_exercise(tmp_path: Path, capsys: pytest.CaptureFixt
     source = HIT_RATE + "\n\ndef cacheable_prefix(a, b, block_tokens):\n    return 0\n"
     assert main(["progress", "--impl", learner(tmp_path, source)]) == SUCCESS
     printed = capsys.readouterr().out
-    assert printed.startswith("00  ✘ 00.1 cacheable_prefix   ✔ 00.2 hit_rate\n01  ○ 01.1 causal_attention")
+    assert re.match(r"00  ✘ 00\.1 cacheable_prefix   ✔ 00\.2 hit_rate.*\n01  ○ 01\.1 ", printed)
+    assert "✘ 00.1 cacheable_prefix: cacheable_prefix(a=[1, 2" in printed and "  hint: " in printed
     assert "\n1 of " in printed
 
 
@@ -284,6 +296,13 @@ def test_functions_alone_are_completed_whatever_the_file_begins_with(
     source = '"""Mine."""\n\nfrom __future__ import annotations\n\n' + HIT_RATE
     assert main(["demo", "--impl", learner(tmp_path, source)]) == SUCCESS
     assert "cache:   MiniCache over fakeredis://" in capsys.readouterr().out
+
+
+def test_answers_that_are_no_python_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mykv.txt").write_text(HIT_RATE)
+    for command in ("demo", "progress"):
+        assert main([command, "--impl", str(tmp_path / "mykv.txt")]) == FAILURE
+        assert "its name ending in .py" in capsys.readouterr().err
 
 
 def test_progress_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,7 +354,7 @@ def run_in(monkeypatch: pytest.MonkeyPatch, encoding: str, argv: Sequence[str]) 
 def test_the_demo_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     status, out, err = run_in(monkeypatch, encoding, ["demo"])
     assert (status, err) == (SUCCESS, "") and "All tests completed!" in out
-    assert ("prompt:  … '" in out) == (encoding in ("cp1252", "utf-8"))
+    assert ("prompt:  … " in out) == (encoding in ("cp1252", "utf-8"))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

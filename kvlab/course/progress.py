@@ -9,20 +9,21 @@ from kvlab.course.work import work_dir
 from kvlab.errors import InputError
 
 MARKS = {"right": "✔", "wrong": "✘", "todo": "○"}
+NOT_STARTED = engine.Verdict("todo", "")
 
 
-def states(path: str | Path) -> dict[engine.Exercise, str]:
-    """The state of each exercise, "right", "wrong" or "todo", in the order of the course. Checks each function now.
+def verdicts(path: str | Path) -> dict[engine.Exercise, engine.Verdict]:
+    """The verdict on each exercise, in the order of the course. Checks each function now.
 
     Raises:
         InputError: the file does not import.
     """
     module = mykv.load_answers(path)
-    return {exercise: _state(exercise, mykv.own_function(module, exercise.name)) for exercise in registry.ALL}
+    return {exercise: _verdict(exercise, mykv.own_function(module, exercise.name)) for exercise in registry.ALL}
 
 
 def report(path: str | Path | None = None) -> str:
-    """A line for each lesson with exercises, and one that says how many are solved.
+    """A line for each lesson with exercises, why wrong answers are wrong, and a line that says how many are solved.
 
     Args:
         path: the learner's file; by default `mykv.py`, which need not exist yet.
@@ -36,19 +37,17 @@ def report(path: str | Path | None = None) -> str:
         if path is not None:
             raise
         file = None
-    state = dict.fromkeys(registry.ALL, "todo") if file is None else states(file)
+    found = dict.fromkeys(registry.ALL, NOT_STARTED) if file is None else verdicts(file)
     lessons: dict[str, list[str]] = {}
-    for exercise, now in state.items():
-        lessons.setdefault(exercise.number.partition(".")[0], []).append(
-            f"{MARKS[now]} {exercise.number} {exercise.name}"
-        )
-    solved = sum(now == "right" for now in state.values())
+    for exercise, verdict in found.items():
+        lesson = exercise.number.partition(".")[0]
+        lessons.setdefault(lesson, []).append(f"{MARKS[verdict.state]} {exercise.number} {exercise.name}")
     lines = [f"{lesson}  {'   '.join(entries)}" for lesson, entries in lessons.items()]
+    lines += [verdict.text for verdict in found.values() if verdict.state == "wrong"]
+    solved = sum(verdict.state == "right" for verdict in found.values())
     where = f"no mykv.py yet; it will be {work_dir() / 'mykv.py'}" if file is None else f"in {file}"
-    if "wrong" in state.values():
-        lines.append(f"why ✘: python -m kvlab demo --impl {file}")
-    return "\n".join([*lines, f"{solved} of {len(state)} solved (✔ right, ✘ wrong, ○ not started), {where}"])
+    return "\n".join([*lines, f"{solved} of {len(found)} solved (✔ right, ✘ wrong, ○ not started), {where}"])
 
 
-def _state(exercise: engine.Exercise, function: object) -> str:
-    return "todo" if not callable(function) else engine.grade(exercise, function).state
+def _verdict(exercise: engine.Exercise, function: object) -> engine.Verdict:
+    return NOT_STARTED if not callable(function) else engine.grade(exercise, function)

@@ -34,7 +34,7 @@ def hit_rate(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float
     return cached_tokens // block_tokens / full if full else 0.0
 
 
-HEADER = f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'zstd':>9} {'faster':>8}"
+HEADER = f"{'prefix':>8} {'cold':>9} {'warm':>9} {'faster':>8} {'record bytes':>13} {'zstd warm':>10} {'faster':>8}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def run(store: str = "fakeredis://", say: Say = print, prefixes: Sequence[int] =
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     say(f"Same tokens cold and warm: {result.tokens_equal}")
     say(f"Cache hit rate: {result.hit_rate_full_blocks:.0%}")
+    say(f"Checked: KV by text, and {len(rows)} prompts by tokens, cold, warm and warm with zstd")
     say("All tests completed!" if result.ok else "FAILED: see the lines above")
     return result
 
@@ -161,9 +162,15 @@ def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: K
     prompt = sample[: 512 + SUFFIX]
     cold = generate(model, prompt, NEW_TOKENS, cache)
     warm = generate(model, prompt, NEW_TOKENS, cache)
-    say(f"prompt:  … {tokenizer.decode(prompt[-12:])!r} ({len(prompt)} tokens)")
-    say(f"cold:    {tokenizer.decode(cold.tokens)!r} ({cold.cached_tokens} tokens from the cache)")
-    say(f"warm:    {tokenizer.decode(warm.tokens)!r} ({warm.cached_tokens} tokens from the cache)")
+    say(f"prompt:  … {_in_one_line(tokenizer.decode(prompt[-12:]))} ({len(prompt)} tokens; ↵ is a new line)")
+    say(f"cold:    {_in_one_line(tokenizer.decode(cold.tokens))} ({cold.cached_tokens} tokens from the cache)")
+    say(f"warm:    {_in_one_line(tokenizer.decode(warm.tokens))} ({warm.cached_tokens} tokens from the cache)")
+
+
+def _in_one_line(text: str) -> str:
+    """Text with a sign in place of new lines and spaces around them, and unprintable characters escaped."""
+    joined = " ↵ ".join(line.strip() for line in text.splitlines() if line.strip())
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in joined)
 
 
 def _measure(model: Llama, prompt: list[int], caches: _Caches) -> Row:
@@ -206,5 +213,5 @@ def _time_first_token(model: Llama, prompt: list[int], caches: _Caches) -> Timin
 def _line(r: Row) -> str:
     return (
         f"{r.prefix_tokens:>8} {r.cold_ms:>6.1f} ms {r.warm_ms:>6.1f} ms {r.speedup:>7.1f}x "
-        f"{r.bytes:>13,} {r.zstd_ms:>6.1f} ms {r.zstd_speedup:>7.1f}x"
+        f"{r.bytes:>13,} {r.zstd_ms:>7.1f} ms {r.zstd_speedup:>7.1f}x"
     )

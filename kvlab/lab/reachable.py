@@ -19,5 +19,7 @@ def open_reachable(url: str, **settings: Any) -> Store:
     health = store.health()
     if not health.ok:
         store.close()
-        raise KVLabError(f"the store cannot be used ({health.detail}); start or repair it, or leave --store out")
+        raise KVLabError(
+            f"the store cannot be used ({health.detail}); start or repair it, or use another one (--store, KVLAB_STORE)"
+        )
     return store

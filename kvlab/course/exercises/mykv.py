@@ -105,8 +105,10 @@ def load_answers(path: str | Path) -> ModuleType:
     """
     path = Path(path)
     spec = importlib.util.spec_from_file_location("mykv", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise InputError(f"expected a Python file with answers, found none at {path}")
+    if spec is None or spec.loader is None:
+        raise InputError(f"expected a Python file with answers, its name ending in .py, got {path}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
