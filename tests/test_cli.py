@@ -263,7 +263,7 @@ def test_an_answer_file_that_does_not_work(
 
 
 @pytest.mark.parametrize(
-    "source", ["def causal_attention(q, k, v, start): ...", "def hit_rate(a, b, c): return 1 // 0"]
+    "source", ["def causal_attention(q, k, v, start): ...", "def hit_rate(a, b): return 1 // 0"]
 )
 def test_an_answer_that_is_not_right_fails_the_demo(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

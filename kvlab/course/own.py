@@ -26,7 +26,7 @@ from kvlab.course.exercises import mykv, registry
 from kvlab.course.exercises.engine import Exercise, Verdict, grade
 from kvlab.engine import generate
 from kvlab.errors import ConfigError, InputError
-from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say, hit_rate
+from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say
 from kvlab.lab.timing import NOISY_BEYOND, time_rounds
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
@@ -130,7 +130,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     model, sample = load_model(), held_out_tokens(Tokenizer())
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
-    rate_of = own.module.hit_rate if own.has("hit_rate") else hit_rate
+    rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
         say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
@@ -163,7 +163,7 @@ def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[
         "cold_ms": times.median_ms("cold"),
         "warm_ms": times.median_ms("warm"),
         "speedup": times.ratio("cold", "warm"),
-        "hit_rate": rate_of(len(prompt), warm.cached_tokens, cache.block_tokens),
+        "hit_rate": rate_of([(len(prompt), warm.cached_tokens)], cache.block_tokens),
         "tokens_equal": warm.tokens == cold.tokens,
         "aa_ratio": times.aa_ratio,
     }

@@ -79,4 +79,4 @@ def test_a_wrong_attention_makes_the_demo_fail(monkeypatch: pytest.MonkeyPatch) 
     ("prompt", "cached", "rate"), [(1040, 1024, 1.0), (1040, 512, 0.5), (100, 64, 1.0), (40, 0, 0)]
 )
 def test_the_hit_rate_is_over_full_blocks(prompt: int, cached: int, rate: float) -> None:
-    assert demo.hit_rate(prompt, cached, 64) == rate == exercises.HIT_RATE.reference(prompt, cached, 64)
+    assert demo.hit_rate(prompt, cached, 64) == rate == exercises.HIT_RATE.reference([(prompt, cached)], 64)

@@ -11,11 +11,11 @@ RTOL, ATOL = 1e-4, 1e-5
 
 
 def same(got: Any, expected: Any) -> bool:
-    """Equal; floats and tensors to a relative 1e-4, because a learner may sum in another order."""
+    """Equal; floats and tensors to a relative 1e-4, because a learner may sum in another order. NaN equals NaN."""
     try:
         if isinstance(expected, torch.Tensor):
             got = torch.as_tensor(got)
-            return got.shape == expected.shape and torch.allclose(got.double(), expected.double(), RTOL, ATOL)
+            return got.shape == expected.shape and torch.allclose(got.double(), expected.double(), RTOL, ATOL, True)
         if isinstance(expected, float):
             return bool(abs(float(got) - expected) <= RTOL * max(1.0, abs(expected)))
         return bool(got == expected)

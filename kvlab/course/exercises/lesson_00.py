@@ -1,10 +1,13 @@
-"""The exercises of notebook 00, start here: what of a prompt can come from the cache, and the hit rate."""
+"""The exercises of notebook 00, start here: the part of a prompt that a cache can give back, and the hit rate."""
 
 from __future__ import annotations
 
 import math
 
 from kvlab.course.exercises.engine import Exercise, Wrong
+
+Prompts = list[list[int]]
+Requests = list[tuple[int, int]]
 
 
 def cacheable_prefix(a: list[int], b: list[int], block_tokens: int) -> int:
@@ -31,14 +34,25 @@ def _counts_all_equal_positions(a: list[int], b: list[int], block_tokens: int) -
     return same // block_tokens * block_tokens
 
 
+def _counts_blocks(a: list[int], b: list[int], block_tokens: int) -> int:
+    return cacheable_prefix(a, b, block_tokens) // block_tokens
+
+
+def _runs_off_the_shorter_prompt(a: list[int], b: list[int], block_tokens: int) -> int:
+    same = 0
+    while a[same] == b[same]:
+        same += 1
+    return same // block_tokens * block_tokens
+
+
 CACHEABLE_PREFIX = Exercise(
     name="cacheable_prefix",
     number="00.1",
     difficulty=2,
     reference=cacheable_prefix,
     cases=(
-        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], 2),
         ([1, 2, 3, 4, 5], [1, 2, 3, 9, 5], 2),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], 2),
         ([1, 2, 3, 4], [9, 2, 3, 4], 2),
         ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 0, 6, 7, 8], 2),
         ([], [1, 2], 4),
@@ -46,34 +60,202 @@ CACHEABLE_PREFIX = Exercise(
     wrong=(
         Wrong(_counts_partial_blocks, "only full blocks are stored: round down to a multiple of block_tokens"),
         Wrong(_counts_all_equal_positions, "a prefix ends at the first difference; what is equal after it is lost"),
+        Wrong(_counts_blocks, "this counts blocks; the answer is in tokens"),
+        Wrong(_runs_off_the_shorter_prompt, "one prompt can end before the two differ: `zip` stops at the shorter one"),
     ),
     hint="walk along both lists while they agree, then round down to whole blocks",
+    after="The real cache never compares two prompts: it compares one key for each block. You see them in notebook 03.",
 )
 
 
-def hit_rate(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
-    """Share of the prompt's full blocks that came from the cache."""
-    full = prompt_tokens // block_tokens
-    return cached_tokens // block_tokens / full if full else 0.0
+def hit_rate(requests: list[tuple[int, int]], block_tokens: int) -> float:
+    """Share of all full blocks that came from the cache. A request is (prompt tokens, cached tokens)."""
+    found = 0
+    full = 0
+    for prompt_tokens, cached_tokens in requests:
+        found += cached_tokens // block_tokens
+        full += prompt_tokens // block_tokens
+    return found / full if full else 0.0
 
 
-def _rate_over_tokens(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
-    return cached_tokens / prompt_tokens
+def _mean_of_rates(requests: Requests, block_tokens: int) -> float:
+    rates = [hit_rate([request], block_tokens) for request in requests]
+    return sum(rates) / len(rates) if rates else 0.0
 
 
-def _rate_over_started_blocks(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
-    return cached_tokens // block_tokens / math.ceil(prompt_tokens / block_tokens)
+def _mean_of_rates_unguarded(requests: Requests, block_tokens: int) -> float:
+    rates = [cached // block_tokens / (prompt // block_tokens) for prompt, cached in requests]
+    return sum(rates) / len(rates)
+
+
+def _rate_over_tokens(requests: Requests, block_tokens: int) -> float:
+    prompts = sum(prompt for prompt, _ in requests)
+    return sum(cached for _, cached in requests) / prompts if prompts else 0.0
+
+
+def _rate_over_started_blocks(requests: Requests, block_tokens: int) -> float:
+    blocks = sum(math.ceil(prompt / block_tokens) for prompt, _ in requests)
+    return sum(cached // block_tokens for _, cached in requests) / blocks if blocks else 0.0
+
+
+def _rate_over_pooled_tokens(requests: Requests, block_tokens: int) -> float:
+    blocks = sum(prompt for prompt, _ in requests) // block_tokens
+    return sum(cached for _, cached in requests) // block_tokens / blocks if blocks else 0.0
+
+
+def _rate_over_requests(requests: Requests, block_tokens: int) -> float:
+    return sum(cached > 0 for _, cached in requests) / len(requests) if requests else 0.0
+
+
+def _in_percent(requests: Requests, block_tokens: int) -> float:
+    return 100 * hit_rate(requests, block_tokens)
+
+
+def _whole_number(requests: Requests, block_tokens: int) -> float:
+    return hit_rate(requests, block_tokens) // 1
+
+
+def _no_guard(requests: Requests, block_tokens: int) -> float:
+    full = sum(prompt // block_tokens for prompt, _ in requests)
+    return sum(cached // block_tokens for _, cached in requests) / full
 
 
 HIT_RATE = Exercise(
     name="hit_rate",
     number="00.2",
-    difficulty=2,
+    difficulty=3,
     reference=hit_rate,
-    cases=((1040, 1024, 64), (1024, 512, 64), (100, 64, 64), (40, 0, 64)),
+    cases=(
+        ([(1040, 1024)], 64),
+        ([(1040, 1024), (1040, 512)], 64),
+        ([(1040, 1024), (140, 0), (300, 64)], 64),
+        ([(130, 64), (40, 0), (40, 0)], 64),
+        ([(40, 0), (63, 0)], 64),
+        ([], 64),
+    ),
     wrong=(
         Wrong(_rate_over_tokens, "this is the share of tokens; the question is the share of full blocks"),
         Wrong(_rate_over_started_blocks, "the partial last block is never stored: it must not count as a miss"),
+        Wrong(_mean_of_rates, "a mean of rates counts a short prompt as much as a long one: sum first, divide once"),
+        Wrong(
+            _mean_of_rates_unguarded,
+            "add up blocks over all requests and divide once; a request without a full block has no rate of its own",
+        ),
+        Wrong(_rate_over_pooled_tokens, "round down for each request: leftovers of two prompts make no full block"),
+        Wrong(_rate_over_requests, "this is the share of requests with a hit; the question is the share of blocks"),
+        Wrong(_in_percent, "a share is a number from 0 to 1, not in percent"),
+        Wrong(_whole_number, "`//` between the two sums throws the fraction away: use `/` there"),
+        Wrong(_no_guard, "requests without any full block have rate 0.0: do not divide by zero"),
     ),
-    hint="count full blocks in the prompt and in the cached part; a prompt without a full block has rate 0.0",
+    hint="two sums over the requests, found blocks and full blocks, then one division; without a full block: 0.0",
+    after="Serving systems report this rate in different units. Ask which one before you compare two numbers.",
+)
+
+
+def replay(prompts: list[list[int]], block_tokens: int) -> list[tuple[int, int]]:
+    """Serve prompts in order with a cache that never forgets; return (prompt tokens, cached tokens) of each."""
+    kept = set()
+    served = []
+    for prompt in prompts:
+        ends = range(block_tokens, len(prompt) + 1, block_tokens)
+        cached = 0
+        for end in ends:
+            if tuple(prompt[:end]) not in kept:
+                break
+            cached = end
+        for end in ends:
+            kept.add(tuple(prompt[:end]))
+        served.append((len(prompt), cached))
+    return served
+
+
+def _blocks(prompt: list[int], block_tokens: int) -> list[tuple[int, ...]]:
+    ends = range(block_tokens, len(prompt) + 1, block_tokens)
+    return [tuple(prompt[end - block_tokens : end]) for end in ends]
+
+
+def _replay_by_content(prompts: Prompts, block_tokens: int) -> Requests:
+    kept: set[tuple[int, ...]] = set()
+    served = []
+    for prompt in prompts:
+        blocks = _blocks(prompt, block_tokens)
+        hits = [block in kept for block in blocks]
+        kept.update(blocks)
+        served.append((len(prompt), [*hits, False].index(False) * block_tokens))
+    return served
+
+
+def _replay_past_gaps(prompts: Prompts, block_tokens: int) -> Requests:
+    kept: set[tuple[int, ...]] = set()
+    served = []
+    for prompt in prompts:
+        blocks = _blocks(prompt, block_tokens)
+        served.append((len(prompt), sum(block in kept for block in blocks) * block_tokens))
+        kept.update(blocks)
+    return served
+
+
+def _replay_finds_its_own_blocks(prompts: Prompts, block_tokens: int) -> Requests:
+    kept: set[tuple[int, ...]] = set()
+    served = []
+    for prompt in prompts:
+        cached = 0
+        for block in _blocks(prompt, block_tokens):
+            cached += block_tokens * (block in kept)
+            kept.add(block)
+        served.append((len(prompt), cached))
+    return served
+
+
+def _replay_saves_first(prompts: Prompts, block_tokens: int) -> Requests:
+    return [(len(prompt), len(prompt) // block_tokens * block_tokens) for prompt in prompts]
+
+
+def _replay_against_the_last(prompts: Prompts, block_tokens: int) -> Requests:
+    before = [[], *prompts]
+    return [(len(b), cacheable_prefix(a, b, block_tokens)) for a, b in zip(before, prompts, strict=False)]
+
+
+def _replay_with_partial_blocks(prompts: Prompts, block_tokens: int) -> Requests:
+    served = []
+    for i, prompt in enumerate(prompts):
+        served.append((len(prompt), max((_counts_partial_blocks(a, prompt, 1) for a in prompts[:i]), default=0)))
+    return served
+
+
+def _replay_in_blocks(prompts: Prompts, block_tokens: int) -> Requests:
+    return [(prompt // block_tokens, cached // block_tokens) for prompt, cached in replay(prompts, block_tokens)]
+
+
+REPLAY = Exercise(
+    name="replay",
+    number="00.3",
+    difficulty=3,
+    reference=replay,
+    cases=(
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9, 9], [1, 2, 7, 7]], 2),
+        ([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 4, 0]], 2),
+        ([[1, 2, 3, 4, 5, 6, 0], [1, 2, 9, 9, 5, 6, 0]], 2),
+        ([[1, 2, 3, 4, 0], [3, 4, 1, 2, 0]], 2),
+        ([[8, 8, 8, 8, 8, 8, 0]], 2),
+        ([[1], [1], []], 2),
+        ([], 2),
+    ),
+    wrong=(
+        Wrong(
+            _replay_past_gaps,
+            "a block after a missing one is lost: stop at the first that is missing. And its history counts too",
+        ),
+        Wrong(
+            _replay_by_content,
+            "the same tokens after another beginning are another block: remember all tokens up to the block's end",
+        ),
+        Wrong(_replay_finds_its_own_blocks, "a prompt cannot find its own blocks: look all of them up, then save"),
+        Wrong(_replay_saves_first, "every prompt finds itself here: look up before you save"),
+        Wrong(_replay_against_the_last, "the cache never forgets: look in all earlier prompts, not in the last one"),
+        Wrong(_replay_with_partial_blocks, "only full blocks are stored: what is found is a multiple of block_tokens"),
+        Wrong(_replay_in_blocks, "both numbers of a request are in tokens, not in blocks"),
+    ),
+    hint="keep a set of prefixes that end at a full block; for each prompt: look up from the front, then save",
+    after="Notebook 10 replays a recording of real requests in this way, with a cache that also runs out of memory.",
 )

@@ -48,6 +48,7 @@ def test_differences(got: Any, expected: Any, said: list[str]) -> None:
 
 def test_same_allows_for_the_order_of_sums() -> None:
     assert same(0.1 + 0.2, 0.3) and same(T + 1e-6, T) and same([1], [1])
+    assert same(changed((0, 1, 2), float("nan")), changed((0, 1, 2), float("nan"))) and not same(T * float("nan"), T)
     assert not same(T[0], T) and not same("x", 1.0) and not same(1.001, 1.0) and not same(None, T)
 
 

@@ -52,8 +52,8 @@ def test_an_answer_that_writes_to_its_arguments_spoils_no_other_case() -> None:
 
 
 def test_check_falls_back_to_the_reference(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    got = check(exercises.HIT_RATE, lambda *_: 0.5)
-    assert got(1040, 512, 64) == exercises.HIT_RATE.reference(1040, 512, 64)
+    got = check(exercises.HIT_RATE, lambda *_: 0.25)
+    assert got([(1040, 512)], 64) == exercises.HIT_RATE.reference([(1040, 512)], 64) == 0.5
     assert "goes on with the reference" in capsys.readouterr().out
     assert not (work / "mykv.py").exists()
 
@@ -84,7 +84,7 @@ def test_an_answer_that_is_mended_after_a_check_passes(work: Path, capsys: pytes
     answer = mykv_function(work)
     assert check(exercises.HIT_RATE, answer) is answer
     assert check(exercises.HIT_RATE, answer) is answer
-    assert capsys.readouterr().out.count(f"✔ 00.2 hit_rate: 4 of 4\n  kept in {work / 'mykv.py'}\n") == 2
+    assert capsys.readouterr().out.count(f"✔ 00.2 hit_rate: 6 of 6\n  kept in {work / 'mykv.py'}\n") == 2
 
 
 def mykv_function(folder: Path) -> Any:
@@ -103,8 +103,8 @@ def test_a_function_of_the_package_is_no_answer(ours: Any, work: Path, capsys: p
 
 
 def test_a_function_that_prints_instead_of_returning_is_told_so() -> None:
-    def printing(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> None:
-        print(cached_tokens // block_tokens / max(1, prompt_tokens // block_tokens))
+    def printing(requests: list[tuple[int, int]], block_tokens: int) -> None:
+        print(exercises.HIT_RATE.reference(requests, block_tokens))
 
     verdict = grade(exercises.HIT_RATE, printing)
     assert verdict.state == "wrong"
@@ -192,40 +192,44 @@ def test_right_answers_accumulate_and_replace_older_ones(work: Path) -> None:
 
 
 def test_an_answer_that_leans_on_the_notebook_is_not_kept(work: Path) -> None:
-    source = "def hit_rate(p, c, b):\n    return solution(p, c, b)\n"
+    source = "def hit_rate(r, b):\n    return solution(r, b)\n"
     namespace = {"solution": exercises.HIT_RATE.reference}
     file = work / "cell.py"
     file.write_text(source, "utf-8")
     exec(compile(source, str(file), "exec"), namespace)  # what a notebook cell is
     assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
     assert not (work / "mykv.py").exists()
-    keep(exercises.WEIGHTED_OWNER, exercises.WEIGHTED_OWNER.reference)
+    keep(exercises.SHARE_MOVED, exercises.SHARE_MOVED.reference)
     before = (work / "mykv.py").read_text("utf-8")
     assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
     assert (work / "mykv.py").read_text("utf-8") == before
 
 
 def test_a_function_of_another_name_is_not_kept_and_told_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def my_own(draws: dict[str, float], weights: dict[str, float]) -> str:
-        return exercises.WEIGHTED_OWNER.reference(draws, weights)
+    def my_own(before: int, after: int) -> float:
+        return exercises.SHARE_MOVED.reference(before, after)
 
-    assert check(exercises.WEIGHTED_OWNER, my_own) is my_own
-    assert "the function is called my_own, expected weighted_owner" in capsys.readouterr().out
+    assert check(exercises.SHARE_MOVED, my_own) is my_own
+    assert "the function is called my_own, expected share_moved" in capsys.readouterr().out
     assert not (work / "mykv.py").exists()
 
 
 def test_an_error_gets_the_hint_of_the_wrong_answer_that_raises_it_and_no_other_error_does() -> None:
-    hint = next(w.hint for w in exercises.RING_OWNER.wrong if "% len" in w.hint)
+    hint = next(w.hint for w in exercises.RING_NODES.wrong if "% len" in w.hint)
 
-    def falls_off(points: list[int], owners: list[str], at: int) -> str:
-        return owners[sum(point < at for point in points)]
+    def falls_off(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+        found, i = [], sum(point < at for point in points)
+        while len(found) < count:
+            found += [owners[i]] if owners[i] not in found else []
+            i += 1
+        return found
 
-    def other(points: list[int], owners: list[str], at: int) -> str:
-        return owners[points.index(at)]
+    def other(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+        return [owners[points.index(at)]]
 
-    text = grade(exercises.RING_OWNER, falls_off).text
+    text = grade(exercises.RING_NODES, falls_off).text
     assert text.endswith(f"IndexError: list index out of range\n  hint: {hint}")
-    assert grade(exercises.RING_OWNER, other).text.endswith(f"hint: {exercises.RING_OWNER.hint}")
+    assert grade(exercises.RING_NODES, other).text.endswith(f"hint: {exercises.RING_NODES.hint}")
 
 
 def test_loading_answers_says_what_is_wrong(tmp_path: Path) -> None:
@@ -291,14 +295,14 @@ def test_a_function_that_was_changed_by_hand_is_not_lost(work: Path, monkeypatch
 
 
 def test_what_an_answer_prints_is_shown_with_the_verdict_and_not_before_it(capsys: pytest.CaptureFixture[str]) -> None:
-    def loud(prompt_tokens: int, cached_tokens: int, block_tokens: int) -> float:
-        print("looking at", prompt_tokens)
+    def loud(requests: list[tuple[int, int]], block_tokens: int) -> float:
+        print("looking at", len(requests))
         return 2.0
 
     check(exercises.HIT_RATE, loud)
     said = capsys.readouterr().out
     assert said.startswith("✘ 00.2 hit_rate")
-    assert "it printed: looking at 1040 (and 3 more lines)" in said
+    assert "it printed: looking at 1 (and 5 more lines)" in said
 
 
 def test_a_hunt_begins_with_faulty_code_that_is_not_started_until_it_is_changed() -> None:
