@@ -17,12 +17,14 @@ are in `lesson_00`, `lesson_01` and so on.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dis
 import functools
 import inspect
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +218,24 @@ def _is_stub(answer: Callable[..., Any]) -> bool:
 def _is_given(exercise: Exercise, answer: Callable[..., Any]) -> bool:
     """Whether a function is the faulty one that the exercise begins with, not changed yet."""
     own, given = getattr(answer, "__code__", None), getattr(exercise.given, "__code__", None)
-    return given is not None and own is not None and _content(own) == _content(given)
+    if exercise.given is None or own is None or given is None:
+        return False
+    if _content(own) == _content(given):
+        return True
+    # Where a module's import stands in the same file, Python compiles calls of it to other bytes than in a cell.
+    text = _text(answer)
+    return text is not None and text == _text(exercise.given)
+
+
+def _text(function: Callable[..., Any]) -> str | None:
+    """What a function's source says, without its name, comments and layout; None if there is no source."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    if isinstance(node, ast.FunctionDef):
+        node.name = ""
+    return ast.dump(node)
 
 
 def _content(code: CodeType) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import linecache
 import os
 import subprocess
 import sys
@@ -321,3 +322,14 @@ def test_a_hunt_begins_with_faulty_code_that_is_not_started_until_it_is_changed(
     assert grade(hunt, lambda x: x + 2).state == "wrong"
     assert grade(hunt, mended).state == "right"
     assert grade(hunt, other_name).state == "wrong", "its constants differ: it has no docstring"
+
+
+@pytest.mark.parametrize("hunt", [e for e in exercises.ALL if e.given], ids=lambda e: e.name)
+def test_a_hunt_is_recognised_in_a_cell_that_imports_nothing(hunt: Exercise) -> None:
+    assert hunt.given is not None
+    source = inspect.getsource(hunt.given)
+    name = f"<cell of {hunt.name}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    cell = dict(hunt.given.__globals__)  # type: ignore[attr-defined]
+    exec(compile(source, name, "exec"), cell)
+    assert grade(hunt, cell[hunt.given.__name__]).state == "todo"
