@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,44 @@ def _node_timeouts() -> Result:
     return {"seconds": failover.run()["killed"]}
 
 
-SLOW = {"07_node_timeout": _node_timeouts}
+def _hung_defaults() -> Result:
+    """How long one GET takes with redis-py's defaults and with `RedisStore`, by what the server does."""
+    import redis
+
+    from kvlab.stores import RedisStore
+    from kvlab.testbed.server import RedisServer
+
+    calls = {}
+    with RedisServer() as server:
+        clients: dict[str, Callable[[], Any]] = {
+            "Redis(host, port)": server.client,
+            "Redis.from_url(url)": lambda: redis.Redis.from_url(server.url),
+            "RedisStore(url)": lambda: RedisStore(server.url),
+        }
+        for kind, opened in clients.items():
+            with opened() as client, server.client() as writer:
+                writer.set("kv:key", "value")
+                calls[f"answers, {kind}"] = _one_get(client)
+                with server.paused():
+                    calls[f"hangs, {kind}"] = _one_get(client)
+                server.kill()
+                calls[f"is gone, {kind}"] = _one_get(client)
+                server.start()
+    return {"client": f"redis-py {redis.__version__}, default settings, warm connection", "calls": calls}
+
+
+def _one_get(client: Any) -> Result:
+    """Seconds of one GET of kv:key, and what it ended in: the value, "miss", or the name of an error."""
+    begin = time.perf_counter()
+    try:
+        got = client.get_many([b"key"])[0] if hasattr(client, "get_many") else client.get("kv:key")
+        ends_in = "miss" if got is None else got.decode()
+    except Exception as error:
+        ends_in = type(error).__name__
+    return {"seconds": round(time.perf_counter() - begin, 2), "ends_in": ends_in}
+
+
+SLOW = {"05_hung_defaults": _hung_defaults, "07_node_timeout": _node_timeouts}
 """The functions that make the recordings that no notebook makes."""
 
 if __name__ == "__main__":
