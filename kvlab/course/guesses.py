@@ -30,7 +30,7 @@ QUESTIONS = {
     question.name: question
     for question in (
         *(Question(claim.name, claim.question, claim.unit) for claim in CLAIMS),
-        Question("first_cache", "How much sooner does the first token come from a cache of ten lines?", "times"),
+        Question("first_cache", "How much sooner does the first token come with your dict?", "times"),
         Question("best_order", "What share of a prompt's blocks hits when its parts are in the best order?", "percent"),
         Question("int8_error", "By how much does int8 KV change the probability of the next token?", "percent"),
         Question(

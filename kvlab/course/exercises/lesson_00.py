@@ -69,7 +69,7 @@ CACHEABLE_PREFIX = Exercise(
 
 
 def hit_rate(requests: list[tuple[int, int]], block_tokens: int) -> float:
-    """Share of all full blocks that came from the cache. A request is (prompt tokens, cached tokens)."""
+    """Share of all full blocks that came from the cache, from 0 to 1."""
     found = 0
     full = 0
     for prompt_tokens, cached_tokens in requests:
@@ -153,7 +153,7 @@ HIT_RATE = Exercise(
 
 
 def replay(prompts: list[list[int]], block_tokens: int) -> list[tuple[int, int]]:
-    """Serve prompts in order with a cache that never forgets; return (prompt tokens, cached tokens) of each."""
+    """(prompt tokens, cached tokens) of each prompt; the cache never forgets."""
     kept = set()
     served = []
     for prompt in prompts:

@@ -15,7 +15,7 @@ Kept = dict[tuple[int, ...], Tensor]
 
 # --- one head -----------------------------------------------------------------------------------
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one head. q and k [T, D], v [T, any width]; the result has v's shape."""
+    """Causal attention of one head. q and k are [T, D], v and the result [T, V]."""
     scores = q @ k.T / q.shape[1] ** 0.5  # [T, T]
     later = torch.ones(len(q), len(q), dtype=torch.bool).triu(diagonal=1)
     weights = scores.masked_fill(later, float("-inf")).softmax(dim=1)
@@ -168,8 +168,13 @@ CAUSAL_ATTENTION = Exercise(
 
 
 # --- going on after a cached prefix -------------------------------------------------------------
-def answer_from(model: torch.nn.Module, tokens: list[int], kv: Tensor, cached: int) -> Tensor:
-    """Logits [vocab] after the last of `tokens`; `kv` is filled for the first `cached` of them."""
+def answer_from(
+    model: torch.nn.Module,
+    tokens: list[int],
+    kv: Tensor,
+    cached: int,
+) -> Tensor:
+    """Logits [vocab] after the last token; `kv` has the first `cached` tokens."""
     start = min(cached, len(tokens) - 1)  # the last token is always computed: its logits are the answer
     rest = torch.tensor([tokens[start:]])
     return model(rest, kv, start=start, last_only=True)[0, -1]
@@ -296,8 +301,13 @@ ANSWER_FROM = Exercise(
 
 
 # --- the first cache ----------------------------------------------------------------------------
-def keep(kept: dict[tuple[int, ...], Tensor], tokens: list[int], kv: Tensor, block_tokens: int) -> None:
-    """Put a copy of the KV of each full block into `kept`, under all tokens up to the block's end."""
+def keep(
+    kept: dict[tuple[int, ...], Tensor],
+    tokens: list[int],
+    kv: Tensor,
+    block_tokens: int,
+) -> None:
+    """Put the KV of each full block of `tokens` into `kept`."""
     for end in range(block_tokens, len(tokens) + 1, block_tokens):
         block = kv[:, :, :, :, end - block_tokens : end]
         kept[tuple(tokens[:end])] = block.clone()
@@ -410,8 +420,13 @@ KEEP = Exercise(
 )
 
 
-def load(kept: dict[tuple[int, ...], Tensor], tokens: list[int], kv: Tensor, block_tokens: int) -> int:
-    """Copy the kept blocks of the longest prefix of `tokens` into `kv`; return its number of tokens."""
+def load(
+    kept: dict[tuple[int, ...], Tensor],
+    tokens: list[int],
+    kv: Tensor,
+    block_tokens: int,
+) -> int:
+    """Copy kept blocks of `tokens` into `kv`; return how many leading tokens it has."""
     cached = 0
     for end in range(block_tokens, len(tokens) + 1, block_tokens):
         block = kept.get(tuple(tokens[:end]))
@@ -422,8 +437,13 @@ def load(kept: dict[tuple[int, ...], Tensor], tokens: list[int], kv: Tensor, blo
     return cached
 
 
-def first_load(kept: dict[tuple[int, ...], Tensor], tokens: list[int], kv: Tensor, block_tokens: int) -> int:
-    """Copy the kept blocks of the longest prefix of `tokens` into `kv`; return its number of tokens."""
+def first_load(
+    kept: dict[tuple[int, ...], Tensor],
+    tokens: list[int],
+    kv: Tensor,
+    block_tokens: int,
+) -> int:
+    """Copy kept blocks of `tokens` into `kv`; return how many leading tokens it has."""
     cached = 0
     for end in range(block_tokens, len(tokens) + 1, block_tokens):
         block = kept.get(tuple(tokens[:end]))
