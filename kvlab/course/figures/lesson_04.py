@@ -156,7 +156,7 @@ def damage(reasons: Mapping[str, str], values: Mapping[str, bytes]) -> None:
         x, hit = CHECKS.index(stage[name]), stage[name] == "a hit"
         ax.plot([-0.5, x], [y, y], color="grey", marker="")
         ax.plot(x, y, "o" if hit else "X", color=plots.OKABE_ITO[2 if hit else 1], markersize=10)
-    ax.set_xticks(range(len(CHECKS)), [check.replace(" ", "\n") for check in CHECKS], size=9)
+    ax.set_xticks(range(len(CHECKS)), [check.replace(" ", "\n") for check in CHECKS], size=8)
     ax.set_yticks(range(len(order)), order)
     ax.invert_yaxis()
     hits = [name for name in order if reasons[name] == "a hit"]
