@@ -1,134 +1,177 @@
-"""The exercises of notebook 07, sharding: ring, weighted rendezvous, hash tags, replies in order."""
+"""The exercises of notebook 07, sharding: what modulo moves, copies on the ring, hash tags, a batch from many nodes."""
 
 from __future__ import annotations
 
 import bisect
-import math
+import contextlib
 import re
+from typing import Any
+
+import redis
 
 from kvlab.course.exercises.engine import Exercise, Wrong
+from kvlab.course.minikv import read_values
+
+Clients = dict[str, redis.Redis]
+Values = list[bytes | None]
 
 
-def ring_owner(points: list[int], owners: list[str], at: int) -> str:
-    """The node of a key at `at`: the owner of the first point at or after it; after the last point comes the first."""
-    return owners[bisect.bisect_left(points, at) % len(points)]
+# --- 07.1 ---------------------------------------------------------------------------------------
+def share_moved(before: int, after: int) -> float:
+    """The share of keys that modulo moves, from `before` to `after` nodes: 0 to 1."""
+    numbers = range(before * after)  # then both remainders begin again
+    moved = [n for n in numbers if n % before != n % after]
+    return len(moved) / len(numbers)
 
 
-def _point_before(points: list[int], owners: list[str], at: int) -> str:
-    return owners[bisect.bisect_right(points, at) - 1]
+def _only_the_fair_share(before: int, after: int) -> float:
+    return abs(after - before) / max(before, after)
 
 
-def _one_step_short(points: list[int], owners: list[str], at: int) -> str:
-    return owners[bisect.bisect_left(points, at) - 1]
+def _as_for_one_node_more(before: int, after: int) -> float:
+    return before / (before + 1)
 
 
-def _place_itself(points: list[int], owners: list[str], at: int) -> int:
-    return bisect.bisect_left(points, at) % len(points)
+def _as_if_drawn_by_lot(before: int, after: int) -> float:
+    return 1 - 1 / max(before, after)
 
 
-def _point_itself(points: list[int], owners: list[str], at: int) -> int:
-    return points[bisect.bisect_left(points, at) % len(points)]
+def _share_that_stays(before: int, after: int) -> float:
+    return 1 - share_moved(before, after)
 
 
-def _no_way_around(points: list[int], owners: list[str], at: int) -> str:
-    return owners[min(bisect.bisect_left(points, at), len(points) - 1)]
+def _percent(before: int, after: int) -> float:
+    return 100 * share_moved(before, after)
 
 
-def _falls_off_the_end(points: list[int], owners: list[str], at: int) -> str:
-    return owners[bisect.bisect_left(points, at)]
+def _number_of_keys(before: int, after: int) -> int:
+    return round(before * after * share_moved(before, after))
 
 
-def _nearest_point(points: list[int], owners: list[str], at: int) -> str:
-    return owners[min(range(len(points)), key=lambda i: abs(points[i] - at))]
+def _first_twelve(before: int, after: int) -> float:
+    return sum(n % before != n % after for n in range(12)) / 12
 
 
-def _strictly_after(points: list[int], owners: list[str], at: int) -> str:
-    return owners[bisect.bisect_right(points, at) % len(points)]
+def _first_thousand(before: int, after: int) -> float:
+    return sum(n % before != n % after for n in range(1000)) / 1000
 
 
-RING_OWNER = Exercise(
-    name="ring_owner",
+SHARE_MOVED = Exercise(
+    name="share_moved",
     number="07.1",
     difficulty=2,
-    reference=ring_owner,
-    cases=(
-        ([10, 40, 70], ["B", "A", "B"], 25),
-        ([10, 40, 70], ["B", "A", "C"], 95),
-        ([10, 40, 70], ["B", "A", "C"], 40),
-        ([10, 40, 70], ["B", "A", "C"], 3),
-        ([5], ["A"], 6),
-    ),
+    reference=share_moved,
+    cases=((3, 4), (5, 6), (4, 8), (6, 9), (5, 4), (3, 3)),
     wrong=(
-        Wrong(_point_before, "a key goes clockwise: to the next point at or after it, not to the one before"),
-        Wrong(_one_step_short, "bisect_left already gives the first point at or after the key: do not go one back"),
-        Wrong(_place_itself, "that is the place in the lists: return the owner that stands there, owners[…]"),
-        Wrong(_point_itself, "that is the point: return its owner, the name at the same place in `owners`"),
-        Wrong(_no_way_around, "after the last point the ring begins anew: the first point has those keys"),
-        Wrong(_falls_off_the_end, "beyond the last point comes the first again: take the index % len(points)"),
-        Wrong(_nearest_point, "not the nearest point: the next one, however far it is"),
-        Wrong(_strictly_after, "a key exactly on a point is that point's: bisect_left, not bisect"),
+        Wrong(_only_the_fair_share, "that is what has to move; modulo moves more: count the numbers that change"),
+        Wrong(_as_for_one_node_more, "that fits one node more; from 4 to 8 nodes many numbers keep their remainder"),
+        Wrong(_as_if_drawn_by_lot, "the new remainder depends on the old one: a number below both keeps its node"),
+        Wrong(_share_that_stays, "that is the share that stays where it is"),
+        Wrong(_percent, "a share is between 0 and 1, not a percentage"),
+        Wrong(_number_of_keys, "that is how many numbers move; divide by how many you looked at"),
+        Wrong(_first_thousand, "close: the pairs of remainders repeat, so count over whole repetitions of them"),
+        Wrong(_first_twelve, "twelve numbers were enough for 3 and 4 nodes; others need more to begin again"),
     ),
-    hint="find the first point that is >= at; if there is none, take the first of all",
+    hint="count, over enough numbers in a row, those with n % before != n % after",
+    after="That is why systems that place by modulo double the number of nodes when they grow.",
 )
 
 
-def weighted_owner(draws: dict[str, float], weights: dict[str, float]) -> str:
-    """The node with the highest score -weight / ln(draw); `draws` has each node's number for this key, in (0, 1)."""
-    return max(draws, key=lambda node: -weights[node] / math.log(draws[node]))
+# --- 07.2 ---------------------------------------------------------------------------------------
+def ring_nodes(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    """The first `count` different nodes from `at` on: the owner, then the next ones."""
+    begin = bisect.bisect_left(points, at)
+    clockwise = owners[begin:] + owners[:begin]
+    return list(dict.fromkeys(clockwise))[:count]  # dict.fromkeys drops repetitions and keeps the order
 
 
-def _draw_times_weight(draws: dict[str, float], weights: dict[str, float]) -> str:
-    return max(draws, key=lambda node: draws[node] * weights[node])
+def _same_node_twice(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    begin = bisect.bisect_left(points, at)
+    return (owners[begin:] + owners[:begin])[:count]
 
 
-def _sign_lost(draws: dict[str, float], weights: dict[str, float]) -> str:
-    return max(draws, key=lambda node: weights[node] / math.log(draws[node]))
+def _no_neighbours_twice(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    begin, found = bisect.bisect_left(points, at), list[str]()
+    for node in owners[begin:] + owners[:begin]:
+        if not found or node != found[-1]:
+            found.append(node)
+    return found[:count]
 
 
-def _weights_unused(draws: dict[str, float], weights: dict[str, float]) -> str:
-    return max(draws, key=lambda node: draws[node])
+def _stops_at_the_end(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    return list(dict.fromkeys(owners[bisect.bisect_left(points, at) :]))[:count]
 
 
-def _times_the_logarithm(draws: dict[str, float], weights: dict[str, float]) -> str:
-    return max(draws, key=lambda node: -weights[node] * math.log(draws[node]))
+def _falls_off_the_end(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    i, found = bisect.bisect_left(points, at), list[str]()
+    while len(found) < min(count, len(set(owners))):
+        if owners[i] not in found:
+            found.append(owners[i])
+        i += 1
+    return found
 
 
-def _score_itself(draws: dict[str, float], weights: dict[str, float]) -> float:
-    return max(-weights[node] / math.log(draws[node]) for node in draws)
+def _strictly_after(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    begin = bisect.bisect_right(points, at)
+    return list(dict.fromkeys(owners[begin:] + owners[:begin]))[:count]
 
 
-def _heaviest(draws: dict[str, float], weights: dict[str, float]) -> str:
-    return max(weights, key=lambda node: weights[node])
+def _against_the_clock(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    begin = bisect.bisect_right(points, at)
+    return list(dict.fromkeys((owners[begin:] + owners[:begin])[::-1]))[:count]
 
 
-WEIGHTED_OWNER = Exercise(
-    name="weighted_owner",
+def _sorted_by_name(points: list[int], owners: list[str], at: int, count: int) -> list[str]:
+    return sorted(ring_nodes(points, owners, at, count))
+
+
+def _only_the_owner(points: list[int], owners: list[str], at: int, count: int) -> str:
+    return ring_nodes(points, owners, at, 1)[0]
+
+
+RING_NODES = Exercise(
+    name="ring_nodes",
     number="07.2",
     difficulty=3,
-    reference=weighted_owner,
+    reference=ring_nodes,
     cases=(
-        ({"A": 0.9, "B": 0.5}, {"A": 1, "B": 3}),
-        ({"A": 0.9, "B": 0.85}, {"A": 1, "B": 3}),
-        ({"A": 0.4, "B": 0.2, "C": 0.6}, {"A": 1, "B": 1, "C": 1}),
-        ({"A": 0.7, "B": 0.1, "C": 0.65}, {"A": 1, "B": 8, "C": 2}),
+        ([10, 40, 70], ["B", "A", "C"], 25, 2),
+        ([10, 40, 70], ["B", "A", "C"], 40, 2),
+        ([10, 40, 70], ["B", "A", "C"], 41, 3),
+        ([10, 40, 70], ["B", "A", "C"], 95, 1),
+        ([10, 20, 30, 60, 80], ["C", "C", "A", "A", "B"], 15, 3),
+        ([10, 20, 30, 60, 80], ["A", "B", "A", "B", "C"], 5, 3),
+        ([10, 40], ["A", "B"], 12, 3),
     ),
     wrong=(
-        Wrong(_draw_times_weight, "draw x weight gives no fair shares: a node of weight 3 must win 3 of 4 against 1"),
-        Wrong(_sign_lost, "ln of a number below 1 is negative: without the minus the lowest score wins"),
-        Wrong(_times_the_logarithm, "divide -weight by ln(draw), do not multiply: a draw close to 1 must score high"),
-        Wrong(_score_itself, "that is the highest score; return the name of the node that has it: max(draws, key=…)"),
-        Wrong(_weights_unused, "a node with twice the memory should win twice as often: use `weights`"),
-        Wrong(_heaviest, "the heaviest node must not get every key: the draws decide, the weights only lean on them"),
+        Wrong(_same_node_twice, "a node has several points: a copy on the same node is lost together with the first"),
+        Wrong(_no_neighbours_twice, "a node can come again after another one: compare with all that you have found"),
+        Wrong(_stops_at_the_end, "after the last point comes the first again: owners[begin:] + owners[:begin]"),
+        Wrong(_falls_off_the_end, "beyond the last point comes the first again: take the index % len(points)"),
+        Wrong(_strictly_after, "a key exactly on a point belongs to that point: bisect_left, not bisect"),
+        Wrong(_against_the_clock, "a key goes clockwise: to the next point at or after it, not to the one before"),
+        Wrong(_sorted_by_name, "keep the order of the ring: the first one is the owner"),
+        Wrong(_only_the_owner, "return a list of `count` nodes, also when `count` is 1"),
     ),
-    hint="the score of a node is -weights[node] / math.log(draws[node]); take the node with the highest",
+    hint="begin at the first point >= at, go once around the ring, and take each node when it comes first",
+    after="Cassandra and DynamoDB place their copies this way. You will see below what the second node is good for.",
 )
 
 
-def hash_tag(key: bytes) -> bytes:
-    """The part of a key that its slot is computed from: what stands in its first {…}, else the whole key."""
-    begin = key.find(b"{")
-    end = key.find(b"}", begin + 1)
-    return key[begin + 1 : end] if -1 < begin < end - 1 else key
+# --- 07.3 ---------------------------------------------------------------------------------------
+def hash_tag(name: bytes) -> bytes:
+    """The part of a name that its slot is computed from: a hash tag, or all of it."""
+    begin = name.find(b"{")
+    end = name.find(b"}", begin + 1)
+    return name[begin + 1 : end] if -1 < begin < end - 1 else name
+
+
+def first_hash_tag(name: bytes) -> bytes:
+    """The part of a name that its slot is computed from: a hash tag, or all of it."""
+    begin, end = name.find(b"{"), name.find(b"}")
+    if begin == -1 or end == -1:
+        return name
+    return name[begin + 1 : end]
 
 
 def _to_the_last_brace(key: bytes) -> bytes:
@@ -179,6 +222,7 @@ HASH_TAG = Exercise(
     number="07.3",
     difficulty=3,
     reference=hash_tag,
+    given=first_hash_tag,
     cases=(
         (b"{user1000}.following",),
         (b"no tag",),
@@ -186,73 +230,231 @@ HASH_TAG = Exercise(
         (b"foo{{bar}}zap",),
         (b"foo{bar}{zap}",),
         (b"a}b{c}d",),
+        (b"a}b{c",),
         (b"{never closed",),
         (b"kv:\x00{\xff\n}\x01",),
     ),
     wrong=(
         Wrong(_to_the_last_brace, "the tag ends at the FIRST } after the {, even if more follow"),
-        Wrong(_empty_tag, "with nothing between { and } the whole key counts, or all such keys would share one slot"),
-        Wrong(_any_first_pair, "for an empty {} return the whole key; and `.` in a pattern does not match a newline"),
+        Wrong(_empty_tag, "with nothing between { and } the whole name counts, or all such names would share one slot"),
+        Wrong(_any_first_pair, "for an empty {} return the whole name; and `.` in a pattern does not match a newline"),
         Wrong(_braces_kept, "what counts stands between the braces: return it without them"),
         Wrong(_first_closing_brace, "a } before the { means nothing: look for one behind it"),
         Wrong(_last_opening_brace, "the tag begins at the FIRST {: in foo{{bar}}zap it is {bar"),
         Wrong(_one_byte_or_more, "`.+?` wants a byte, so in {}{bar} it takes the }: an empty first pair means no tag"),
-        Wrong(_next_pair, "after an empty {} no other pair is looked for: then the whole key counts"),
+        Wrong(_next_pair, "after an empty {} no other pair is looked for: then the whole name counts"),
     ),
-    hint="the first {, then the first } behind it; if either is missing or nothing stands between, the whole key",
+    hint="the first {, then the first } behind it; if either is missing or nothing stands between, the whole name",
+    after="Redis answers a client with the wrong slot with MOVED and the right node, so only a round trip is lost.",
 )
 
 
-def in_order(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    """The replies in the order of the keys; `owners` has each key's node. None for keys of a node without replies."""
-    queues = {node: iter(answers) for node, answers in replies.items()}
-    return [next(queues[node]) if node in queues else None for node in owners]
+# --- 07.4 ---------------------------------------------------------------------------------------
+def read_batch(
+    clients: dict[str, redis.Redis], names: list[bytes], owners: list[str], ttl_ms: int
+) -> list[bytes | None]:
+    """One value for each name, in order; None if it is missing or its node fails."""
+    found: dict[bytes, bytes | None] = {}
+    for node in set(owners):
+        wanted = [name for name, owner in zip(names, owners) if owner == node]
+        try:
+            values = read_values(clients[node], wanted, ttl_ms)
+        except redis.RedisError:  # refused, or no answer in time
+            continue
+        found.update(zip(wanted, values))
+    return [found.get(name) for name in names]
 
 
-def _node_after_node(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    return [answer for answers in replies.values() for answer in answers]
+class _Node:
+    """In place of a node's client: answers for its own names, fails if it has a fault, and counts round trips."""
+
+    def __init__(self, node: str, has: dict[bytes, bytes | None], fault: type[redis.RedisError] | None = None) -> None:
+        self.node, self.has, self.fault, self.trips = node, has, fault, 0
+
+    def __repr__(self) -> str:
+        return f"<node {self.node}{' fails' if self.fault else ''}>"
+
+    def pipeline(self, *_: Any, **__: Any) -> _Pipeline:
+        return _Pipeline(self)
+
+    def answer(self, commands: list[tuple[str, bytes]]) -> list[Any]:
+        self.trips += 1
+        if self.fault:
+            raise self.fault(f"node {self.node} does not answer")
+        for _, name in commands:
+            if name not in self.has:
+                raise redis.exceptions.MovedError("9021 127.0.0.1:7002")
+        return [self.has[name] if verb == "get" else self.has[name] is not None for verb, name in commands]
+
+    def get(self, name: bytes) -> Any:
+        return self.answer([("get", name)])[0]
+
+    def getex(self, name: bytes, *_: Any, **__: Any) -> Any:
+        return self.get(name)
+
+    def pexpire(self, name: bytes, *_: Any) -> Any:
+        return self.answer([("pexpire", name)])[0]
+
+    def mget(self, *_: Any) -> Any:
+        raise redis.ResponseError("CROSSSLOT Keys in request don't hash to the same slot")
 
 
-def _silent_node_skipped(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    return in_order([node for node in owners if node in replies], replies)
+class _Pipeline:
+    """Collects commands for one round trip to a `_Node`."""
+
+    def __init__(self, node: _Node) -> None:
+        self.node, self.commands = node, list[tuple[str, bytes]]()
+
+    def get(self, name: bytes) -> _Pipeline:
+        self.commands.append(("get", name))
+        return self
+
+    def getex(self, name: bytes, *_: Any, **__: Any) -> _Pipeline:
+        return self.get(name)
+
+    def pexpire(self, name: bytes, *_: Any) -> _Pipeline:
+        self.commands.append(("pexpire", name))
+        return self
+
+    def execute(self, *_: Any, **__: Any) -> list[Any]:
+        return self.node.answer(self.commands)
 
 
-def _counted_in_the_batch(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    return [replies[node][i] if node in replies else None for i, node in enumerate(owners)]
+def _batch(owners: str, absent: bytes = b"", **faults: type[redis.RedisError]) -> tuple[Any, ...]:
+    """A case: one name for each letter of `owners`, which says the node that has it."""
+    names = [b"kv:%d" % i for i in range(len(owners))]
+    clients = {}
+    for node in sorted(set(owners)):
+        own = [name for name, owner in zip(names, owners) if owner == node]
+        has = {name: None if name == absent else b"value of " + name for name in own}
+        clients[node] = _Node(node, has, faults.get(node))
+    return clients, names, list(owners), 60_000
 
 
-def _silent_node_looked_up(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    queues = {node: iter(answers) for node, answers in replies.items()}
-    return [next(queues[node]) for node in owners]
+def _with_round_trips(result: Any, args: tuple[Any, ...]) -> Any:
+    """The values, and how often each node was asked."""
+    trips = [f"{node}: {client.trips} round trips" for node, client in args[0].items()]
+    return [*result, *trips] if isinstance(result, list) else result
 
 
-def _one_reply_for_all(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    return [replies[node][0] if node in replies else None for node in owners]
+def _one_by_one(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    got: Values = []
+    for name, owner in zip(names, owners):
+        try:
+            got += read_values(clients[owner], [name], ttl_ms)
+        except redis.RedisError:
+            got.append(None)
+    return got
 
 
-def _from_the_back(owners: list[str], replies: dict[str, list[bytes | None]]) -> list[bytes | None]:
-    return in_order(owners, {node: answers[::-1] for node, answers in replies.items()})
+def _one_by_one_unguarded(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    return [read_values(clients[owner], [name], ttl_ms)[0] for name, owner in zip(names, owners)]
 
 
-IN_ORDER = Exercise(
-    name="in_order",
+def _node_after_node(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    values = read_batch(clients, names, owners, ttl_ms)
+    return [value for node in dict.fromkeys(owners) for value, owner in zip(values, owners) if owner == node]
+
+
+def _lost_node_skipped(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    values = read_batch(clients, names, owners, ttl_ms)
+    return [value for value, owner in zip(values, owners) if not getattr(clients[owner], "fault", None)]
+
+
+def _any_none_skipped(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    return [value for value in read_batch(clients, names, owners, ttl_ms) if value is not None]
+
+
+def _faults_raised(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    found: dict[bytes, bytes | None] = {}
+    for node in dict.fromkeys(owners):
+        wanted = [name for name, owner in zip(names, owners) if owner == node]
+        found.update(zip(wanted, read_values(clients[node], wanted, ttl_ms)))
+    return [found[name] for name in names]
+
+
+def _only_refused(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    found: dict[bytes, bytes | None] = {}
+    for node in dict.fromkeys(owners):
+        wanted = [name for name, owner in zip(names, owners) if owner == node]
+        with contextlib.suppress(redis.ConnectionError):
+            found.update(zip(wanted, read_values(clients[node], wanted, ttl_ms)))
+    return [found.get(name) for name in names]
+
+
+def _looks_for_what_failed(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    found: dict[bytes, bytes | None] = {}
+    for node in dict.fromkeys(owners):
+        wanted = [name for name, owner in zip(names, owners) if owner == node]
+        with contextlib.suppress(redis.RedisError):
+            found.update(zip(wanted, read_values(clients[node], wanted, ttl_ms)))
+    return [found[name] for name in names]
+
+
+def _all_or_nothing(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    try:
+        return _faults_raised(clients, names, owners, ttl_ms)
+    except redis.RedisError:
+        return [None] * len(names)
+
+
+def _all_names_from_each(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    got: Values = [None] * len(names)
+    for client in clients.values():
+        values = read_values(client, names, ttl_ms)
+        got = [value or old for value, old in zip(values, got)]
+    return got
+
+
+def _all_names_guarded(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    got: Values = [None] * len(names)
+    for client in clients.values():
+        try:
+            values = read_values(client, names, ttl_ms)
+        except redis.RedisError:
+            continue
+        got = [value or old for value, old in zip(values, got)]
+    return got
+
+
+def _with_mget(clients: Clients, names: list[bytes], owners: list[str], ttl_ms: int) -> Values:
+    found: dict[bytes, bytes | None] = {}
+    for node in dict.fromkeys(owners):
+        wanted = [name for name, owner in zip(names, owners) if owner == node]
+        found.update(zip(wanted, clients[node].mget(wanted)))  # type: ignore[arg-type]
+    return [found[name] for name in names]
+
+
+READ_BATCH = Exercise(
+    name="read_batch",
     number="07.4",
-    difficulty=3,
-    reference=in_order,
+    difficulty=4,
+    reference=read_batch,
     cases=(
-        (["A", "A"], {"A": [b"0", b"1"]}),
-        (["A", "B", "A", "C"], {"A": [b"0", b"2"], "B": [b"1"], "C": [b"3"]}),
-        (["C", "A", "C", "A"], {"A": [b"1", None], "C": [b"0", b"2"]}),
-        (["A", "B", "A", "B"], {"A": [b"0", b"2"]}),
-        ([], {}),
+        _batch("AA"),
+        _batch("ABAC"),
+        _batch("CACAB", absent=b"kv:2"),
+        _batch("ABABA", B=redis.ConnectionError),
+        _batch("CBBAC", C=redis.TimeoutError),
+        _batch(""),
     ),
+    observe=_with_round_trips,
     wrong=(
-        Wrong(_node_after_node, "these are the replies node after node: block 2 would stand at the place of block 1"),
-        Wrong(_silent_node_skipped, "a node that did not answer leaves gaps: put None there, or later ones move up"),
-        Wrong(_counted_in_the_batch, "i is the key's place in the batch; a node's replies count only its own keys"),
-        Wrong(_silent_node_looked_up, "a node that did not answer is not in `replies`: ask first whether it is"),
-        Wrong(_one_reply_for_all, "each reply is for one key: the second key of a node gets its second reply"),
-        Wrong(_from_the_back, "a node answers in the order in which it was asked: take its replies from the front"),
+        Wrong(_one_by_one, "one round trip for each name: collect the names of a node, then ask that node once"),
+        Wrong(_one_by_one_unguarded, "ask each node once, for all of its names, and mind that a node can fail"),
+        Wrong(_node_after_node, "these values stand node after node: block 2 would be read as block 1"),
+        Wrong(_any_none_skipped, "a missing value leaves a gap: put None there, or all later values move up"),
+        Wrong(_lost_node_skipped, "a node that fails leaves gaps: put None there, or all later values move up"),
+        Wrong(_faults_raised, "a node that fails gives misses, not an error: catch redis.RedisError"),
+        Wrong(_only_refused, "a frozen node raises redis.TimeoutError: catch redis.RedisError, which covers both"),
+        Wrong(
+            _looks_for_what_failed, "the names of a failed node are not among the values: found.get(name) gives None"
+        ),
+        Wrong(_all_or_nothing, "one failing node must not cost the values of the others: guard each round trip"),
+        Wrong(_all_names_from_each, "a node refuses a batch with names of other nodes (MOVED): ask for its own only"),
+        Wrong(_all_names_guarded, "MOVED is an error too: a node that is asked for names of other nodes gives nothing"),
+        Wrong(_with_mget, "MGET works only within one slot (CROSSSLOT): read_values sends one GET for each name"),
     ),
-    hint="walk through `owners`; take the next reply of that node, or None if the node sent none",
+    hint="for each node: its names, one read_values, guarded; then one value per name, None where there is none",
+    after="kvlab's RedisStore does the same, asks all nodes at the same time, and gives each a breaker of its own.",
 )
