@@ -447,9 +447,7 @@ READ_BATCH = Exercise(
         Wrong(_lost_node_skipped, "a node that fails leaves gaps: put None there, or all later values move up"),
         Wrong(_faults_raised, "a node that fails gives misses, not an error: catch redis.RedisError"),
         Wrong(_only_refused, "a frozen node raises redis.TimeoutError: catch redis.RedisError, which covers both"),
-        Wrong(
-            _looks_for_what_failed, "the names of a failed node are not among the values: found.get(name) gives None"
-        ),
+        Wrong(_looks_for_what_failed, "the names of a failed node have no value: found.get(name) gives None"),
         Wrong(_all_or_nothing, "one failing node must not cost the values of the others: guard each round trip"),
         Wrong(_all_names_from_each, "a node refuses a batch with names of other nodes (MOVED): ask for its own only"),
         Wrong(_all_names_guarded, "MOVED is an error too: a node that is asked for names of other nodes gives nothing"),
