@@ -269,7 +269,7 @@ def test_an_answer_that_is_not_right_fails_the_demo(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "--impl", learner(tmp_path, source)]) == FAILURE
-    assert capsys.readouterr().out.splitlines()[1].startswith(("○ 01.1", "✘ 00.2"))
+    assert capsys.readouterr().out.splitlines()[1].startswith(("○ 01.2", "✘ 00.2"))
 
 
 def test_a_cache_class_of_any_name_is_the_one_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def test_one_question_is_asked_alone_and_keeps_the_other_guesses(work: Path) -> 
     type_in(Guesses(), latency="4")
     one = Guesses("first_cache")
     assert list(one._fields) == ["first_cache"]
-    assert "ten lines" in one._repr_mimebundle_()["text/plain"]
+    assert "your dict" in one._repr_mimebundle_()["text/plain"]
     assert "Kept 1 of 1" in type_in(one, first_cache="12 x")
     assert load_guesses() == {"latency": 4.0, "first_cache": 12.0}
 

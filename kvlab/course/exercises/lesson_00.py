@@ -257,5 +257,5 @@ REPLAY = Exercise(
         Wrong(_replay_in_blocks, "both numbers of a request are in tokens, not in blocks"),
     ),
     hint="keep a set of prefixes that end at a full block; for each prompt: look up from the front, then save",
-    after="Notebook 10 replays a recording of real requests in this way, with a cache that also runs out of memory.",
+    after="`python -m kvlab bench policies` replays requests in this way, with caches that also run out of memory.",
 )

@@ -40,7 +40,7 @@ def parting(apart: Sequence[float], at: int, caption: str) -> None:
 def conversation(gib: Mapping[str, float]) -> Figure:
     """Bars of the KV of one conversation in GiB for each family of attention, and the memory of a large GPU."""
     fig, ax = plots.new_figure("KV of one conversation", "GiB", height=2.6)
-    for name in reversed(gib):
+    for name in reversed(list(gib)):
         i = FAMILIES.index(name)
         ax.barh(name, gib[name], color=plots.OKABE_ITO[i], hatch=plots.HATCHES[i], edgecolor="white")
     ax.axvline(GPU_GIB, color="black", linestyle="--", marker="")
