@@ -94,7 +94,8 @@ def groups(title: str, names: Sequence[str], series: Mapping[str, Sequence[float
         ax.bar(places, series[label], width, label=label, color=colour, hatch=hatch, edgecolor="white")
     ax.set_xticks(range(len(names)), names)
     ax.grid(axis="x", visible=False)
-    ax.legend()
+    ax.margins(y=0.25)  # room for the legend above the bars
+    ax.legend(loc="upper center", ncols=len(series))
     show(fig, caption)
 
 
