@@ -1,0 +1,66 @@
+"""A learner's `mykv.py` after each lesson: the demo runs the whole of it, and says what is whose."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kvlab.course import exercises, own
+from kvlab.course.exercises import mykv, registry
+from kvlab.testbed.server import RedisServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def solve(lesson: ModuleType) -> None:
+    """Keep the solutions of a lesson, as its check cells do."""
+    for exercise in vars(lesson).values():
+        if isinstance(exercise, exercises.Exercise):
+            said = mykv.keep(exercise.name, inspect.getsource(exercise.reference), lambda _: True)
+            assert said.startswith("kept in "), said
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_after_each_lesson_the_demo_runs_and_says_what_is_whose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+) -> None:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    monkeypatch.setattr(own, "PREFIXES", (128,))
+    solved: set[str] = set()
+    for lesson in registry.LESSONS:
+        solve(lesson)
+        solved |= {e.name for e in vars(lesson).values() if isinstance(e, exercises.Exercise)}
+        said: list[str] = []
+        result = own.run("mykv.py", redis_server.url, said.append)
+        assert result["ok"], "\n".join(said)
+        assert set(result["checks"]) == solved and set(result["checks"].values()) == {"right"}
+        whose = {line.partition(":")[0]: line for line in said if line.startswith(("yours:", "checked:", "ours:"))}
+        for name in mykv.PARTS:
+            assert name in whose["yours" if name in solved else "ours"], f"{lesson.__name__}: {name}"
+        assert all(name in whose["yours"] + whose["checked"] for name in solved)
+    assert "ours:    none" in said
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_the_finished_file_passes_the_cache_contract_over_a_real_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    for lesson in registry.LESSONS:
+        solve(lesson)
+    assert "from kvlab.course.minikv import" not in (file := tmp_path / "mykv.py").read_text("utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contracts/test_cache.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [*command, "--impl", str(file), "-k", "impl"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout and " skipped" not in run.stdout
