@@ -56,7 +56,8 @@ def test_the_finished_file_passes_the_cache_contract_over_a_real_server(
     monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
     for lesson in registry.LESSONS:
         solve(lesson)
-    assert "from kvlab.course.minikv import" not in (file := tmp_path / "mykv.py").read_text("utf-8")
+    file = tmp_path / "mykv.py"
+    assert "from kvlab.course.minikv import" not in file.read_text("utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contracts/test_cache.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
