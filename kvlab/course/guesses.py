@@ -34,7 +34,9 @@ QUESTIONS = {
         Question("best_order", "What share of a prompt's blocks hits when its parts are in the best order?", "percent"),
         Question("int8_error", "By how much does int8 KV change the probability of the next token?", "percent"),
         Question(
-            "one_round_trip", "How much sooner do 32 blocks of 384 KiB come in one round trip than one by one?", "times"
+            "one_round_trip",
+            "On one machine, how much sooner do 32 blocks of 384 KiB come in one round trip than in 32?",
+            "times",
         ),
         Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent"),
     )
