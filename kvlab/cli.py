@@ -200,6 +200,12 @@ COMMANDS = (
         (TRACE, JSON),
     ),
     Command(
+        "bench pages",
+        "time to first token and memory with KV in pages, compared with contiguous KV",
+        _bench("kvlab.lab.bench.pages"),
+        (JSON,),
+    ),
+    Command(
         "bench wire",
         "GB/s to and from a local Redis or the one at --store (about 300 MB are written and deleted)",
         _bench("kvlab.lab.bench.wire"),

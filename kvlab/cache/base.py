@@ -62,6 +62,11 @@ class KVCache(ABC):
     """Base class of all caches. It is a context manager that closes the cache on exit."""
 
     @property
+    def precision(self) -> str:
+        """The precision of what `load` returns, a name in `kvlab.core.keys.PRECISION_BYTES`."""
+        return "fp32"
+
+    @property
     @abstractmethod
     def block_tokens(self) -> int:
         """B, the number of tokens per block. Prefixes are cached in whole blocks."""

@@ -114,6 +114,16 @@ class DistributedKVCache(KVCache):
         return f"DistributedKVCache({self.store!r}, {self.format.precision}, {self.format.codec})"
 
     @property
+    def namespace(self) -> Namespace:
+        """The family of keys of the token calls."""
+        return self._bound()[1]
+
+    @property
+    def precision(self) -> str:
+        """See `KVCache.precision`."""
+        return self.format.precision
+
+    @property
     def block_tokens(self) -> int:
         """See `KVCache.block_tokens`."""
         return self._bound()[1].block_tokens

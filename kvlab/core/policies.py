@@ -76,6 +76,10 @@ class Pinned(Generic[K]):
     pins: int = 0
 
 
+class _Room:
+    """A key that `Policy.evict` admits for a moment."""
+
+
 class Policy(ABC, Generic[K]):
     """The set of resident keys, and the choice of keys to evict when there is no room.
 
@@ -159,6 +163,15 @@ class Policy(ABC, Generic[K]):
         evicted: list[K] = []
         self.access(key, size, evicted)
         return evicted
+
+    def evict(self) -> K | None:
+        """Evict one key, as if there were no room for another, and return it; None if there is none to evict."""
+        room: Any = _Room()
+        evicted = self.admit(room, self.capacity - self.used + 1) if self.used else [room]
+        if evicted == [room]:
+            return None
+        self.remove(room)
+        return evicted[0]
 
     def hit(self, key: K) -> None:
         """Use a resident key.

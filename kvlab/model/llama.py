@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,25 @@ if TYPE_CHECKING:
     from kvlab.model.digests import Digests
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class LayerKV(Protocol):
+    """The KV of one layer, if it is not in one tensor."""
+
+    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write the keys and values [N, H, T, D] of new tokens, and return those of all start + T tokens so far."""
+        ...
+
+
+class KV(Protocol):
+    """The KV of all layers with room for `capacity` tokens, if it is not in one tensor: see `kvlab.engine.pages`."""
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens that fit."""
+        ...
+
+    def __getitem__(self, layer: int) -> LayerKV: ...
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | None, start: int, attend: Attention
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | LayerKV | None, start: int, attend: Attention
     ) -> Tensor:
         """[N, T, hidden] -> same. Writes positions start … start + T - 1 of this layer's `kv` [P, N, H, C, D]."""
         N, T, _ = x.shape
@@ -145,10 +164,12 @@ class SelfAttention(nn.Module):
             proj(x).view(N, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if kv is not None:
+        if isinstance(kv, Tensor):
             kv[0, :, :, start : start + T] = k
             kv[1, :, :, start : start + T] = v
             k, v = kv[:, :, :, : start + T]
+        elif kv is not None:
+            k, v = kv.extend(k, v, start)
         out = attend(q, k, v, start)
         return cast(Tensor, self.o_proj(out.transpose(1, 2).reshape(N, T, -1)))
 
@@ -179,7 +200,7 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | None, start: int, attend: Attention
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor | LayerKV | None, start: int, attend: Attention
     ) -> Tensor:
         """[N, T, hidden] -> same; see `SelfAttention.forward` for `kv`."""
         x = x + self.self_attn(self.input_layernorm(x), rope, kv, start, attend)
@@ -242,13 +263,13 @@ class Llama(nn.Module):
         shape = (c.num_hidden_layers, 2, batch, c.num_key_value_heads, capacity, c.head_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def forward(self, tokens: Tensor, kv: Tensor | None = None, start: int = 0, last_only: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, kv: Tensor | KV | None = None, start: int = 0, last_only: bool = False) -> Tensor:
         """Run T new tokens at positions start … start + T - 1.
 
         Args:
             tokens: int64 [N, T].
             kv: [L, P, N, H, C, D] whose first `start` positions are filled. Positions
-                start … start + T - 1 are written. With None, nothing is stored, and `start` must be 0.
+                start … start + T - 1 are written. Or a block table (`kvlab.engine.pages`). With None, nothing is stored, and `start` must be 0.
             last_only: compute only the logits of the last token. Decoding needs no others.
 
         Returns:
@@ -295,9 +316,10 @@ class Llama(nn.Module):
             )
         return ids[None]
 
-    def _check_room(self, T: int, kv: Tensor | None, start: int) -> None:
+    def _check_room(self, T: int, kv: Tensor | KV | None, start: int) -> None:
         context = self.config.max_position_embeddings
-        room = context if kv is None else min(context, kv.shape[4])
+        capacity = kv.shape[4] if isinstance(kv, Tensor) else context if kv is None else kv.capacity
+        room = min(context, capacity)
         if start < 0 or start + T > room:
             raise InputError(f"{T} tokens at position {start} do not fit; there is room for {room}")
         if kv is None and start:

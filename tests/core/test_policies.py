@@ -587,3 +587,16 @@ def test_scans_hurt_lru_more_than_s3fifo_and_arc() -> None:
     rate = {name: hit_rate(POLICIES[name](100), keys) for name in POLICIES}
     assert rate["s3fifo"] > rate["lru"] + 0.05 and rate["arc"] > rate["lru"] + 0.05
     assert rate["s3fifo"] > 0.64 and rate["arc"] > 0.64  # of 0.66 that can be had
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_evicting_one_key_leaves_the_others_and_never_a_pinned_one(policy: type[Policy[str]]) -> None:
+    one = policy(10)
+    for key, size in (("a", 1), ("b", 3), ("c", 2)):
+        one.admit(key, size)
+    one.pin("a")
+    evicted = [one.evict(), one.evict()]
+    assert sorted(map(str, evicted)) == ["b", "c"]
+    assert one.evict() is None and "a" in one and one.used == 1
+    one.unpin("a")
+    assert one.evict() == "a" and one.evict() is None and one.used == 0 and len(one) == 0

@@ -13,7 +13,7 @@ import torch
 from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import KVSpec, Namespace
 from kvlab.engine import Generation, generate
-from kvlab.engine.generate import fill_from
+from kvlab.engine.pages import PagePool, PoolExhausted
 from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import MemoryStore
@@ -343,9 +343,8 @@ def test_the_last_token_is_never_taken_from_the_cache() -> None:
     kv = SMALL.new_kv(32)
     SMALL(torch.tensor([prompt]), kv)
     cache.save(prompt, kv[:, :, 0])
-    assert fill_from(cache, prompt, SMALL.new_kv(40)[:, :, 0]) == 31
-    assert fill_from(cache, [*prompt, 1], SMALL.new_kv(40)[:, :, 0]) == 32
-    assert fill_from(cache, words(5, seed=9), SMALL.new_kv(40)[:, :, 0]) == 0
+    for asked, cached in ((prompt, 31), ([*prompt, 1], 32), (words(5, seed=9), 0)):
+        assert run(SMALL, asked, 4, cache).cached_tokens == cached
 
 
 # --- lossy storage ------------------------------------------------------------------------------
@@ -398,3 +397,70 @@ def test_a_cache_for_another_shape_is_refused() -> None:
 def test_keys_of_the_cache_are_those_of_its_model(spec: KVSpec) -> None:
     cache = fresh(spec, salt="tenant")
     assert cache._namespace == Namespace(spec.fingerprint, "fp32", b"tenant", SMALL_BLOCK)
+
+
+# --- pages that requests share ------------------------------------------------------------------
+def shared_prefixes(sample: Sequence[int], count: int) -> Prompts:
+    """Prompts that begin like earlier ones: whole, cut anywhere, or changed at one token."""
+    rng = random.Random(0)
+    prompts = [list(sample[:256])]
+    while len(prompts) < count:
+        prompt, more = rng.choice(prompts[-5:]), rng.randint(0, 200)
+        at = rng.randrange(len(sample) - more)
+        prompts.append([*prompt[: rng.randint(1, len(prompt))], *sample[at : at + more]][:300])
+    return prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_no_state_of_the_pool_changes_a_token(model: Llama, sample: list[int], policy: str) -> None:
+    """200 prompts with common prefixes over a pool that holds a few of them, with and without a cache behind."""
+    prompts = shared_prefixes(sample, 200)
+    cache = DistributedKVCache(store=MemoryStore(), model=model, precision="fp32", compress=False)
+    pool = PagePool(model, 60, cache.namespace, policy=policy)
+    for i, prompt in enumerate(prompts):
+        plain = generate(model, prompt, 12, stop_at_eos=False)
+        paged = generate(model, prompt, 12, cache if i % 2 else None, stop_at_eos=False, pool=pool)
+        assert paged.tokens == plain.tokens, f"prompt {i}, {paged.shared_tokens} shared of {len(prompt)}"
+        pool.check_integrity()
+    assert pool.counts["evicted"] > 50 and pool.counts["hits"] > 50 and not pool.tables
+
+
+def test_a_second_request_takes_its_prefix_from_the_pool_and_the_rest_from_the_cache() -> None:
+    prompt = words(80)
+    cache = fresh(SMALL)
+    pool = PagePool(SMALL, 20, cache.namespace)
+    first = generate(SMALL, prompt[:40], 4, cache, pool=pool)
+    assert (first.cached_tokens, first.shared_tokens) == (0, 0)
+    run(SMALL, prompt, 4, cache)  # another worker saves the rest
+    second = generate(SMALL, prompt, 4, cache, pool=pool)
+    assert (second.cached_tokens, second.shared_tokens) == (79, 32)
+    assert second.tokens == generate(SMALL, prompt, 4).tokens
+    third = generate(SMALL, prompt, 4, pool=pool)
+    assert (third.cached_tokens, third.shared_tokens) == (79, 79)
+
+
+def test_blocks_of_a_pool_go_back_into_a_cache_that_lost_them() -> None:
+    prompt, cache = words(48), fresh(SMALL)
+    pool = PagePool(SMALL, 20, cache.namespace)
+    generate(SMALL, prompt, 2, cache, pool=pool)
+    cache.store.delete_many(cache.namespace.keys(prompt))
+    assert generate(SMALL, prompt, 2, cache, pool=pool).saved_blocks == 3
+    assert cache.match(prompt) == 48
+
+
+def test_a_pool_that_is_too_small_is_an_error_and_loses_nothing() -> None:
+    pool = PagePool(SMALL, 2, Namespace(bytes(32), "fp32", b"", SMALL_BLOCK))
+    for prompt, new in ((words(40), 1), (words(32), 2)):  # at once, and while decoding
+        with pytest.raises(PoolExhausted, match="wait for a request to end, or use a pool of more than 2 pages"):
+            generate(SMALL, prompt, new, stop_at_eos=False, pool=pool)
+        pool.check_integrity()
+        assert not pool.tables
+    assert len(generate(SMALL, words(30), 2, stop_at_eos=False, pool=pool).tokens) == 2
+
+
+def test_a_pool_and_a_cache_of_other_blocks_are_refused() -> None:
+    cache = fresh(SMALL)
+    for names in (Namespace(bytes(32), "fp32", b"", 64), Namespace(bytes(32), "int8", b"", SMALL_BLOCK)):
+        with pytest.raises(InputError, match="give the pool cache.namespace"):
+            generate(SMALL, words(9), 1, cache, pool=PagePool(SMALL, 8, names))
