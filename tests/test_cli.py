@@ -262,9 +262,7 @@ def test_an_answer_file_that_does_not_work(
     assert said in error and error.startswith("kvlab: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "source", ["def causal_attention(q, k, v, start): ...", "def hit_rate(a, b): return 1 // 0"]
-)
+@pytest.mark.parametrize("source", ["def causal_attention(q, k, v, start): ...", "def hit_rate(a, b): return 1 // 0"])
 def test_an_answer_that_is_not_right_fails_the_demo(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

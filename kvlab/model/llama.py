@@ -268,8 +268,9 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 [N, T].
-            kv: [L, P, N, H, C, D] whose first `start` positions are filled. Positions
-                start … start + T - 1 are written. Or a block table (`kvlab.engine.pages`). With None, nothing is stored, and `start` must be 0.
+            kv: [L, P, N, H, C, D] whose first `start` positions are filled, or a block table
+                (`kvlab.engine.pages`). Positions start … start + T - 1 are written. With None, nothing
+                is stored, and `start` must be 0.
             last_only: compute only the logits of the last token. Decoding needs no others.
 
         Returns:

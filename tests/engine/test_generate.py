@@ -462,5 +462,5 @@ def test_a_pool_that_is_too_small_is_an_error_and_loses_nothing() -> None:
 def test_a_pool_and_a_cache_of_other_blocks_are_refused() -> None:
     cache = fresh(SMALL)
     for names in (Namespace(bytes(32), "fp32", b"", 64), Namespace(bytes(32), "int8", b"", SMALL_BLOCK)):
-        with pytest.raises(InputError, match="give the pool cache.namespace"):
+        with pytest.raises(InputError, match=r"give the pool cache\.namespace"):
             generate(SMALL, words(9), 1, cache, pool=PagePool(SMALL, 8, names))

@@ -53,9 +53,7 @@ def test_over_a_real_redis_where_all_that_is_left_expires(redis_server: RedisSer
 
 
 def test_a_store_that_cannot_be_used() -> None:
-    with pytest.raises(
-        KVLabError, match=r"^the store cannot be used \(redis://127\.0\.0\.1:9: conn.*KVLAB_STORE\)$"
-    ):
+    with pytest.raises(KVLabError, match=r"^the store cannot be used \(redis://127\.0\.0\.1:9: conn.*KVLAB_STORE\)$"):
         demo.run("redis://127.0.0.1:9", say=lambda _: None)
     with pytest.raises(ConfigError, match="expected a store URL"):
         demo.run("http://x", say=lambda _: None)

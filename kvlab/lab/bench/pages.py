@@ -107,7 +107,7 @@ def _decode(model: Llama, text: list[int], rounds: int) -> Timings:
 
 
 def waste(context: int, requests: int = REQUESTS) -> dict[str, float]:
-    """Return the share of reserved tokens that hold nothing, for contiguous KV and for pages, at the end of requests."""
+    """Return the share of reserved room that holds no token when the requests end, for contiguous KV and for pages."""
     lengths = chat_lengths(context, requests)
     used = sum(lengths)
     pages = sum(-(-length // PAGE_TOKENS) for length in lengths)
