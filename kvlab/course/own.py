@@ -144,7 +144,8 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     for owner, names in own.whose().items():
         counted = [f"{name} ({own.calls[name]} calls)" if own.calls[name] else name for name in names]
-        say(f"{owner + ':':8} {', '.join(counted) or 'none'}")
+        note = " (right; this cache does not call them)" if owner == "checked" and names else ""
+        say(f"{owner + ':':8} {', '.join(counted) or 'none'}{note}")
     say(f"kvlab's own cache reads what was written: {readable}")
     ok = own.ok and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
     say("Everything works." if ok else "FAILED: see the lines above")

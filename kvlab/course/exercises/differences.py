@@ -27,10 +27,18 @@ def differences(got: Any, expected: Any) -> list[str]:
     """Lines that show both results at the place where they differ first, or in a tensor most."""
     if isinstance(expected, torch.Tensor):
         return _of_tensors(got, expected)
+    if _is_plain(got) and _is_plain(expected):
+        return [f"got      {got!r}", f"expected {expected!r}"]
     if isinstance(expected, bytes | str | list | tuple) and type(got) is type(expected) and len(expected) + len(got):
         return _of_sequences(got, expected)
     kind = f" ({type(got).__name__})" if type(got) is not type(expected) else ""
     return [f"got      {short(got)}{kind}", f"expected {short(expected)}"]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text that is read at a glance: a word, or a few bytes that are ASCII letters."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    return isinstance(text, str) and len(text) <= 24 and text.isascii() and text.isprintable()
 
 
 def short(value: Any) -> str:

@@ -29,12 +29,12 @@ def changed(at: tuple[int, ...], value: float) -> torch.Tensor:
             T,
             ["got      NaN in 1 of 24 places, the first at [0, 1, 2]", "expected 6"],
         ),
-        (b"abcdef", b"abXdef", ["got      63 64 65 66 at index 2", "expected 58 64 65 66"]),
-        (b"ab", b"abc", ["got      nothing at index 2", "expected 63", "length   2 long, expected 3"]),
+        (b"\0bcdef", b"\0bXdef", ["got      63 64 65 66 at index 2", "expected 58 64 65 66"]),
+        (b"\0b", b"\0bc", ["got      nothing at index 2", "expected 63", "length   2 long, expected 3"]),
         ([1, 2, 3], [1, 5, 3], ["got      2 at index 1", "expected 5"]),
         ([bytes(32)], [bytes([1] * 32)], ["got      32 bytes: 00 00 00 00 00 00 00 00 … 00 00 00 00"]),
         ((1, 2), [1, 2], ["got      (1, 2) (tuple)", "expected [1, 2]"]),
-        ("abc", "abd", ["got      'c' at index 2", "expected 'd'"]),
+        ("-" * 30 + "c", "-" * 30 + "d", ["got      'c' at index 30", "expected 'd'"]),
         (None, 4, ["got      None (NoneType)", "expected 4"]),
         ([], [], ["got      []", "expected []"]),
     ],
@@ -55,3 +55,8 @@ def test_same_allows_for_the_order_of_sums() -> None:
 def test_short_fits_a_line() -> None:
     for value in (T, bytes(500), [bytes(32)] * 9, "x" * 500, list(range(500)), {"a": "b\n" * 90}):
         assert len(short(value)) <= 130 and "\n" not in short(value)
+
+
+@pytest.mark.parametrize(("got", "expected"), [("length", "ok"), (b"abcABC", b"aAbBcC"), ("", "ok"), (b"", b"ab")])
+def test_short_texts_are_shown_whole(got: object, expected: object) -> None:
+    assert differences(got, expected) == [f"got      {got!r}", f"expected {expected!r}"]
