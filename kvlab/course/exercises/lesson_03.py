@@ -69,6 +69,34 @@ def _as_text(tokens: list[int], root: bytes, block_tokens: int) -> list[str]:
     return [key.hex() for key in _chain(tokens, root, block_tokens)]
 
 
+def _text_as_parent(tokens: list[int], root: bytes, block_tokens: int) -> list[str]:
+    keys, parent = [], root
+    for i in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        block = struct.pack(f"<{block_tokens}I", *tokens[i : i + block_tokens])
+        parts = (b"kvlab/1/block", parent, block)
+        keys.append(hashlib.sha256(b"".join(struct.pack("<I", len(p)) + p for p in parts)).hexdigest())
+        parent = keys[-1]  # type: ignore[assignment]  # this is the mistake
+    return keys
+
+
+def _length_in_tokens(tokens: list[int], root: bytes, block_tokens: int) -> list[bytes]:
+    keys, parent = [], root
+    for i in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        block = struct.pack(f"<{block_tokens}I", *tokens[i : i + block_tokens])
+        parts = [struct.pack("<I", len(p)) + p for p in (b"kvlab/1/block", parent)]
+        parent = hashlib.sha256(b"".join([*parts, struct.pack("<I", block_tokens), block])).digest()
+        keys.append(parent)
+    return keys
+
+
+def _big_endian_block_lengths(tokens: list[int], root: bytes, block_tokens: int) -> list[bytes]:
+    return _chain(tokens, root, block_tokens, lengths=">I")
+
+
+def _all_big_endian(tokens: list[int], root: bytes, block_tokens: int) -> list[bytes]:
+    return _chain(tokens, root, block_tokens, number=">{}I", lengths=">I")
+
+
 BLOCK_KEYS = Exercise(
     name="block_keys",
     number="03.1",
@@ -93,6 +121,12 @@ BLOCK_KEYS = Exercise(
             "the last block is full too if the prompt ends where it ends: where does range stop?",
         ),
         Wrong(_as_text, "a key is the 32 bytes of .digest(), not the text of .hexdigest()"),
+        Wrong(
+            _text_as_parent, "did text meet bytes? .digest() gives bytes, .hexdigest() a text, which cannot be joined"
+        ),
+        Wrong(_length_in_tokens, "the length of the third field counts its bytes, not its tokens; a token takes four"),
+        Wrong(_big_endian_block_lengths, "the lengths are little-endian too: '<I' in front of each field"),
+        Wrong(_all_big_endian, "tokens and lengths are both little-endian: '<', where '>' stands now"),
     ),
     hint="three length-prefixed parts for each full block: b'kvlab/1/block', the parent key, the tokens as u32",
     after="vLLM names the blocks of its prefix cache in the same way, from the parent's hash and the block's tokens.",
@@ -141,7 +175,7 @@ def _in_blocks(present: list[bool], prompt_tokens: int, block_tokens: int) -> in
 USABLE_PREFIX = Exercise(
     name="usable_prefix",
     number="03.2",
-    difficulty=3,
+    difficulty=2,
     reference=usable_prefix,
     cases=(
         ([True, True, False, False], 270, 64),
@@ -232,10 +266,15 @@ def _size_before_salt(fingerprint: bytes, precision: str, salt: bytes, block_tok
     return _hashed((domain, model, bits, size, tenant))
 
 
+def _size_without_its_length(fingerprint: bytes, precision: str, salt: bytes, block_tokens: int) -> bytes:
+    *before, size = _root_parts(fingerprint, precision, salt, block_tokens)
+    return _hashed((*(struct.pack("<I", len(p)) + p for p in before), size), lengths="")
+
+
 ROOT_KEY = Exercise(
     name="root_key",
     number="03.3",
-    difficulty=3,
+    difficulty=2,
     reference=root_key,
     given=faulty_root_key,
     cases=(
@@ -257,6 +296,7 @@ ROOT_KEY = Exercise(
         ),
         Wrong(_big_endian_lengths, "lengths are little-endian as well: '<I'"),
         Wrong(_number_as_text, "the block size goes in as u32 little-endian, four bytes, not as text"),
+        Wrong(_size_without_its_length, "the block size is a field like the others: its length, 4, comes before it"),
         Wrong(_empty_salt_left_out, "an empty salt is a part too: its length, 0, must be there"),
         Wrong(_salt_before_precision, "precision and salt have changed places: the order is part of the recipe"),
         Wrong(_size_before_salt, "the block size comes last: the order is part of the recipe"),
@@ -301,6 +341,23 @@ def _changing_first(parts: Parts) -> list[str]:
     return best_layout(parts)[::-1]
 
 
+def _as_a_tuple(parts: Parts) -> tuple[str, ...]:
+    return tuple(best_layout(parts))
+
+
+def _whole_parts(parts: Parts) -> Parts:
+    by_name = {part[0]: part for part in parts}
+    return [by_name[name] for name in best_layout(parts)]
+
+
+def _whole_parts_as_a_tuple(parts: Parts) -> tuple[tuple[str, int, float], ...]:
+    return tuple(_whole_parts(parts))
+
+
+def _without_its_own_change(parts: Parts) -> list[str]:
+    return [name for name, _, _ in sorted(parts, key=lambda part: -part[1] / part[2])]
+
+
 BEST_LAYOUT = Exercise(
     name="best_layout",
     number="03.4",
@@ -309,7 +366,7 @@ BEST_LAYOUT = Exercise(
     cases=(
         ([("time", 20, 0.9), ("system", 400, 0.01), ("history", 900, 0.5), ("tools", 600, 0.05)],),
         ([("note", 10, 0.05), ("manual", 2000, 0.1)],),
-        ([("a", 100, 0.2), ("b", 300, 0.3), ("c", 50, 0.05), ("d", 800, 0.6)],),
+        ([("a", 100, 0.2), ("b", 300, 0.3), ("c", 50, 0.06), ("d", 800, 0.6)],),
     ),
     wrong=(
         Wrong(_steady_first, "the chance of a change is half of it: a long part may go before a steadier short one"),
@@ -319,6 +376,10 @@ BEST_LAYOUT = Exercise(
             _by_what_it_keeps_itself,
             "that counts a part as if it stood first: all parts before it must be unchanged too",
         ),
+        Wrong(_as_a_tuple, "the order is right; return it as a list, not as a tuple"),
+        Wrong(_whole_parts, "the order is right; return the names only, not the whole parts"),
+        Wrong(_whole_parts_as_a_tuple, "the order is right; return a list, and only the names of the parts"),
+        Wrong(_without_its_own_change, "a part's own change counts too: it is lost when it changes itself"),
         Wrong(
             _changing_first, "the other way round: what changes spoils everything after it, so it belongs at the end"
         ),

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvlab.course import plots
-from kvlab.course.pictures import Flow, Step
+from kvlab.course.pictures import INK, PLAIN, WIDTH, Flow, Step
 from kvlab.course.widgets import Explorer
 
 KEPT, NEW = plots.OKABE_ITO[5], plots.OKABE_ITO[4]
@@ -20,10 +20,10 @@ BlockKeys = Callable[[list[int], bytes, int], list[bytes]]
 
 CHAIN = Flow(
     [
-        Step("fingerprint", "stands for the model"),
-        Step("root", "+ precision, salt, block size", marked=True),
-        Step("key 0", "+ tokens 0 … 63"),
-        Step("key 1", "+ tokens 64 … 127"),
+        Step("root", "all but the tokens"),
+        Step("key 0", "root + tokens 0 … 63"),
+        Step("key 1", "key 0 + tokens 64 … 127"),
+        Step("key 2", "key 1 + tokens 128 … 191"),
     ]
 )
 """How names are made."""
@@ -45,15 +45,6 @@ ATTACK = Flow(
     columns=3,
 )
 """How a forged name is used."""
-ROOT = Flow(
-    [
-        Step("fingerprint", "which model?"),
-        Step("precision", "how exact are the numbers?"),
-        Step("salt", "whose blocks?"),
-        Step("block size", "how many tokens?"),
-    ]
-)
-"""What goes into the root, in this order."""
 LEAK = Flow(
     [
         Step("victim", "sends a secret prompt"),
@@ -65,10 +56,56 @@ LEAK = Flow(
 """How a clock tells what somebody else has sent."""
 
 
+class Inputs(Flow):
+    """Parallel inputs in a row, without arrows between them, and below the row what is made of all of them."""
+
+    def __repr__(self) -> str:
+        *inputs, result = [step.title for step in self.steps]
+        return f"Figure: {', '.join(inputs)} -> {result}"
+
+    def _box(self, ax: Axes, i: int, step: Step) -> None:
+        if i < self.columns:
+            super()._box(ax, i, step)
+            return
+        style = {"boxstyle": "round,pad=0.7,rounding_size=0.4", "facecolor": PLAIN, "edgecolor": INK}
+        words = f"{step.title}: {step.detail}"
+        ax.text(self.columns / 2, 1.5, words, ha="center", va="center", size=9, color=INK, bbox=style)
+
+    def _arrow(self, ax: Axes, i: int) -> None:
+        style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+        middle = self.columns / 2
+        start, end = i + 0.05 + WIDTH / 2, middle + (i + 0.5 - middle) * 0.3
+        ax.annotate("", (end, 1.28), (start, 0.86), arrowprops=style)
+
+
+ROOT = Inputs(
+    [
+        Step("fingerprint", "which model?"),
+        Step("precision", "how exact are the numbers?"),
+        Step("salt", "whose blocks?"),
+        Step("block size", "how many tokens?"),
+        Step("root", "SHA-256 over all four"),
+    ]
+)
+"""What goes into the root."""
+
+
 def key_map(title: str, rows: Mapping[str, Sequence[bool]]) -> None:
     """Show a row for each change and a box for each block: is its key one of the old keys?"""
     counts = ", ".join(f"{change} {sum(row)} of {len(row)}" for change, row in rows.items())
     plots.show(_key_map(title, rows), f"keys kept: {counts}.")
+
+
+def one_colour_bars(title: str, values: Mapping[str, float], xlabel: str, caption: str) -> None:
+    """Show one horizontal bar for each name, all in one colour, because the names are cases of one measurement."""
+    fig, ax = plots.new_figure(title, xlabel, height=0.9 + 0.36 * len(values))
+    ax.barh(list(values), list(values.values()), color=NEW, edgecolor="white")
+    for name, value in values.items():
+        ax.annotate(f" {value:.0f}", (value, name), va="center")
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    plots.show(fig, caption)
 
 
 def clock(times: Mapping[str, Sequence[float]], caption: str) -> None:
