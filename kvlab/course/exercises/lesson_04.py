@@ -40,14 +40,14 @@ def _first_number_only(planes: bytes, size: int) -> bytes:
 UNSHUFFLE = Exercise(
     name="unshuffle",
     number="04.1",
-    difficulty=3,
+    difficulty=2,
     reference=unshuffle,
     cases=(
         (b"abcABC", 2),
         (bytes(range(12)), 4),
         (b"plain", 1),
-        (b"", 2),
         (b"1234", 4),
+        (b"", 2),
     ),
     wrong=(
         Wrong(_shuffled_again, "shuffling twice is no way back: a plane has as many bytes as there are numbers"),
@@ -215,7 +215,7 @@ _KV = torch.arange(96.0).reshape(1, 2, 1, 12, 4)
 PACK_RECORD = Exercise(
     name="pack_record",
     number="04.3",
-    difficulty=4,
+    difficulty=3,
     reference=pack_record,
     cases=(
         (torch.arange(16.0).reshape(1, 2, 1, 2, 4), bytes(range(32))),
@@ -256,9 +256,33 @@ def _key_before_checksum(value: bytes, key: bytes) -> str:
     return "key" if reason == "checksum" and value[64:96] != key else reason
 
 
-def _length_never_checked(value: bytes, key: bytes) -> str:
+def _seal(header: bytes, payload: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(header[:96] + bytes(32) + payload).to_bytes(8, "little") + bytes(24)
+
+
+def _without_the_length(value: bytes, key: bytes) -> str:
+    """What `open_record` says of a value whose payload length it does not look at."""
     reason = open_record(value, key)
-    return "checksum" if reason == "length" and len(value) >= 128 else reason
+    if reason != "length" or len(value) < 128:
+        return reason
+    if value[96:128] != _seal(value, value[128:]):
+        return "checksum"
+    return "ok" if value[64:96] == key else "key"
+
+
+def _length_never_checked(value: bytes, key: bytes) -> str:
+    return _without_the_length(value, key)
+
+
+def _longer_values_taken(value: bytes, key: bytes) -> str:
+    if len(value) >= 128 and struct.unpack_from("<Q", value, 48)[0] <= len(value) - 128:
+        return _without_the_length(value, key)
+    return open_record(value, key)
+
+
+def _tuple_for_the_length(value: bytes, key: bytes) -> str:
+    reason = open_record(value, key)
+    return reason if reason in ("magic", "version") else "length"  # a tuple is never equal to a number
 
 
 def _payload_alone_sealed(value: bytes, key: bytes) -> str:
@@ -279,14 +303,17 @@ def _short_values_read(value: bytes, key: bytes) -> str:
 
 
 def _records() -> list[tuple[bytes, bytes]]:
-    """A good record and nine values that are none, each with the key that was asked for."""
+    """A good record and ten values that are none, each with the key that was asked for."""
     key, block = bytes(range(32)), torch.arange(16.0).reshape(1, 2, 1, 2, 4)
     good = b"".join(encode(block, key, Format("fp16")))
     newer = good[:4] + b"\x02" + good[5:]  # its seal, whatever a version 2 has, is none of ours
     bad_key = good[:70] + b"\xff" + good[71:]
     bad_payload = good[:-1] + bytes([good[-1] ^ 1])
     bad_seal = good[:127] + b"\x01" + good[128:]
-    values = (good, good[:100], b"GIF8" + good[4:], newer, good[:-2], bad_payload, bad_key, bad_seal, b"KVL1")
+    longer = good[128:] + b"more"
+    too_long = good[:96] + _seal(good, longer) + longer  # sealed as a whole, but not what the header says
+    bad = (bad_payload, bad_key, bad_seal, too_long)
+    values = (good, good[:100], b"GIF8" + good[4:], newer, good[:-2], *bad, b"KVL1")
     return [*((value, key) for value in values), (good, bytes(32))]
 
 
@@ -301,6 +328,8 @@ OPEN_RECORD = Exercise(
         Wrong(_checksum_before_version, "a newer version may seal in another way: tell the version first"),
         Wrong(_key_before_checksum, "a flipped bit in the key field is damage: trust the key only after the checksum"),
         Wrong(_length_never_checked, "the header says how long the payload is: compare that before the checksum"),
+        Wrong(_longer_values_taken, "test whether the length is not the same, not only whether bytes are missing"),
+        Wrong(_tuple_for_the_length, "struct.unpack_from returns a tuple, also for one number: take its first element"),
         Wrong(_payload_alone_sealed, "the seal covers the header too, with 32 zeros in the place of the seal"),
         Wrong(_eight_bytes_compared, "the seal field has 32 bytes, the last 24 are zeros: compare all of it"),
         Wrong(_short_values_read, "a value of 4 bytes has no version to read: test the 128 bytes first"),

@@ -17,12 +17,12 @@ from kvlab.course.widgets import Explorer
 
 HEADER = (
     ("magic", 4),
-    ("codes", 8),
+    ("version, kind, codec,\nprecision, dtype, seal,\nnumber of dims, 0", 8),
     ("key id", 4),
-    ("8 dims", 32),
+    ("the dims: 8 integers,\nzeros where not used", 32),
     ("payload\nlength", 8),
     ("zeros", 8),
-    ("the key", 32),
+    ("block key", 32),
     ("checksum, 24 zeros", 32),
 )
 """The groups of fields of a record's header, and their sizes in bytes."""
@@ -37,7 +37,7 @@ def byte_map(keys: Tensor, entropy: Mapping[str, Sequence[float]]) -> None:
         entropy: bits of the low byte and of the high byte, for "fp16" and "bf16".
     """
     T, D = keys.shape
-    fig, ax = plots.new_figure(f"{T * D:,} keys as bytes: fp16 above, bf16 below", height=3.9)
+    fig, ax = plots.new_figure(f"{T * D:,} numbers of attention keys as bytes: fp16 above, bf16 below", height=3.9)
     gap = np.full((4, 4 * D + 8), np.nan)
     ax.imshow(
         np.vstack([_strip(keys, torch.float16), gap, _strip(keys, torch.bfloat16)]),
@@ -83,7 +83,7 @@ def channel_spread(keys: Tensor) -> None:
 
 def header() -> None:
     """Show the header of a record: four rows of 32 bytes."""
-    fig, ax = plots.new_figure("The header: four rows of 32 bytes", "byte in the row", height=2.6)
+    fig, ax = plots.new_figure("The header: four rows of 32 bytes", "byte in the row", height=3.2)
     at = 0
     for number, (name, size) in enumerate(HEADER):
         row, column = divmod(at, 32)
@@ -91,15 +91,22 @@ def header() -> None:
             piece = min(16, at + size - begin)
             colour = plots.OKABE_ITO[number % 6]
             ax.barh(begin // 32, piece, left=begin % 32, height=0.9, color=colour, alpha=0.45)
-        ax.text(column + min(size, 32 - column) / 2, row, name, ha="center", va="center", size=9)
+        ax.text(
+            column + min(size, 32 - column) / 2,
+            row,
+            name,
+            ha="center",
+            va="center",
+            size=7 if name.count("\n") > 1 else 9,
+        )
         at += size
     ax.set_yticks(range(at // 32), [f"from byte {32 * row}" for row in range(at // 32)])
     ax.set_xticks(range(0, 33, 4))
     ax.set_xlim(0, 32)
     ax.invert_yaxis()
     ax.grid(visible=False)
-    half = sum(size for name, size in HEADER if name in ("the key", "checksum, 24 zeros"))
-    plots.show(fig, f"{len(HEADER)} groups of fields fill {at} bytes; key and checksum take {half} of them.")
+    half = sum(size for name, size in HEADER if name in ("block key", "checksum, 24 zeros"))
+    plots.show(fig, f"{len(HEADER)} groups of fields fill {at} bytes; block key and checksum take {half} of them.")
 
 
 def front(results: Mapping[str, tuple[float, float]], best: Sequence[str]) -> None:
