@@ -207,6 +207,41 @@ def _replay_finds_its_own_blocks(prompts: Prompts, block_tokens: int) -> Request
     return served
 
 
+def _replay_never_resets(prompts: Prompts, block_tokens: int) -> Requests:
+    kept: set[tuple[int, ...]] = set()
+    served = []
+    cached = 0
+    for prompt in prompts:
+        ends = range(block_tokens, len(prompt) + 1, block_tokens)
+        for end in ends:
+            if tuple(prompt[:end]) not in kept:
+                break
+            cached = end
+        kept.update(tuple(prompt[:end]) for end in ends)
+        served.append((len(prompt), cached))
+    return served
+
+
+def _replay_counts_on(prompts: Prompts, block_tokens: int) -> Requests:
+    right = replay(prompts, block_tokens)
+    return [(total, sum(cached for _, cached in right[: i + 1])) for i, (total, _) in enumerate(right)]
+
+
+def _replay_misses_the_last(prompts: Prompts, block_tokens: int) -> Requests:
+    kept: set[tuple[int, ...]] = set()
+    served = []
+    for prompt in prompts:
+        ends = range(block_tokens, len(prompt), block_tokens)
+        cached = 0
+        for end in ends:
+            if tuple(prompt[:end]) not in kept:
+                break
+            cached = end
+        kept.update(tuple(prompt[:end]) for end in ends)
+        served.append((len(prompt), cached))
+    return served
+
+
 def _replay_saves_first(prompts: Prompts, block_tokens: int) -> Requests:
     return [(len(prompt), len(prompt) // block_tokens * block_tokens) for prompt in prompts]
 
@@ -237,6 +272,7 @@ REPLAY = Exercise(
         ([[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 4, 0]], 2),
         ([[1, 2, 3, 4, 5, 6, 0], [1, 2, 9, 9, 5, 6, 0]], 2),
         ([[1, 2, 3, 4, 0], [3, 4, 1, 2, 0]], 2),
+        ([[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]], 2),
         ([[8, 8, 8, 8, 8, 8, 0]], 2),
         ([[1], [1], []], 2),
         ([], 2),
@@ -250,7 +286,16 @@ REPLAY = Exercise(
             _replay_by_content,
             "the same tokens after another beginning are another block: remember all tokens up to the block's end",
         ),
-        Wrong(_replay_finds_its_own_blocks, "a prompt cannot find its own blocks: look all of them up, then save"),
+        Wrong(
+            _replay_finds_its_own_blocks,
+            "remember all tokens up to the block's end, not the block's own: equal tokens later are another block",
+        ),
+        Wrong(_replay_never_resets, "every prompt begins with nothing found: set the count back to 0 for each one"),
+        Wrong(_replay_counts_on, "this count goes on from prompt to prompt: set it back to 0 for each one"),
+        Wrong(
+            _replay_misses_the_last,
+            "the last full block is missing: the loop ends too early when no token is left over",
+        ),
         Wrong(_replay_saves_first, "every prompt finds itself here: look up before you save"),
         Wrong(_replay_against_the_last, "the cache never forgets: look in all earlier prompts, not in the last one"),
         Wrong(_replay_with_partial_blocks, "only full blocks are stored: what is found is a multiple of block_tokens"),

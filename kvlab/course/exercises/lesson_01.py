@@ -70,6 +70,10 @@ ATTEND = Exercise(
             "a score of 0 still gets a share, because exp(0) is 1: hide with -inf",
         ),
         Wrong(
+            lambda q, k, v: _head(q, k, v, seen=lambda ones: ones.triu(1)),
+            "the mask is the wrong way round: in masked_fill, True means hide, and what comes later must be hidden",
+        ),
+        Wrong(
             _masks_after_softmax,
             "the shares of a row must add up to 1: hide the scores before the softmax, not the shares after it",
         ),
@@ -77,6 +81,10 @@ ATTEND = Exercise(
         Wrong(
             lambda q, k, v: _head(q, k, v, scale=q.shape[1]),
             "divide by the square root of D, not by D: D is q.shape[1]",
+        ),
+        Wrong(
+            lambda q, k, v: _head(q, k, v, scale=2**0.5),
+            "the root of 2 fits the example by hand only: D is q.shape[1]",
         ),
         Wrong(
             lambda q, k, v: _head(q, k, v, scale=v.shape[1] ** 0.5),
@@ -121,9 +129,36 @@ def _heads_interleaved(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     return causal_attention(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), start)
 
 
-def _qkv(heads: int, kv_heads: int, new: int, start: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _hides_the_past(q: Tensor, k: Tensor, v: Tensor, start: int, itself: bool) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    T, S = scores.shape[2:]
+    sees = torch.arange(S) >= start + torch.arange(T)[:, None] + itself
+    return scores.masked_fill(~sees, float("-inf")).softmax(dim=3) @ v
+
+
+def _own_heads(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """`causal_attention` for as many KV heads as query heads."""
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    T, S = scores.shape[2:]
+    sees = torch.arange(S) <= start + torch.arange(T)[:, None]
+    return scores.masked_fill(~sees, float("-inf")).softmax(dim=3) @ v
+
+
+def _repeats_by_kv_heads(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    count = k.shape[1]
+    return _own_heads(q, k.repeat_interleave(count, dim=1), v.repeat_interleave(count, dim=1), start)
+
+
+def _repeats_without_dim(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    return _own_heads(q, k.repeat_interleave(group), v.repeat_interleave(group), start)
+
+
+def _qkv(heads: int, kv_heads: int, new: int, start: int, dim: int = 8) -> tuple[Tensor, Tensor, Tensor, int]:
     g = torch.Generator().manual_seed(heads * 100 + new * 10 + start)
-    shapes = ((1, heads, new, 8), (1, kv_heads, start + new, 8), (1, kv_heads, start + new, 8))
+    shapes = ((1, heads, new, dim), (1, kv_heads, start + new, dim), (1, kv_heads, start + new, dim))
     q, k, v = (torch.randn(s, generator=g) for s in shapes)
     return q, k, v, start
 
@@ -133,7 +168,13 @@ CAUSAL_ATTENTION = Exercise(
     number="01.2",
     difficulty=4,
     reference=causal_attention,
-    cases=(_qkv(1, 1, 4, 0), _qkv(4, 2, 5, 0), _qkv(4, 2, 3, 6), _qkv(4, 1, 1, 7)),
+    cases=(
+        _qkv(1, 1, 4, 0),
+        _qkv(4, 2, 5, 0),
+        _qkv(4, 2, 3, 6),
+        _qkv(4, 1, 1, 7),
+        _qkv(8, 2, 2, 3, dim=4),  # a group of another size than the number of KV heads
+    ),
     wrong=(
         Wrong(
             lambda q, k, v, start: _variant(q, k, v, start, offset=-start),
@@ -154,6 +195,30 @@ CAUSAL_ATTENTION = Exercise(
         Wrong(
             lambda q, k, v, start: _variant(q, k, v, start, causal=False),
             "token t must not see what comes after position start + t: mask those scores with -inf",
+        ),
+        Wrong(
+            lambda q, k, v, start: _hides_the_past(q, k, v, start, itself=True),
+            "the mask is the wrong way round: in masked_fill, True means hide, and what comes later must be hidden",
+        ),
+        Wrong(
+            lambda q, k, v, start: _hides_the_past(q, k, v, start, itself=False),
+            "the mask hides the past: token t sees what comes before it and itself, and nothing later",
+        ),
+        Wrong(
+            lambda q, k, v, start: _variant(q, k, v, start, scale=2**-0.5),
+            "the root of 2 fits the example by hand only: the head dim is q.shape[3]",
+        ),
+        Wrong(
+            _repeats_without_dim,
+            "repeat_interleave without dim= makes one long row of numbers: name the axis of the heads",
+        ),
+        Wrong(
+            _own_heads,
+            "k and v need as many heads as q before the product: repeat their heads, which are axis 1",
+        ),
+        Wrong(
+            _repeats_by_kv_heads,
+            "repeat each KV head once for every query head of its group: the group's size is heads // H, not H",
         ),
         Wrong(_heads_interleaved, "neighbouring query heads share a KV head: repeat_interleave, not repeat"),
         Wrong(
@@ -253,6 +318,14 @@ def _whole_result(model: torch.nn.Module, tokens: list[int], kv: Tensor, cached:
     return model(torch.tensor([tokens[start:]]), kv, start=start, last_only=True)
 
 
+def _the_token(model: torch.nn.Module, tokens: list[int], kv: Tensor, cached: int) -> int:
+    return int(answer_from(model, tokens, kv, cached).argmax())
+
+
+def _the_token_as_a_tensor(model: torch.nn.Module, tokens: list[int], kv: Tensor, cached: int) -> Tensor:
+    return answer_from(model, tokens, kv, cached).argmax()
+
+
 def _first_logits(model: torch.nn.Module, tokens: list[int], kv: Tensor, cached: int) -> Tensor:
     start = min(cached, len(tokens) - 1)
     return model(torch.tensor([tokens[start:]]), kv, start=start)[0, 0]
@@ -291,6 +364,11 @@ ANSWER_FROM = Exercise(
         ),
         Wrong(
             _whole_result, "the logits of the last token are one vector [vocab]: take [0, -1] of what the model returns"
+        ),
+        Wrong(_the_token, "this is the next token: return the logits that it is chosen from, one score for each token"),
+        Wrong(
+            _the_token_as_a_tensor,
+            "argmax comes later: return the whole vector of logits, not the number of the best token",
         ),
         Wrong(_first_logits, "these logits follow the first computed token; the answer follows the last one"),
     ),
@@ -496,6 +574,17 @@ def _load_without_a_test(kept: Kept, tokens: list[int], kv: Tensor, block_tokens
     return cached
 
 
+def _load_misses_the_last(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
+    cached = 0
+    for end in range(block_tokens, len(tokens), block_tokens):
+        block = kept.get(tuple(tokens[:end]))
+        if block is None:
+            break
+        kv[:, :, :, :, end - block_tokens : end] = block
+        cached = end
+    return cached
+
+
 def _load_returns_zero_at_a_gap(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
     for end in range(block_tokens, len(tokens) + 1, block_tokens):
         if tuple(tokens[:end]) not in kept:
@@ -524,6 +613,7 @@ LOAD = Exercise(
     cases=(
         (_store([1, 2, 3, 4, 5, 6]), [1, 2, 3, 4, 5, 6, 7], _empty(8), 2),
         (_store([1, 2, 3, 4, 5, 6]), [1, 2, 3, 4, 9, 9], _empty(8), 2),
+        (_store([1, 2, 3, 4, 5, 6]), [1, 2, 3, 4, 5, 6], _empty(6), 2),
         (_store([1, 2, 3, 4, 5, 6], missing=(4,)), [1, 2, 3, 4, 5, 6, 7], _empty(8), 2),
         (_store([1, 2, 3, 4, 5, 6], missing=(2,)), [1, 2, 3, 4, 5, 6], _empty(6), 2),
         ({}, [1, 2, 3], _empty(4), 2),
@@ -537,6 +627,9 @@ LOAD = Exercise(
             _load_counts_all, "blocks behind a hole are counted here: nothing after the first missing block may be used"
         ),
         Wrong(_load_stops_after_the_gap, "the missing block is counted too: `cached` may only grow after a copy"),
+        Wrong(
+            _load_misses_the_last, "the last full block is missing: the loop ends too early when no token is left over"
+        ),
         Wrong(_load_in_blocks, "the number is in tokens, not in blocks"),
         Wrong(_load_without_a_test, "a block that is not there is normal: it ends the prefix and raises nothing"),
         Wrong(
