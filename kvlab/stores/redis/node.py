@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -27,6 +26,7 @@ from kvlab.stores.latch import Latch
 from kvlab.stores.redis.connection import Buffers, Command, Reply
 from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.reasons import OF_ONE_KEY, Refused, reason_of, server_works, takes_writes
+from kvlab.stores.workers import Workers
 
 WINDOW_BYTES: Final = 16 << 20  # replies to a larger window exceed the processor's cache: measured, docs/02
 WINDOW_KEYS: Final = 1024
@@ -146,7 +146,7 @@ class Node:
     def reset_after_fork(self) -> None:
         """See `Forkable`."""
         self._lock = threading.Lock()
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
 
     # --- sub-batches ----------------------------------------------------------------------------
     # `indices`: the positions of this server's names in the batch, ascending. `asking`: their slots are being
@@ -156,7 +156,7 @@ class Node:
         try:
             with self._lock:
                 if self._workers is None:
-                    self._workers = ThreadPoolExecutor(self._max_workers, f"kvlab {self.name}")
+                    self._workers = Workers(self._max_workers, f"kvlab {self.name}")
             self._workers.submit(job.run)
         except RuntimeError:  # no thread can be started
             job.run()

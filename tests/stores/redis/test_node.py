@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from kvlab.stores.deadline import Deadline
 from kvlab.stores.redis.node import MAXMEMORY_DIVISOR, Answer, Batch, Job, Node
 from kvlab.stores.redis.pool import FakePool, Pool
 from kvlab.stores.redis.reasons import reason_of
+from kvlab.stores.workers import Workers
 from kvlab.testbed.server import free_port
 from tests.harness.helpers import FakeClock
 from tests.harness.scripted import ScriptedServer
@@ -83,10 +83,10 @@ def test_no_more_threads_than_it_may_have() -> None:
 
 
 def test_where_no_thread_can_be_started_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ending(self: ThreadPoolExecutor, work: Any) -> Any:
+    def ending(self: Workers, work: Any) -> Any:
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", ending)
+    monkeypatch.setattr(Workers, "submit", ending)
     done_by: list[str] = []
     job = start(node(), lambda: done_by.append(threading.current_thread().name) or [b"x"])
     assert done_by == [threading.current_thread().name] and job.result().replies == [b"x"]

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from kvlab.stores.redis.node import WINDOW_BYTES, Answer, Batch, Node
 from kvlab.stores.redis.reasons import reason_of
 from kvlab.stores.redis.store import KEY_PREFIX, _answers
 from kvlab.stores.redis.topology import SubBatch
+from kvlab.stores.workers import Workers
 from kvlab.testbed.proxy import FaultProxy
 from kvlab.testbed.server import RedisServer, valkey_program
 from tests.harness.helpers import FakeClock
@@ -133,10 +133,10 @@ def test_a_server_alone_is_asked_by_the_callers_own_thread() -> None:
 
 
 def test_a_whole_batch_is_answered_while_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ending(self: ThreadPoolExecutor, work: Any) -> Any:
+    def ending(self: Workers, work: Any) -> Any:
         raise RuntimeError("cannot schedule new futures after shutdown")
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", ending)
+    monkeypatch.setattr(Workers, "submit", ending)
     with SlotMap() as cluster, opened(cluster.url) as store:
         assert store.put_many([A, B], values(A, B)) == 2 and store.get_many([B, A]) == values(B, A)
         assert store.health().ok
