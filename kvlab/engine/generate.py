@@ -71,7 +71,7 @@ def generate(
     T = prompt.shape[1]
     pool = pool or PagePool(model, -(-(T + max_new_tokens) // PAGE_TOKENS))
     _check_fit(pool, cache)
-    with pool.open(pool.keys(tokens), T) as table:
+    with pool.new_table(pool.keys(tokens), T) as table:
         shared = len(table.keys) * pool.pages_per_block * pool.page_tokens
         filled = fill_from(cache, tokens, table, shared) if cache else shared
         cached = min(filled, T - 1)  # the logits of the last token are needed, and nobody holds logits

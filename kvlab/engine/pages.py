@@ -177,7 +177,7 @@ class PagePool:
         return [] if self.namespace is None else self.namespace.keys(tokens)
 
     # --- tables ---------------------------------------------------------------------------------
-    def open(self, keys: Sequence[bytes] = (), capacity: int = 0) -> BlockTable:
+    def new_table(self, keys: Sequence[bytes] = (), capacity: int = 0) -> BlockTable:
         """Return a new table with the pages of the longest prefix in the index, and room for `capacity` tokens.
 
         The pages of the prefix are shared, not copied. `table.keys` are the blocks that were found.

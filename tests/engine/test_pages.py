@@ -49,7 +49,7 @@ def got(table: BlockTable, stop: int) -> list[int]:
 def fill(pool: PagePool, tokens: list[int]) -> BlockTable:
     """A table with these tokens, as a request makes it: found, written, published."""
     keys = pool.keys(tokens)
-    table = pool.open(keys, len(tokens))
+    table = pool.new_table(keys, len(tokens))
     start = len(table.keys) * B
     put(pool, table, start, tokens[start:])
     pool.publish(table, keys)
@@ -74,7 +74,7 @@ def test_equal_blocks_after_different_ones_are_not_shared(model: Llama) -> None:
 
 def test_two_requests_that_compute_the_same_at_the_same_time_keep_their_own_pages(model: Llama) -> None:
     pool, tokens = make(model), [1, 2, 3, 4]
-    one, two = pool.open(pool.keys(tokens), 4), pool.open(pool.keys(tokens), 4)
+    one, two = pool.new_table(pool.keys(tokens), 4), pool.new_table(pool.keys(tokens), 4)
     for table in (one, two):
         put(pool, table, 0, tokens)
         pool.publish(table, pool.keys(tokens))
@@ -110,7 +110,7 @@ def test_blocks_of_two_forks_may_have_a_page_in_common(model: Llama) -> None:
     assert one.pages[0] == two.pages[0] and pool.refs[one.pages[0]] == 4
     pool.close(one)
     pool.close(two)
-    with pool.open(capacity=PAGES * PAGE):
+    with pool.new_table(capacity=PAGES * PAGE):
         assert not pool.index
     pool.check_integrity()
 
@@ -131,7 +131,7 @@ def test_leaves_are_evicted_first_so_that_what_stays_is_a_prefix(model: Llama, p
     pool, tokens = make(model, 8, policy), list(range(16))
     pool.close(fill(pool, tokens))
     for taken in range(1, 9):
-        with pool.open(capacity=taken * PAGE):
+        with pool.new_table(capacity=taken * PAGE):
             pool.check_integrity()
             left = 4 - -(-taken // 2)
             assert list(pool.index) == pool.keys(tokens)[:left]
@@ -141,10 +141,10 @@ def test_a_block_that_a_table_holds_is_not_evicted(model: Llama) -> None:
     pool = make(model, 4)
     held = fill(pool, [1, 2, 3, 4])
     pool.close(fill(pool, [5, 6, 7, 8]))
-    with pool.open(capacity=4):
+    with pool.new_table(capacity=4):
         assert list(pool.index) == held.keys
         with pytest.raises(PoolExhausted, match="1 pages are needed, 0 are free and at most 0 can be evicted"):
-            pool.open(capacity=1)
+            pool.new_table(capacity=1)
     assert got(held, 4) == [1, 2, 3, 4]
     pool.check_integrity()
 
@@ -154,7 +154,7 @@ def test_the_policy_chooses_among_leaves(model: Llama) -> None:
     for first in (10, 20, 30):
         pool.close(fill(pool, [first, 1, 2, 3]))
     pool.close(fill(pool, [10, 1, 2, 3]))  # used again
-    pool.close(pool.open(capacity=2))
+    pool.close(pool.new_table(capacity=2))
     assert list(pool.index) == [*pool.keys([10, 1, 2, 3]), *pool.keys([30, 1, 2, 3])]
 
 
@@ -176,7 +176,7 @@ def test_pages_that_do_not_divide_a_block_and_unknown_policies_are_refused(model
 
 def test_a_table_is_given_back_once(model: Llama) -> None:
     pool = make(model)
-    table = pool.open(capacity=3)
+    table = pool.new_table(capacity=3)
     pool.close(table)
     uses: list[Callable[[], object]] = [
         lambda: pool.close(table),
@@ -189,14 +189,14 @@ def test_a_table_is_given_back_once(model: Llama) -> None:
         with pytest.raises(InputError, match="expected an open table of this pool"):
             use()
     with pytest.raises(InputError, match="expected an open table of this pool"):
-        make(model).close(pool.open())
+        make(model).close(pool.new_table())
 
 
 def test_what_does_not_fit_changes_nothing(model: Llama) -> None:
     pool = make(model, 4)
     pool.close(fill(pool, [1, 2, 3, 4]))
-    table = pool.open(capacity=4)
-    for use in (lambda: pool.grow(table, 9), lambda: pool.open(pool.keys([1, 2, 3, 4]), 9)):
+    table = pool.new_table(capacity=4)
+    for use in (lambda: pool.grow(table, 9), lambda: pool.new_table(pool.keys([1, 2, 3, 4]), 9)):
         with pytest.raises(PoolExhausted):
             use()
         pool.check_integrity()
@@ -238,7 +238,7 @@ class Account:
         first = self.rng.randrange(3)
         tokens = [100 * first + i // 3 * self.rng.choice([1, 1, 1, 2]) for i in range(self.rng.randint(1, 14))]
         keys = self.pool.keys(tokens)
-        table = self.pool.open(keys, len(tokens))
+        table = self.pool.new_table(keys, len(tokens))
         found = len(table.keys) * B
         assert got(table, found) == tokens[:found], "a hit is the KV of exactly these tokens"
         put(self.pool, table, found, tokens[found:])
@@ -281,7 +281,7 @@ def test_20_000_random_operations_lose_no_page_and_mix_up_none(model: Llama, pol
         while account.tables:
             account.end()
         account.pool.check_integrity()
-        with account.pool.open(capacity=PAGES * PAGE):
+        with account.pool.new_table(capacity=PAGES * PAGE):
             assert not account.pool.index, "every page can be had again"
         assert account.pool.counts["copied"] and account.pool.counts["evicted"] and account.pool.counts["hits"]
 

@@ -86,7 +86,7 @@ def _filled(model: Llama, tokens: Tensor, more: int) -> tuple[BlockTable, BlockT
     tables = []
     for shuffled in (False, True):
         pool = PagePool(model, 2 * -(-capacity // PAGE_TOKENS))
-        table = pool.open(capacity=capacity)
+        table = pool.new_table(capacity=capacity)
         if shuffled:
             random.Random(0).shuffle(table.pages)
         model(tokens, table, last_only=True)
