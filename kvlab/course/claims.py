@@ -13,25 +13,27 @@ from IPython.display import Markdown
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: its name, its question, the source document's number, and the unit."""
+    """One claim: its name, its question, the source document's number, the unit, and the notebook that measures it."""
 
     name: str
     question: str
     source: float
     unit: str
+    lesson: str
 
 
 CLAIMS = (
-    Claim("latency", "How much sooner does the first token come when the prefix is cached?", 11, "times"),
-    Claim("throughput", "How many times the throughput does the full system give?", 15, "times"),
-    Claim("hit_rate", "What share of blocks does a real chat trace find in the cache?", 65, "percent"),
-    Claim("compression", "How much smaller is KV as float16 + gzip than as float32?", 83, "percent saved"),
-    Claim("hashing", "How long does hashing a 1,000-token prefix take?", 10, "microseconds"),
-    Claim("cost", "How much cheaper does a token get?", 95, "percent saved"),
+    Claim("latency", "How much sooner does the first token come when the prefix is cached?", 11, "times", "00"),
+    Claim("throughput", "How many times the throughput does the full system give?", 15, "times", "10"),
+    Claim("hit_rate", "What share of blocks does a real chat trace find in the cache?", 65, "percent", "10"),
+    Claim("compression", "How much smaller is KV as float16 + gzip than as float32?", 83, "percent saved", "04"),
+    Claim("hashing", "How long does hashing a 1,000-token prefix take?", 10, "microseconds", "03"),
+    Claim("cost", "How much cheaper does a token get?", 95, "percent saved", "10"),
 )
 
 
 def table() -> Markdown:
-    """Each claim's question, and the number that the source document gives."""
-    rows = [f"| {claim.question} | {claim.source:g} {claim.unit} |" for claim in CLAIMS]
-    return Markdown("\n".join(["| question | the source document says |", "|---|---|", *rows]))  # type: ignore[no-untyped-call]
+    """Each claim's question, the number that the source document gives, and the notebook that measures it."""
+    rows = [f"| {claim.question} | {claim.source:g} {claim.unit} | {claim.lesson} |" for claim in CLAIMS]
+    head = ["| question | the source document says | notebook |", "|---|---|---|"]
+    return Markdown("\n".join([*head, *rows]))  # type: ignore[no-untyped-call]

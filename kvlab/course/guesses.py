@@ -6,39 +6,55 @@ was measured (`came_out`). Notebook 10 plots the guesses against the measurement
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvlab.course.claims import CLAIMS
 from kvlab.course.work import work_dir
 from kvlab.errors import InputError
 from kvlab.lab.streams import accept_any_text
+from kvlab.lab.timing import Timings
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question whose answer is one number, and the unit of that number."""
+    """A question whose answer is one number, the unit of that number, and the notebook that measures it."""
 
     name: str
     text: str
     unit: str
+    lesson: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out for a question, and whether the machine was busy while it was measured."""
+
+    value: float
+    busy: bool = False
 
 
 QUESTIONS = {
     question.name: question
     for question in (
-        *(Question(claim.name, claim.question, claim.unit) for claim in CLAIMS),
-        Question("first_cache", "How much sooner does the first token come with your dict?", "times"),
-        Question("best_order", "What share of a prompt's blocks hits when its parts are in the best order?", "percent"),
-        Question("int8_error", "By how much does int8 KV change the probability of the next token?", "percent"),
+        *(Question(claim.name, claim.question, claim.unit, claim.lesson) for claim in CLAIMS),
+        Question("first_cache", "How much sooner does the first token come with your dict?", "times", "01"),
+        Question(
+            "best_order", "What share of a prompt's blocks hits when its parts are in the best order?", "percent", "03"
+        ),
+        Question("int8_error", "By how much does int8 KV change the probability of the next token?", "percent", "04"),
         Question(
             "one_round_trip",
             "On one machine, how much sooner do 32 blocks of 384 KiB come in one round trip than in 32?",
             "times",
+            "05",
         ),
-        Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent"),
+        Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent", "07"),
     )
 }
 """The claims' questions and one question for each further notebook, by name."""
@@ -72,45 +88,52 @@ def read_guess(question: Question, text: str) -> float:
     return number
 
 
-def came_out(name: str, value: float) -> None:
+def came_out(name: str, value: float, *timings: Timings) -> None:
     """Keep what was measured for a question, and print it beside the learner's guess.
 
     The printed line begins with "measured:". Strict runs of the notebooks do not compare such lines.
+
+    Args:
+        timings: where the number comes from, if it is a time. It is kept with whether the machine was busy.
     """
     question = find(name)
-    _keep("measured.json", {**_kept("measured.json"), name: float(value)})
+    busy = any(timing.noisy or timing.unsteady for timing in timings)
+    kept = {**load_measured(), name: Measured(float(value), busy)}
+    _write("measured.json", {name: dataclasses.asdict(measured) for name, measured in kept.items()})
     guess = load_guesses().get(name)
     said = "you made no guess" if guess is None else f"you guessed {guess:g}"
     accept_any_text()
-    print(f"measured: {value:.3g} {question.unit} ({said})")
+    print(f"measured: {value:.3g} {question.unit} ({said}{', on a busy machine' if busy else ''})")
 
 
 def load_guesses() -> Mapping[str, float]:
     """The saved guesses by question; empty if there is no file or its content is not valid."""
-    return _kept("guesses.json")
+    return {name: float(guess) for name, guess in _read("guesses.json").items() if isinstance(guess, int | float)}
 
 
-def load_measured() -> Mapping[str, float]:
+def load_measured() -> Mapping[str, Measured]:
     """What came out, by question; empty if there is no file or its content is not valid."""
-    return _kept("measured.json")
+    measured = {}
+    for name, content in _read("measured.json").items():
+        with contextlib.suppress(TypeError, KeyError, ValueError):  # an entry of another form is left out
+            measured[name] = Measured(float(content["value"]), bool(content["busy"]))
+    return measured
 
 
 def keep_guesses(guesses: Mapping[str, float]) -> None:
     """Save guesses. Those for other questions stay."""
-    _keep("guesses.json", {**load_guesses(), **guesses})
+    _write("guesses.json", {**load_guesses(), **guesses})
 
 
-def _kept(file: str) -> dict[str, float]:
+def _read(file: str) -> dict[str, Any]:
     try:
-        kept = json.loads((work_dir() / file).read_text("utf-8"))
+        content = json.loads((work_dir() / file).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(kept, dict):
-        return {}
-    return {k: float(v) for k, v in kept.items() if isinstance(v, int | float)}
+    return content if isinstance(content, dict) else {}
 
 
-def _keep(file: str, numbers: Mapping[str, float]) -> None:
+def _write(file: str, content: Mapping[str, object]) -> None:
     path = work_dir() / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

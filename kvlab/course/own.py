@@ -6,8 +6,10 @@ replaced by the course's, and the demo fails and says why.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import io
 import os
 import tempfile
 from collections import Counter
@@ -46,12 +48,14 @@ class Own:
             functions replace those whose check failed.
         verdicts: the check of each exercise that the file has a function for.
         calls: how often each function was called since it was loaded.
+        printed: what the functions printed. It is not shown between the lines of the demo.
     """
 
     file: Path
     module: ModuleType
     verdicts: dict[Exercise, Verdict]
     calls: Counter[str] = field(default_factory=Counter)
+    printed: io.StringIO = field(default_factory=io.StringIO)
 
     @property
     def ok(self) -> bool:
@@ -93,7 +97,7 @@ def load(path: str | Path) -> Own:
         if verdict.state != "right":
             setattr(module, exercise.name, exercise.reference)
     for name in {*mykv.PARTS, *(e.name for e in registry.ALL)} & vars(module).keys():
-        setattr(module, name, _counted(getattr(module, name), name, own.calls))
+        setattr(module, name, _counted(getattr(module, name), name, own))
     return own
 
 
@@ -131,6 +135,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
+    first_cache_right = _run_first_cache(own, model, sample, say)
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
         say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
@@ -147,10 +152,42 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
         note = " (right; this cache does not call them)" if owner == "checked" and names else ""
         say(f"{owner + ':':8} {', '.join(counted) or 'none'}{note}")
     say(f"kvlab's own cache reads what was written: {readable}")
-    ok = own.ok and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
+    if lines := len(own.printed.getvalue().splitlines()):
+        say(f"(your functions printed {lines:,} lines, which are not shown here)")
+    ok = (
+        own.ok
+        and first_cache_right
+        and readable
+        and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
+    )
     say("Everything works." if ok else "FAILED: see the lines above")
     checks = {exercise.name: verdict.state for exercise, verdict in own.verdicts.items()}
     return {"ok": ok, "checks": checks, "calls": dict(own.calls), "rows": rows, "package_reads": readable}
+
+
+def _run_first_cache(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Answer two prompts with the cache of lesson 01, a dict, if the learner wrote a part of it; say what came out.
+
+    Returns:
+        Whether the second prompt loaded all full blocks of their common prefix, and its next token is that of a
+        run without a cache.
+    """
+    names = ("answer_from", "keep", "load")
+    if not any(own.has(name) for name in names):
+        return True
+    answer_from, keep, load = (
+        getattr(own.module, name) if own.has(name) else registry.find(name).reference for name in names
+    )
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    shared = sample[:512]
+    for prompt in (shared + sample[600:616], shared + sample[700:716]):
+        kv = model.new_kv(len(prompt)).fill_(torch.nan)
+        cached = load(kept, prompt, kv, 64)
+        logits = answer_from(model, prompt, kv, cached)
+        keep(kept, prompt, kv, 64)
+    same = int(logits.argmax()) == generate(model, prompt, 1).tokens[0]
+    say(f"lesson 01: a dict as cache loads {cached} of {len(prompt)} tokens of a second prompt, same token: {same}")
+    return same and cached == len(shared)
 
 
 def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[..., float]) -> dict[str, Any]:
@@ -175,11 +212,12 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['prefix_tokens']:>8} {times} {row['hit_rate']:>9.0%} {row['tokens_equal']!s:>12}"
 
 
-def _counted(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+def _counted(function: Callable[..., Any], name: str, own: Own) -> Callable[..., Any]:
     @functools.wraps(function)
     def counted(*args: Any, **settings: Any) -> Any:
-        calls[name] += 1
-        return function(*args, **settings)
+        own.calls[name] += 1
+        with contextlib.redirect_stdout(own.printed):
+            return function(*args, **settings)
 
     return counted
 

@@ -101,7 +101,7 @@ class Guesses(Still):
         """See `Still.still`: the questions."""
         if len(self._questions) == 1:
             return f"Guess before you measure: {self._questions[0].text} (in {self._questions[0].unit})", b""
-        lines = [f"{i}. {q.text} (in {q.unit})" for i, q in enumerate(self._questions, 1)]
+        lines = [f"{i}. {q.text} (in {q.unit}; notebook {q.lesson})" for i, q in enumerate(self._questions, 1)]
         return "\n".join([f"{len(lines)} questions. Guess before you measure:", *lines]), b""
 
     def _keep(self, _: object) -> None:

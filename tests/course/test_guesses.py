@@ -8,6 +8,7 @@ import pytest
 from kvlab.course import guesses
 from kvlab.course.claims import CLAIMS
 from kvlab.errors import InputError
+from kvlab.lab.timing import Timings
 
 TIMES, PERCENT = guesses.find("latency"), guesses.find("cost")
 
@@ -43,8 +44,21 @@ def test_what_came_out_is_said_beside_the_guess_and_kept(work: Path, capsys: pyt
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == "measured: 11.7 times (you made no guess)"
     assert second == "measured: 12.3 times (you guessed 4)"
-    assert guesses.load_measured() == {"latency": 12.3, "cost": 3.0}
+    assert guesses.load_measured() == {"latency": guesses.Measured(12.3), "cost": guesses.Measured(3.0)}
     assert json.loads((work / "guesses.json").read_text()) == {"latency": 4}
+
+
+def test_a_time_of_a_busy_machine_is_kept_as_such(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = Timings({"a": [1.0] * 5}, aa_ratio=1.0)
+    busy = Timings({"a": [1.0] * 5}, aa_ratio=1.2)
+    guesses.came_out("latency", 2, quiet)
+    guesses.came_out("hashing", 3, quiet, busy)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "busy" not in first and second.endswith("(you made no guess, on a busy machine)")
+    kept = guesses.load_measured()
+    assert (kept["latency"].busy, kept["hashing"].busy) == (False, True)
+    (work / "measured.json").write_text('{"latency": 3.0, "hashing": {"value": "much"}, "cost": {"value": 1}}')
+    assert guesses.load_measured() == {}, "entries of another form are left out"
 
 
 def test_every_claim_is_a_question_and_an_unknown_one_is_told() -> None:

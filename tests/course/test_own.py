@@ -48,6 +48,21 @@ def test_after_each_lesson_the_demo_runs_and_says_what_is_whose(
     assert "ours:    none" in said
 
 
+def test_the_demo_runs_the_first_cache_of_lesson_01(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with one function of the three, whose prints do not stand between the demo's lines."""
+    monkeypatch.setenv("KVLAB_WORK", str(tmp_path))
+    monkeypatch.setattr(own, "PREFIXES", (128,))
+    source = inspect.getsource(exercises.find("keep").reference)
+    head, body = source.split('"""\n', 1)
+    mykv.keep("keep", f'{head}"""\n    print("keeps")\n{body}', lambda _: True)
+    said: list[str] = []
+    assert own.run("mykv.py", "fakeredis://", said.append)["ok"], "\n".join(said)
+    assert "lesson 01: a dict as cache loads 512 of 528 tokens of a second prompt, same token: True" in said
+    assert "yours:   keep (2 calls)" in said
+    assert "(your functions printed 2 lines, which are not shown here)" in said
+    assert not any("keeps" in line for line in said)
+
+
 @pytest.mark.slow
 @pytest.mark.redis
 def test_the_finished_file_passes_the_cache_contract_over_a_real_server(

@@ -38,6 +38,7 @@ from kvlab.course.exercises.limits import SECONDS, Forbidden, TooLong, call
 from kvlab.lab.streams import accept_any_text
 
 F = TypeVar("F", bound=Callable[..., Any])
+_passed: dict[Exercise, Callable[..., Any]] = {}  # what passed last
 
 _PACKAGE = Path(kvlab.__file__).parent
 _RETURNS_NONE = ({"LOAD_CONST", "RETURN_VALUE"}, {"RETURN_CONST"}, {"RETURN_VALUE", "LOAD_COMMON_CONSTANT"})
@@ -46,6 +47,9 @@ _RETURNS_NONE = ({"LOAD_CONST", "RETURN_VALUE"}, {"RETURN_CONST"}, {"RETURN_VALU
 MINUTES = {1: 3, 2: 6, 3: 12, 4: 20, 5: 35}
 """Minutes that an exercise takes, by its difficulty: 1 a line that the text gives, 2 a rule to apply, 3 a rule
 with a trap, 4 several rules together, 5 a small program."""
+
+PRINTED = 3
+"""Lines that are shown of what a wrong answer prints."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     lines = printed.getvalue().splitlines()
     if verdict.state != "wrong" or not lines:
         return verdict
-    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
-    return Verdict("wrong", f"{verdict.text}\n  it printed: {short_text(lines[0])}{more}")
+    shown = [f"  it printed: {short_text(line)}" for line in lines[:PRINTED]]
+    more = [f"  (and {len(lines) - PRINTED} more lines)"] if len(lines) > PRINTED else []
+    return Verdict("wrong", "\n".join([verdict.text, *shown, *more]))
 
 
 def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
@@ -132,7 +137,7 @@ def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     if _is_stub(answer) or _is_given(exercise, answer):
         return todo
     got: list[Any] = []
-    for args in exercise.cases:
+    for i, args in enumerate(exercise.cases):
         try:
             got.append(call(exercise.run, (answer, args), exercise.forbidden))
         except NotImplementedError:
@@ -141,10 +146,10 @@ def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
             return _wrong(f"{title}: used {error}, which is what this exercise builds", [], "write the steps yourself")
         except TooLong:
             said = f"{title}: {_call(exercise, args)} had no result after {SECONDS:g} s"
-            return _wrong(said, [], "does every loop end?")
+            return _wrong(said, _place(exercise, i), "does every loop end?")
         except Exception as error:  # a learner's code may raise anything
             said = f"{title}: {_call(exercise, args)} raised {type(error).__name__}: {error}"
-            return _wrong(said, [], _hint(exercise, [*got, Raised(type(error))]))
+            return _wrong(said, _place(exercise, i), _hint(exercise, [*got, Raised(type(error))]))
     if all(result is ... for result in got):
         return todo
     expected = [exercise.run(exercise.reference, args) for args in exercise.cases]
@@ -152,11 +157,12 @@ def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     if all(right):
         return Verdict("right", f"✔ {title}: {len(right)} of {len(right)}")
     at = right.index(False)
+    place = _place(exercise, at)
     if got[at] is None and all(result is None for result in got):
         said = f"{title}: {_call(exercise, exercise.cases[at])} returned None"
-        return _wrong(said, [], "is there a `return`? What a function prints is not what it returns")
+        return _wrong(said, place, "is there a `return`? What a function prints is not what it returns")
     said = f"{title}: {_call(exercise, exercise.cases[at])}"
-    return _wrong(said, differences(got[at], expected[at]), _hint(exercise, got))
+    return _wrong(said, [*differences(got[at], expected[at]), *place], _hint(exercise, got))
 
 
 def check(exercise: Exercise, answer: F) -> F:
@@ -173,6 +179,9 @@ def check(exercise: Exercise, answer: F) -> F:
     print(verdict.text)
     if verdict.state == "right" and again is None:
         print(f"  {keep(exercise, answer)}")
+        if _passed.get(exercise) is answer:
+            print("  (the same function as at the last check; a new one must have this name)")
+        _passed[exercise] = answer
         if exercise.after:
             print(f"  {exercise.after}")
         return answer
@@ -270,6 +279,14 @@ def _outcome(exercise: Exercise, answer: Callable[..., Any], args: tuple[Any, ..
         return exercise.run(answer, args)
     except Exception as error:  # a wrong answer may fail on some case, as a learner's may
         return Raised(type(error))
+
+
+def _place(exercise: Exercise, i: int) -> list[str]:
+    """A line that says where the arguments of a case are, if `_call` shows them shortened."""
+    args = exercise.cases[i]
+    if all(short(arg) == repr(arg) for arg in args):
+        return []
+    return [f"its arguments: exercises.find({exercise.name!r}).cases[{i}]"]
 
 
 def _call(exercise: Exercise, args: tuple[Any, ...]) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,44 @@ def test_what_an_answer_prints_is_shown_with_the_verdict_and_not_before_it(capsy
     check(exercises.HIT_RATE, loud)
     said = capsys.readouterr().out
     assert said.startswith("✘ 00.2 hit_rate")
-    assert "it printed: looking at 1 (and 5 more lines)" in said
+    assert said.count("  it printed: looking at") == 3
+    assert "  it printed: looking at 1\n" in said and "\n  (and 3 more lines)\n" in said
+
+
+def test_a_check_says_where_arguments_are_that_it_cannot_show_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return v
+
+    check(exercises.ATTEND, attend)
+    place = next(line for line in capsys.readouterr().out.splitlines() if "its arguments: " in line)
+    expression = place.partition(": ")[2]
+    arguments = eval(expression, {"exercises": exercises})  # as a learner pastes it
+    assert not torch.equal(attend(*arguments), exercises.ATTEND.reference(*arguments))
+
+    def hit_rate(requests: list[tuple[int, int]], block_tokens: int) -> float:
+        return 2.0
+
+    check(exercises.HIT_RATE, hit_rate)
+    assert "its arguments" not in capsys.readouterr().out, "these are shown whole"
+
+
+def test_a_check_of_the_same_function_says_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typo in the name of a new version leaves the old one in place, and that one passes."""
+
+    def version() -> Callable[[int], int]:
+        def double(x: int) -> int:
+            return 2 * x
+
+        return double
+
+    double, other = version(), version()
+    exercise = Exercise("double", "00.9", 3, lambda x: 2 * x, ((3,),), (), "multiply")
+    again = "the same function as at the last check"
+    said = []
+    for answer in (double, double, other, double):
+        check(exercise, answer)
+        said.append(again in capsys.readouterr().out)
+    assert said == [False, True, False, False]
 
 
 def test_a_hunt_begins_with_faulty_code_that_is_not_started_until_it_is_changed() -> None:
