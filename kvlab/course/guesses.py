@@ -45,6 +45,12 @@ QUESTIONS = {
         *(Question(claim.name, claim.question, claim.unit, claim.lesson) for claim in CLAIMS),
         Question("first_cache", "How much sooner does the first token come with your dict?", "times", "01"),
         Question(
+            "paging_waste",
+            "A chat server reserves room for the longest possible answer. What share of that memory holds no token?",
+            "percent",
+            "02",
+        ),
+        Question(
             "best_order", "What share of a prompt's blocks hits when its parts are in the best order?", "percent", "03"
         ),
         Question("int8_error", "By how much does int8 KV change the probability of the next token?", "percent", "04"),

@@ -4,7 +4,8 @@ The functions are the exercises' solutions. A learner's `work/mykv.py` is this m
 functions in their place. Keys and records are those of the package (`kvlab.core.keys`, `kvlab.core.record`):
 `MiniCache` and `DistributedKVCache` (FP32, not compressed, not encrypted) read each other's blocks. What the
 package has and this page leaves out: lower precisions, compression, encryption, deadlines, circuit breakers,
-Redis Cluster and Sentinel, and not sending what the store already has.
+Redis Cluster and Sentinel, and not sending what the store already has. `MiniPool` is `kvlab.engine.pages` without
+runs of neighbouring pages, forks, counters and checks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,134 @@ from torch import Tensor
 from kvlab.cache import CacheStats, KVCache
 from kvlab.core.keys import KVSpec, token_bytes
 from kvlab.errors import InputError
+from kvlab.model import Llama
 from kvlab.stores import Health
+
+
+# --- pages: lesson 02 ---------------------------------------------------------------------------
+def read_pages(pages: Tensor, table: list[int], length: int) -> Tensor:
+    """The KV of the first `length` tokens, [H, length, D]; pages is [H, pages, page_tokens, D]."""
+    return pages[:, table].flatten(1, 2)[:, :length]
+
+
+def release(refs: list[int], table: list[int]) -> None:
+    """Give back the pages of a request that has ended."""
+    for page in table:
+        refs[page] -= 1
+    table.clear()
+
+
+def own_page(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
+    """Make the page of the token at `position` one that only this request has; return its number."""
+    i = position // pages.shape[2]
+    if i < len(table) and refs[table[i]] == 1:
+        return table[i]
+    new = refs.index(0)
+    refs[new] = 1
+    if i == len(table):
+        table.append(new)
+        return new
+    pages[:, new] = pages[:, table[i]]
+    refs[table[i]] -= 1
+    table[i] = new
+    return new
+
+
+def victim(parents: dict[bytes, bytes | None], in_use: set[bytes]) -> bytes | None:
+    """The block to evict: not in use, no other block's parent, and of these the one used longest ago."""
+    needed = in_use | set(parents.values())
+    return next((key for key in parents if key not in needed), None)
+
+
+class MiniTable:
+    """The pages of one request. A model takes it in place of the tensor of `new_kv`."""
+
+    def __init__(self, pool: MiniPool) -> None:
+        self.pool = pool
+        self.pages: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit at most."""
+        return len(self.pool.refs) * self.pool.page_tokens
+
+    def __getitem__(self, layer: int) -> MiniLayer:
+        return MiniLayer(self, layer)
+
+
+class MiniLayer:
+    """One layer of a table."""
+
+    def __init__(self, table: MiniTable, layer: int) -> None:
+        self.table, self.layer = table, layer
+
+    def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write the keys and values [1, H, T, D] of new tokens; return those of all tokens so far."""
+        pool, table, stop = self.table.pool, self.table.pages, start + k.shape[2]
+        pool.own(table, start, stop)
+        at = torch.arange(start, stop)
+        page, offset = torch.tensor(table)[at // pool.page_tokens], at % pool.page_tokens
+        planes = pool.data[self.layer]  # [P, H, pages, page_tokens, D]
+        planes[:, :, page, offset] = torch.stack((k[0], v[0]))
+        return read_pages(planes[0], table, stop)[None], read_pages(planes[1], table, stop)[None]
+
+
+class MiniPool:
+    """Pages of KV that requests share, with the blocks of earlier requests under their keys."""
+
+    def __init__(self, model: Llama, pages: int, block_tokens: int = 64, page_tokens: int = 16) -> None:
+        self.page_tokens, self.per_block = page_tokens, block_tokens // page_tokens
+        self.data = model.new_kv(pages * page_tokens)[:, :, 0].unflatten(3, (pages, page_tokens))
+        self.refs = [0] * pages
+        self.blocks: dict[bytes, list[int]] = {}  # key: pages
+        self.parents: dict[bytes, bytes | None] = {}  # the block used longest ago is the first
+
+    def start(self, keys: Sequence[bytes]) -> MiniTable:
+        """A table that shares the pages of the longest prefix of blocks that are here."""
+        table = MiniTable(self)
+        for key in keys:
+            if key not in self.blocks:
+                break
+            self.parents[key] = self.parents.pop(key)  # now the one used last
+            table.pages += self.blocks[key]
+        for page in table.pages:
+            self.refs[page] += 1
+        return table
+
+    def own(self, table: list[int], start: int, stop: int) -> None:
+        """Make the pages of the tokens start … stop - 1 writable, and evict blocks for them.
+
+        Raises:
+            MemoryError: all pages are in use.
+        """
+        for position in range(start - start % self.page_tokens, stop, self.page_tokens):
+            i = position // self.page_tokens
+            while 0 not in self.refs and (i == len(table) or self.refs[table[i]] > 1):
+                self.evict()
+            own_page(self.data.flatten(0, 2), self.refs, table, position)
+
+    def evict(self) -> None:
+        """Forget one block.
+
+        Raises:
+            MemoryError: all are in use.
+        """
+        in_use = {key for key, pages in self.blocks.items() if self.refs[pages[0]] > 1}
+        key = victim(self.parents, in_use)
+        if key is None:
+            raise MemoryError(f"all {len(self.refs)} pages are in use")
+        del self.parents[key]
+        release(self.refs, self.blocks.pop(key))
+
+    def end(self, table: MiniTable, keys: Sequence[bytes]) -> None:
+        """A request ends: remember its full blocks, give back its pages."""
+        for i, key in enumerate(keys):
+            if key not in self.blocks:
+                self.blocks[key] = table.pages[i * self.per_block : (i + 1) * self.per_block]
+                self.parents[key] = keys[i - 1] if i else None
+                for page in self.blocks[key]:
+                    self.refs[page] += 1
+        release(self.refs, table.pages)
 
 
 # --- keys: lesson 03 ----------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
-    first_cache_right = _run_first_cache(own, model, sample, say)
+    parts_right = [_run_first_cache(own, model, sample, say), _run_pool(own, model, sample, say)]
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
         say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
@@ -155,10 +155,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if lines := len(own.printed.getvalue().splitlines()):
         say(f"(your functions printed {lines:,} lines, which are not shown here)")
     ok = (
-        own.ok
-        and first_cache_right
-        and readable
-        and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
+        own.ok and all(parts_right) and readable and all(row["tokens_equal"] and row["hit_rate"] == 1.0 for row in rows)
     )
     say("Everything works." if ok else "FAILED: see the lines above")
     checks = {exercise.name: verdict.state for exercise, verdict in own.verdicts.items()}
@@ -188,6 +185,34 @@ def _run_first_cache(own: Own, model: Llama, sample: list[int], say: Say) -> boo
     same = int(logits.argmax()) == generate(model, prompt, 1).tokens[0]
     say(f"lesson 01: a dict as cache loads {cached} of {len(prompt)} tokens of a second prompt, same token: {same}")
     return same and cached == len(shared)
+
+
+def _run_pool(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Answer three prompts with the learner's pool of pages, which has room for the KV of one; say what came out.
+
+    Returns:
+        Whether the second prompt shares the full blocks of its prefix, the pool evicts for the third and has all
+        pages back in the end, and all next tokens are those of a run without a pool.
+    """
+    made: Any = getattr(own.module, "MiniPool", None)
+    if made is None:
+        return True
+    pool, shared = made(model, pages=40), sample[:512]
+    filled, right = [], True
+    for prompt in (shared + sample[600:616], shared + sample[700:716], sample[1000:1528]):
+        keys = own.module.block_keys(prompt, bytes(32), 64)
+        table = pool.start(keys)
+        filled.append(len(table.pages) * pool.page_tokens)
+        logits = model(torch.tensor([prompt[filled[-1] :]]), table, filled[-1], last_only=True)
+        right &= int(logits[0, -1].argmax()) == generate(model, prompt, 1).tokens[0]
+        pool.end(table, keys)
+    kept = 4 * len(pool.blocks)
+    whole = sorted(pool.refs) == [0] * (40 - kept) + [1] * kept
+    say(
+        f"lesson 02: a pool of 40 pages shares {filled[1]} of {len(shared) + 16} tokens with a second prompt, "
+        f"same tokens: {right}, no page lost: {whole}"
+    )
+    return right and whole and filled == [0, len(shared), 0]
 
 
 def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[..., float]) -> dict[str, Any]:

@@ -25,13 +25,15 @@ PARTS = tuple(
     if isinstance(value, FunctionType) and value.__module__ == minikv.__name__
 )
 """The functions that the cache is built from, in the order of the course."""
-CLASSES = ("MiniRedis", "MiniCache")
+CLASSES = ("MiniTable", "MiniLayer", "MiniPool", "MiniRedis", "MiniCache")
 
 HEADER = '''"""My distributed KV cache. The course writes each answer here once it passes; change what you like.
 
 All of it at work: python -m kvlab demo --impl work/mykv.py
 How far I am:      python -m kvlab progress
 """
+
+from __future__ import annotations
 
 import bisect
 import copy
@@ -51,6 +53,7 @@ from torch import Tensor
 from kvlab.cache import CacheStats, KVCache
 from kvlab.core.keys import KVSpec, token_bytes
 from kvlab.errors import InputError
+from kvlab.model import Llama
 from kvlab.stores import Health
 '''
 NOT_YET = "# Not written yet: these are the course's."
