@@ -109,7 +109,7 @@ def came_out(name: str, value: float, *timings: Timings) -> None:
     guess = load_guesses().get(name)
     said = "you made no guess" if guess is None else f"you guessed {guess:g}"
     accept_any_text()
-    print(f"measured: {value:.3g} {question.unit} ({said}{', on a busy machine' if busy else ''})")
+    print(f"measured: {value:.3g} {question.unit}{' on a busy machine' if busy else ''} ({said})")
 
 
 def load_guesses() -> Mapping[str, float]:

@@ -145,6 +145,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
             rows.append(_measure(model, prompt, cache, rate_of))
             say(_line(rows[-1]))
         readable = _package_reads(cache, prompt, salt)
+    say("(faster: the median over the rounds of cold / warm)")
     if any(abs(row["aa_ratio"] - 1) > NOISY_BEYOND for row in rows):
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     for owner, names in own.whose().items():

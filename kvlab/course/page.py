@@ -7,10 +7,18 @@ from IPython.display import Markdown
 from kvlab.lab.streams import accept_any_text
 from kvlab.lab.timing import Timings
 
+BUSY = " *(Measured on a busy machine: do not trust the times.)*"
 
-def takeaway(sentence: str) -> Markdown:
-    """The box at the end of a section. The number in its sentence comes from the cell above."""
-    return Markdown(f"> **Takeaway.** {sentence}")  # type: ignore[no-untyped-call]
+
+def takeaway(sentence: str, *measured: Timings) -> Markdown:
+    """The box at the end of a section. The number in its sentence comes from the cell above.
+
+    Args:
+        measured: where the times in the sentence come from. The box says if the machine was busy then; strict runs
+            of the notebooks do not compare that.
+    """
+    busy = any(t.noisy or t.unsteady for t in measured)
+    return Markdown(f"> **Takeaway.** {sentence}{BUSY if busy else ''}")  # type: ignore[no-untyped-call]
 
 
 def machine_check(affected: str, *measured: Timings) -> None:

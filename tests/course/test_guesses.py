@@ -54,7 +54,7 @@ def test_a_time_of_a_busy_machine_is_kept_as_such(work: Path, capsys: pytest.Cap
     guesses.came_out("latency", 2, quiet)
     guesses.came_out("hashing", 3, quiet, busy)
     first, second = capsys.readouterr().out.splitlines()
-    assert "busy" not in first and second.endswith("(you made no guess, on a busy machine)")
+    assert "busy" not in first and second == "measured: 3 microseconds on a busy machine (you made no guess)"
     kept = guesses.load_measured()
     assert (kept["latency"].busy, kept["hashing"].busy) == (False, True)
     (work / "measured.json").write_text('{"latency": 3.0, "hashing": {"value": "much"}, "cost": {"value": 1}}')

@@ -74,11 +74,12 @@ def _of_tensors(got: Any, expected: torch.Tensor) -> list[str]:
     wrong = int((apart > ATOL + RTOL * expected.double().abs()).sum())
     at = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
     where = f"at {list(at)}, the worst of {wrong} wrong places of {got.numel()}"
-    return [f"got      {_at(got, at)} {where}", f"expected {_at(expected, at)}"]
+    digits = 4 if _at(got, at) != _at(expected, at) else 9
+    return [f"got      {_at(got, at, digits)} {where}", f"expected {_at(expected, at, digits)}"]
 
 
-def _at(tensor: torch.Tensor, at: tuple[int, ...]) -> str:
-    return f"{float(tensor[at]):.4g}"
+def _at(tensor: torch.Tensor, at: tuple[int, ...], digits: int = 4) -> str:
+    return f"{float(tensor[at]):.{digits}g}"
 
 
 def _of_sequences(got: Sequence[Any], expected: Sequence[Any]) -> list[str]:

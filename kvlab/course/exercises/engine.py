@@ -148,7 +148,7 @@ def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
             said = f"{title}: {_call(exercise, args)} had no result after {SECONDS:g} s"
             return _wrong(said, _place(exercise, i), "does every loop end?")
         except Exception as error:  # a learner's code may raise anything
-            said = f"{title}: {_call(exercise, args)} raised {type(error).__name__}: {error}"
+            said = f"{title}: {_call(exercise, args)} raised {_kind(error)}: {error}"
             return _wrong(said, _place(exercise, i), _hint(exercise, [*got, Raised(type(error))]))
     if all(result is ... for result in got):
         return todo
@@ -279,6 +279,12 @@ def _outcome(exercise: Exercise, answer: Callable[..., Any], args: tuple[Any, ..
         return exercise.run(answer, args)
     except Exception as error:  # a wrong answer may fail on some case, as a learner's may
         return Raised(type(error))
+
+
+def _kind(error: Exception) -> str:
+    """The name of an error's type; with its module where the name alone says nothing, as in struct.error."""
+    name = type(error).__name__
+    return f"{type(error).__module__}.{name}" if name == "error" else name
 
 
 def _place(exercise: Exercise, i: int) -> list[str]:

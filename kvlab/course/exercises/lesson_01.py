@@ -46,6 +46,11 @@ def _matrices(T: int, D: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(T, D, generator=g), torch.randn(T, D, generator=g), torch.randn(T, width, generator=g)
 
 
+def _mask_times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.T / q.shape[1] ** 0.5
+    return (scores + torch.ones_like(scores).triu(1) * float("-inf")).softmax(dim=1) @ v
+
+
 ATTEND = Exercise(
     name="attend",
     number="01.1",
@@ -56,6 +61,10 @@ ATTEND = Exercise(
         Wrong(
             lambda q, k, v: _head(q, k, v, seen=lambda ones: ones.tril(-1)),
             "the mask hides a token from itself, and a row of -inf alone becomes NaN: a token sees itself",
+        ),
+        Wrong(
+            _mask_times_infinity,
+            "0 times -inf is NaN: put -inf where the mask is True, and do not multiply the mask by it",
         ),
         Wrong(
             lambda q, k, v: _head(q, k, v, seen=torch.ones_like),
@@ -124,6 +133,10 @@ def _variant(
     return scores.masked_fill(~sees, float("-inf")).softmax(dim=3) @ v
 
 
+def _only_the_first_request(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    return causal_attention(q[:1], k[:1], v[:1], start)
+
+
 def _heads_interleaved(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     group = q.shape[1] // k.shape[1]
     return causal_attention(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), start)
@@ -156,9 +169,11 @@ def _repeats_without_dim(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     return _own_heads(q, k.repeat_interleave(group), v.repeat_interleave(group), start)
 
 
-def _qkv(heads: int, kv_heads: int, new: int, start: int, dim: int = 8) -> tuple[Tensor, Tensor, Tensor, int]:
+def _qkv(
+    heads: int, kv_heads: int, new: int, start: int, dim: int = 8, N: int = 1
+) -> tuple[Tensor, Tensor, Tensor, int]:
     g = torch.Generator().manual_seed(heads * 100 + new * 10 + start)
-    shapes = ((1, heads, new, dim), (1, kv_heads, start + new, dim), (1, kv_heads, start + new, dim))
+    shapes = ((N, heads, new, dim), (N, kv_heads, start + new, dim), (N, kv_heads, start + new, dim))
     q, k, v = (torch.randn(s, generator=g) for s in shapes)
     return q, k, v, start
 
@@ -174,8 +189,10 @@ CAUSAL_ATTENTION = Exercise(
         _qkv(4, 2, 3, 6),
         _qkv(4, 1, 1, 7),
         _qkv(8, 2, 2, 3, dim=4),  # a group of another size than the number of KV heads
+        _qkv(4, 2, 3, 2, N=2),
     ),
     wrong=(
+        Wrong(_only_the_first_request, "there may be several requests: q has N of them, and so has the result"),
         Wrong(
             lambda q, k, v, start: _variant(q, k, v, start, offset=-start),
             "new token t sits at position start + t: the mask must begin there, not at 0",
@@ -419,6 +436,10 @@ def _keep_views_under_own_tokens(kept: Kept, tokens: list[int], kv: Tensor, bloc
         kept[tuple(tokens[end - block_tokens : end])] = kv[:, :, :, :, end - block_tokens : end]
 
 
+def _keep_in_16_bits(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> None:
+    keep(kept, tokens, kv.half(), block_tokens)
+
+
 def _keep_partial(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> None:
     for start in range(0, len(tokens), block_tokens):
         end = min(start + block_tokens, len(tokens))
@@ -451,8 +472,8 @@ def _keep_under_a_list(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: 
 
 
 def _numbers(capacity: int) -> Tensor:
-    """A buffer [L=1, P=1, N=1, H=1, C, D=1] with 10, 11, 12, … in it."""
-    return torch.arange(10.0, 10 + capacity).reshape(1, 1, 1, 1, capacity, 1)
+    """A buffer [L=1, P=1, N=1, H=1, C, D=1] with 10.1, 11.1, 12.1, … in it: float16 does not have these numbers."""
+    return torch.arange(10.1, 10 + capacity).reshape(1, 1, 1, 1, capacity, 1)
 
 
 KEEP = Exercise(
@@ -480,6 +501,7 @@ KEEP = Exercise(
             _keep_views_under_own_tokens,
             "two things: a slice is only a view, and a block's KV depends on all tokens before it, so its key must too",
         ),
+        Wrong(_keep_in_16_bits, "the numbers are not those of `kv`: keep them as they are, in their dtype"),
         Wrong(_keep_partial, "a block that is not full yet will still grow: keep full blocks only"),
         Wrong(
             _keep_misses_the_last, "the last full block is missing: the loop ends too early when no token is left over"
@@ -532,10 +554,10 @@ def first_load(
 
 
 def _what_is_loaded(result: Any, args: tuple[Any, ...]) -> Any:
-    """The number, and the KV of so many tokens."""
+    """The number, and the buffer: behind the last token that counts nothing may be copied."""
     if not isinstance(result, int):
         return result
-    return result, args[2][:, :, :, :, :result].flatten().tolist()
+    return result, args[2].flatten().tolist()
 
 
 def _load_counts_all(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
@@ -553,6 +575,17 @@ def _load_last_found(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: in
 
 def _load_in_blocks(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
     return load(kept, tokens, kv, block_tokens) // block_tokens
+
+
+def _load_copies_behind_the_gap(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
+    cached, whole = 0, True
+    for end in range(block_tokens, len(tokens) + 1, block_tokens):
+        block = kept.get(tuple(tokens[:end]))
+        whole = whole and block is not None
+        if block is not None:
+            kv[:, :, :, :, end - block_tokens : end] = block
+        cached = end if whole else cached
+    return cached
 
 
 def _load_stops_after_the_gap(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
@@ -625,6 +658,10 @@ LOAD = Exercise(
         ),
         Wrong(
             _load_counts_all, "blocks behind a hole are counted here: nothing after the first missing block may be used"
+        ),
+        Wrong(
+            _load_copies_behind_the_gap,
+            "the number is right, but blocks behind the hole are copied too: nobody uses them, so stop there",
         ),
         Wrong(_load_stops_after_the_gap, "the missing block is counted too: `cached` may only grow after a copy"),
         Wrong(

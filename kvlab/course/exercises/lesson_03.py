@@ -183,6 +183,7 @@ USABLE_PREFIX = Exercise(
         ([True, True, True, True], 256, 64),
         ([False, True], 128, 64),
         ([], 30, 64),
+        ([], 0, 64),
     ),
     wrong=(
         Wrong(
@@ -302,7 +303,8 @@ ROOT_KEY = Exercise(
         Wrong(_size_before_salt, "the block size comes last: the order is part of the recipe"),
     ),
     hint="five length-prefixed parts: b'kvlab/1/root', fingerprint, precision as text, salt, block size as u32",
-    after="vLLM puts a tenant's salt (cache_salt) at the same place, into the hash of the first block.",
+    after="The fault: `16s` cuts a salt after 16 bytes. vLLM puts a tenant's salt (cache_salt) at the same place, into "
+    "the hash of the first block.",
 )
 
 

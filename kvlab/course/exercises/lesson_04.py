@@ -104,6 +104,11 @@ def _integers_alone(x: Tensor, axis: int) -> Tensor:
     return (x / scale).round().to(torch.int8)
 
 
+def _clamped_at_one(x: Tensor, axis: int) -> Tensor:
+    scale = x.abs().amax(dim=axis, keepdim=True).clamp_min(1) / 127
+    return (x / scale).round().to(torch.int8) * scale
+
+
 QUANTISE = Exercise(
     name="quantise_int8",
     number="04.2",
@@ -114,8 +119,13 @@ QUANTISE = Exercise(
         (torch.tensor([[1.0, 90.0], [-0.55, 40.7], [0.3, -100.0]]), 0),
         (torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(4)) * 10, -1),
         (torch.tensor([[0.0, 0.0], [3.0, 1.7]]), -1),
+        (torch.tensor([[0.01, -0.02, 0.003], [0.5, 0.07, -1.0]]), 1),
     ),
     wrong=(
+        Wrong(
+            _clamped_at_one,
+            "groups of small numbers lost all their digits: the bound that keeps a scale from 0 must be tiny",
+        ),
         Wrong(_one_scale_for_all, "one scale for everything lets the largest group spoil the others: amax over `axis`"),
         Wrong(_groups_across_the_axis, "a group runs along `axis`: take amax over that axis, with keepdim"),
         Wrong(_cut_instead_of_rounded, "turning a float into an integer cuts it off: round first"),
@@ -303,7 +313,7 @@ def _short_values_read(value: bytes, key: bytes) -> str:
 
 
 def _records() -> list[tuple[bytes, bytes]]:
-    """A good record and ten values that are none, each with the key that was asked for."""
+    """Two good records and values that are none, each with the key that was asked for."""
     key, block = bytes(range(32)), torch.arange(16.0).reshape(1, 2, 1, 2, 4)
     good = b"".join(encode(block, key, Format("fp16")))
     newer = good[:4] + b"\x02" + good[5:]  # its seal, whatever a version 2 has, is none of ours
@@ -312,8 +322,12 @@ def _records() -> list[tuple[bytes, bytes]]:
     bad_seal = good[:127] + b"\x01" + good[128:]
     longer = good[128:] + b"more"
     too_long = good[:96] + _seal(good, longer) + longer  # sealed as a whole, but not what the header says
-    bad = (bad_payload, bad_key, bad_seal, too_long)
-    values = (good, good[:100], b"GIF8" + good[4:], newer, good[:-2], *bad, b"KVL1")
+    older = good[:4] + b"\x00" + good[5:]
+    far_longer = good[:52] + b"\x01" + good[53:]  # says 2**32 bytes more
+    header = good[:48] + bytes(8) + good[56:96]
+    empty = header + _seal(header, b"")  # 128 bytes, no payload
+    bad = (bad_payload, bad_key, bad_seal, too_long, older, far_longer)
+    values = (good, empty, good[:100], b"GIF8" + good[4:], newer, good[:-2], *bad, b"KVL1")
     return [*((value, key) for value in values), (good, bytes(32))]
 
 

@@ -7,6 +7,7 @@ one that was imported from `kvlab.course.minikv`. Whatever else the learner writ
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib.util
 import inspect
 import tempfile
@@ -56,6 +57,7 @@ from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import Health
 '''
+GIVEN = "# --- The pool and the cache around these functions, given by the course ---"
 NOT_YET = "# Not written yet: these are the course's."
 IMPORT = f"from {minikv.__name__} import "
 
@@ -96,6 +98,7 @@ def with_function(module: str, name: str, source: str) -> str:
         lines[begin:end] = source.rstrip().splitlines()
     else:
         at = _first_line(found[CLASSES[0]]) if CLASSES[0] in found else len(lines)
+        at -= at > 0 and lines[at - 1] == GIVEN
         lines[at:at] = [*source.rstrip().splitlines(), "", ""]
     return _with_imports("\n".join(lines) + "\n")
 
@@ -148,6 +151,8 @@ def _with_classes(module: str) -> str:
     """With the cache around the functions, where the file has none yet."""
     have = {node.name for node in _parsed(module) if isinstance(node, ast.ClassDef)}
     missing = [inspect.getsource(getattr(minikv, name)).rstrip() for name in CLASSES if name not in have]
+    if missing and GIVEN not in module:
+        missing[0] = f"{GIVEN}\n{missing[0]}"
     return "\n\n\n".join([module.rstrip(), *missing]) + "\n"
 
 
@@ -194,14 +199,37 @@ def _parsed(module: str) -> list[ast.stmt]:
 
 def _problem(module: str, name: str, right: Callable[[Callable[..., object]], bool]) -> str:
     """Why the function in this text of a `mykv.py` is not right without the notebook around it; "" if it is."""
-    leans = "the function uses something from this notebook; put it inside the function"
+    missing = _undefined(module, name)
+    leans = f"the function uses {missing or 'something'} from this notebook; put it inside the function"
     with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
         trial = Path(folder) / "mykv.py"
         trial.write_text(module, "utf-8")
         try:
             return "" if right(getattr(load_answers(trial), name)) else leans
         except InputError as error:
-            return leans if isinstance(error.__cause__, NameError) else str(error).replace(str(trial), "the file")
+            if not isinstance(error.__cause__, NameError):
+                return str(error).replace(str(trial), "the file")
+            old = f"the file does not fit this version of the course ({error.__cause__}): move it away, check again"
+            return leans if missing else old
+
+
+def _undefined(module: str, name: str) -> str:
+    """The names that a function uses and that nothing in the text of its module defines, separated by commas."""
+    body = _parsed(module)
+    function = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    known = set(dir(builtins))
+    for node in [*body, *ast.walk(function)]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    for inner in ast.walk(ast.Module([*body], [])):
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            known.add(inner.id)
+        elif isinstance(inner, ast.arg):
+            known.add(inner.arg)
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return ", ".join(sorted(used - known))
 
 
 def _write(path: Path, text: str) -> None:

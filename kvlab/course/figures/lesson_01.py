@@ -93,6 +93,7 @@ def conversation(gib: Mapping[str, float]) -> Figure:
         ax.barh(name, gib[name], color=plots.OKABE_ITO[i], hatch=plots.HATCHES[i], edgecolor="white")
         ax.annotate(f" {gib[name]:.2f}", (gib[name], name), va="center")
     ax.axvline(GPU_GIB, color="black", linestyle="--", marker="")
+    ax.text(GPU_GIB, -0.45, f" {GPU_GIB} GiB GPU", va="bottom")
     ax.set_xlim(0, 1.15 * max(GPU_GIB, *gib.values()))
     ax.grid(axis="y", visible=False)
     return fig

@@ -20,7 +20,7 @@ def reservations(lengths: Sequence[int], reserved: int) -> None:
     ax.barh(rows, list(lengths), color=plots.OKABE_ITO[0], label="tokens")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     used, room = sum(lengths), reserved * len(lengths)
     plots.show(fig, f"{len(lengths)} requests have {used:,} tokens in room for {room:,}: {used / room:.0%} of it.")
 

@@ -199,12 +199,19 @@ def test_an_answer_that_leans_on_the_notebook_is_not_kept(work: Path) -> None:
     file = work / "cell.py"
     file.write_text(source, "utf-8")
     exec(compile(source, str(file), "exec"), namespace)  # what a notebook cell is
-    assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
+    said = keep(exercises.HIT_RATE, namespace["hit_rate"])
+    assert said.endswith("uses solution from this notebook; put it inside the function")
     assert not (work / "mykv.py").exists()
     keep(exercises.SHARE_MOVED, exercises.SHARE_MOVED.reference)
     before = (work / "mykv.py").read_text("utf-8")
     assert "put it inside the function" in keep(exercises.HIT_RATE, namespace["hit_rate"])
     assert (work / "mykv.py").read_text("utf-8") == before
+
+
+def test_a_file_of_an_older_course_is_not_called_a_fault_of_the_function(work: Path) -> None:
+    (work / "mykv.py").write_text("class MiniCache(NoSuchBase):\n    pass\n", "utf-8")
+    said = keep(exercises.HIT_RATE, exercises.HIT_RATE.reference)
+    assert "does not fit this version of the course (name 'NoSuchBase' is not defined)" in said
 
 
 def test_a_function_of_another_name_is_not_kept_and_told_so(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
