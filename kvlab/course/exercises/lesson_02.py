@@ -81,9 +81,10 @@ def first_release(refs: list[int], table: list[int]) -> None:
 
 
 def _what_is_left(result: Any, args: tuple[Any, ...]) -> Any:
-    """The counts and the table; with them what it returned, if anything."""
+    """The counts and the table, and what it returned, if anything."""
     refs, table = args
-    return (refs, table) if result is None else (refs, table, result)
+    returned = [] if result is None else [f"returned {result!r}"]
+    return [f"refs {refs}", f"table {table} afterwards", *returned]
 
 
 def _release_shared_too(refs: list[int], table: list[int]) -> None:
@@ -139,10 +140,11 @@ RELEASE = Exercise(
 
 # --- own_page -----------------------------------------------------------------------------------
 def _what_is_owned(result: Any, args: tuple[Any, ...]) -> Any:
-    """What it returned, the counts, the table, and the numbers in the pages of the table."""
-    pages, refs, table, _ = args
-    numbers = pages[:, [page for page in table if 0 <= page < pages.shape[1]]]
-    return f"returned {result!r}, refs {refs}, table {table}, its numbers {numbers.flatten().tolist()}"
+    """What it returned, the counts, the table, and the numbers of the tokens before `position`."""
+    pages, refs, table, position = args
+    here = [page for page in table if 0 <= page < pages.shape[1]]
+    numbers = [int(number) for number in read_pages(pages, here, position).flatten()]
+    return [f"returned {result!r}", f"refs {refs}", f"table {table}", f"numbers before position: {numbers}"]
 
 
 def _own_shared(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
@@ -199,6 +201,32 @@ def _own_new_is_not_counted(pages: Tensor, refs: list[int], table: list[int], po
     return page
 
 
+def _own_two_at_most(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
+    i, before = position // pages.shape[2], list(table)
+    page = own_page(pages, refs, table, position)
+    if i < len(before) and before[i] != page:
+        refs[before[i]] = 1
+    return page
+
+
+def _own_takes_a_page_first(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
+    refs.index(0)
+    return own_page(pages, refs, table, position)
+
+
+def _own_table_stays(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
+    before = list(table)
+    page = own_page(pages, refs, table, position)
+    if len(table) == len(before):
+        table[:] = before
+    return page
+
+
+def _own_returns_the_place(pages: Tensor, refs: list[int], table: list[int], position: int) -> int:
+    own_page(pages, refs, table, position)
+    return position // pages.shape[2]
+
+
 OWN_PAGE = Exercise(
     name="own_page",
     number="02.3",
@@ -210,6 +238,8 @@ OWN_PAGE = Exercise(
         (_pages(2, 4, 2), [1, 2, 0, 0], [0, 1], 3),  # a shared page
         (_pages(2, 4, 2), [2, 2, 1, 0], [0, 1], 0),  # a shared page that is not the last
         (_pages(1, 3, 4), [0, 1, 1], [], 0),  # the first page of a request
+        (_pages(1, 4, 2), [3, 1, 0, 0], [0], 1),  # a page that three have
+        (_pages(1, 2, 2), [1, 1], [0, 1], 3),  # its own page, and none is free
     ),
     wrong=(
         Wrong(
@@ -226,6 +256,14 @@ OWN_PAGE = Exercise(
         Wrong(_own_always_copies, "a page that only this request has needs no copy"),
         Wrong(_own_position_is_page, "`position` is a token: its page in the table is position // page_tokens"),
         Wrong(_own_appends_the_copy, "the copy takes the place of the shared page in the table, not a place after it"),
+        Wrong(_own_two_at_most, "three requests had that page: how many have it after one of them got a copy?"),
+        Wrong(
+            _own_takes_a_page_first,
+            "a full pool has no free page, and a request that writes to a page of its own needs none: look for a free "
+            "page only in the two other cases",
+        ),
+        Wrong(_own_table_stays, "the copy must be in the table, in the place of the shared page"),
+        Wrong(_own_returns_the_place, "return the page's number in the pool, not its place in the table"),
         Wrong(_own_new_is_not_counted, "the new page still counts as free: who takes the next one gets it too"),
     ),
     hint="three cases: a page of its own, a new page behind the last one, and a shared page, which is copied first",
@@ -259,6 +297,17 @@ def _victim_raises(parents: Parents, in_use: set[bytes]) -> bytes | None:
     return next(key for key in parents if key not in needed)
 
 
+def _victim_end_of_the_oldest_chain(parents: Parents, in_use: set[bytes]) -> bytes | None:
+    key = next((key for key in parents if key not in in_use), None)
+    while key in parents.values():
+        key = next(child for child, parent in parents.items() if parent == key)
+    return key
+
+
+def _victim_falls_back(parents: Parents, in_use: set[bytes]) -> bytes | None:
+    return victim(parents, in_use) or _victim_oldest(parents, in_use)
+
+
 VICTIM = Exercise(
     name="victim",
     number="02.4",
@@ -270,6 +319,8 @@ VICTIM = Exercise(
         ({b"a": None, b"b": b"a", b"x": None, b"y": b"x"}, {b"a", b"b"}),
         ({b"a": None, b"b": b"a", b"c": b"a"}, {b"a", b"b"}),
         ({b"a": None, b"b": b"a"}, {b"a", b"b"}),
+        ({b"a": None, b"x": None, b"b": b"a"}, set()),
+        ({b"a": None, b"b": b"a"}, {b"b"}),
         ({}, set()),
     ),
     wrong=(
@@ -277,6 +328,14 @@ VICTIM = Exercise(
         Wrong(_victim_any_leaf, "a request reads this block now"),
         Wrong(_victim_newest, "of all that may go, the one used longest ago: the dict begins with it"),
         Wrong(_victim_first_blocks, "a first block is the worst choice: everything behind it begins there"),
+        Wrong(
+            _victim_end_of_the_oldest_chain,
+            "not the end of the oldest chain, but of all ends the one used longest ago; and an end may be in use",
+        ),
+        Wrong(
+            _victim_falls_back,
+            "if no end of a chain may go, nothing may go: a block whose successor is in use is still needed",
+        ),
         Wrong(_victim_raises, "if every block is needed there is none to evict: return None"),
     ),
     hint="go through the keys from the oldest on; skip those in use and those that are another block's parent",

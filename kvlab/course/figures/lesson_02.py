@@ -66,8 +66,9 @@ def block_tables(tables: Mapping[str, Sequence[int]], lengths: Mapping[str, int]
         pages: pages of the pool.
         size: tokens in a page.
     """
-    fig, ax = plots.new_figure(f"Block tables and a pool of {pages} pages of {size} tokens", height=3.4)
     refs = Counter(page for table in tables.values() for page in table)
+    shared = " (orange: in several tables)" if max(refs.values(), default=0) > 1 else ""
+    fig, ax = plots.new_figure(f"Block tables and a pool of {pages} pages of {size} tokens{shared}", height=3.4)
     for page in range(pages):
         colour = SHARED if refs[page] > 1 else plots.OKABE_ITO[5] if refs[page] else FREE
         ax.barh(0, 0.9, left=page, height=0.8, color=colour, edgecolor="grey")
