@@ -10,10 +10,8 @@ longest answer that may come. Source: Kwon et al., 2023 (PagedAttention).
 Neighbouring pages form a run (`runs`). The KV of a run is a view of the pool, and attention reads it in
 place. The KV of scattered pages is gathered first, which copies it.
 
-The prefix index holds the pages of full blocks under their keys (`kvlab.core.keys`). A table that is
-opened with keys shares the pages of the longest prefix found; a partly filled page is in no block. Blocks
-that no table uses stay until their pages are needed. An eviction policy then chooses among the blocks
-without successors, so the parent of every block in the index is in the index too.
+A new table shares the pages of the longest prefix that the index (`prefixes`) has; a partly filled page is in no
+block. Blocks of requests that have ended stay in the index until their pages are needed.
 
 A pool is not thread-safe: its engine calls it from one thread, or holds a lock.
 """
@@ -24,13 +22,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor
 
 from kvlab.core.keys import Namespace
-from kvlab.core.policies import POLICIES, Policy
+from kvlab.engine.prefixes import Block, PrefixIndex
 from kvlab.engine.runs import Runs
 from kvlab.errors import ConfigError, InputError, KVLabError
 from kvlab.model import Llama
@@ -40,22 +38,6 @@ PAGE_TOKENS: Final = 16
 
 class PoolExhausted(KVLabError):
     """A request needs more pages than are free or can be evicted. It may wait and try again."""
-
-
-@dataclass
-class Block:
-    """A full block in the prefix index.
-
-    Attributes:
-        parent: the key of the block before it; None for a first block.
-        children: the number of blocks in the index that follow it.
-        users: the number of tables that hold it.
-    """
-
-    pages: list[int]
-    parent: bytes | None
-    children: int = 0
-    users: int = 0
 
 
 @dataclass(eq=False)
@@ -137,8 +119,7 @@ class PagePool:
     Attributes:
         data: [L, P, H, pages, page_tokens, D].
         refs: for each page the number of tables that have it, plus 1 if it is in the index.
-        counts: blocks looked for ("requested"), found ("hits") and evicted ("evicted"), and pages copied
-            on a write ("copied").
+        counts: blocks looked for ("requested") and found ("hits"), and pages copied on a write ("copied").
 
     Raises:
         ConfigError: a size is not a whole number of at least 1, a block is not made of whole pages, or the
@@ -159,18 +140,14 @@ class PagePool:
         if namespace is not None and namespace.block_tokens % page_tokens:
             sizes = f"blocks of {namespace.block_tokens} tokens and pages of {page_tokens}"
             raise ConfigError(f"expected a block that is made of whole pages, got {sizes}")
-        if policy not in POLICIES:
-            raise ConfigError(f"expected one of the policies {', '.join(POLICIES)}, got {policy!r}")
         self.namespace, self.page_tokens = namespace, page_tokens
         self.pages_per_block = namespace.block_tokens // page_tokens if namespace else pages
         self.data = model.new_kv(pages * page_tokens)[:, :, 0].unflatten(3, (pages, page_tokens))
         self.free = Runs(pages)
         self.refs = [0] * pages
-        self.index: dict[bytes, Block] = {}
+        self.index = PrefixIndex(pages, policy)
         self.tables: set[BlockTable] = set()
         self.counts: Counter[str] = Counter()
-        self._idle = 0  # pages of blocks that no table holds
-        self._policy: Policy[Any] = POLICIES[policy](pages)  # of the index. A pin: a table or a successor needs it
 
     def keys(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the keys of the full blocks of `tokens`; none without a namespace."""
@@ -187,13 +164,10 @@ class PagePool:
         """
         table = BlockTable(self)
         self.tables.add(table)
-        for key in keys:
-            if key not in self.index:
-                break
-            self._policy.hit(key)
-            self._hold(table, key)
-            table.pages += self.index[key].pages
-            self._use(self.index[key].pages)
+        for key in self.index.find(keys):
+            table.keys.append(key)
+            table.pages += self.index.hold(key)
+        self._use(table.pages)
         self.counts += Counter(requested=len(keys), hits=len(table.keys))
         try:
             self.grow(table, capacity)
@@ -225,7 +199,8 @@ class PagePool:
         self.tables.add(copy)
         self._use(copy.pages)
         for key in table.keys:
-            self._hold(copy, key)
+            copy.keys.append(key)
+            self.index.hold(key)
         return copy
 
     def close(self, table: BlockTable) -> None:
@@ -236,10 +211,7 @@ class PagePool:
         """
         self._check_open(table)
         for key in reversed(table.keys):  # a parent becomes the newest after its successors
-            block = self.index[key]
-            block.users -= 1
-            self._idle += 0 if block.users else len(block.pages)
-            self._policy.unpin(key)
+            self.index.let_go(key)
         self._give_up(table.pages)
         self.tables.remove(table)
         table.pages, table.keys, table.closed = [], [], True
@@ -263,59 +235,31 @@ class PagePool:
         for i in range(len(table.keys), len(keys)):
             if keys[i] not in self.index:
                 pages = table.pages[i * per_block : (i + 1) * per_block]
-                if not self._add(keys[i], Block(pages, keys[i - 1] if i else None)):
+                displaced = self.index.add(keys[i], Block(pages, keys[i - 1] if i else None))
+                if displaced is None:
                     return
-            self._hold(table, keys[i])
-
-    def _add(self, key: bytes, block: Block) -> bool:
-        """Add a block. Return whether there was room: blocks of forks have pages in common, which count twice."""
-        evicted = self._policy.admit(key, len(block.pages))
-        if evicted == [key]:
-            return False
-        for other in evicted:
-            self._drop(other)
-        self._use(block.pages)
-        self.index[key] = block
-        self._idle += len(block.pages)
-        if block.parent is not None:
-            self.index[block.parent].children += 1
-            self._policy.pin(block.parent)
-        return True
-
-    def _hold(self, table: BlockTable, key: bytes) -> None:
-        table.keys.append(key)
-        block = self.index[key]
-        self._idle -= 0 if block.users else len(block.pages)
-        block.users += 1
-        self._policy.pin(key)
-
-    def _drop(self, key: bytes) -> None:
-        """Remove a block that the policy has evicted."""
-        block = self.index.pop(key)
-        if block.parent is not None:
-            self.index[block.parent].children -= 1
-            self._policy.unpin(block.parent)
-        self._idle -= len(block.pages)
-        self._give_up(block.pages)
-        self.counts["evicted"] += 1
+                self._use(pages)
+                self._give_up(displaced)
+            table.keys.append(keys[i])
+            self.index.hold(keys[i])
 
     # --- pages ----------------------------------------------------------------------------------
     def _take(self, count: int, after: int = -1) -> list[int]:
         """Return new pages, each with one reference. Evicts blocks if it must."""
-        if count > self.free.total + self._idle:
+        if count > self.free.total + self.index.idle:
             raise self._exhausted(count)
         while self.free.total < count:
-            key = self._policy.evict()
-            if key is None:  # blocks of forks have pages in common, so fewer than `_idle` became free
+            evicted = self.index.evict()
+            if evicted is None:  # blocks of forks have pages in common, so fewer than `idle` became free
                 raise self._exhausted(count)
-            self._drop(key)
+            self._give_up(evicted)
         pages = self.free.take(count, after)
         self._use(pages)
         return pages
 
     def _exhausted(self, count: int) -> PoolExhausted:
         return PoolExhausted(
-            f"{count} pages are needed, {self.free.total} are free and at most {self._idle} can be evicted; "
+            f"{count} pages are needed, {self.free.total} are free and at most {self.index.idle} can be evicted; "
             f"wait for a request to end, or use a pool of more than {len(self.refs)} pages"
         )
 
@@ -376,20 +320,12 @@ class PagePool:
     def check_integrity(self) -> None:
         """Assert that no page is lost, given out twice, or counted wrongly, in the pool and in the index."""
         refs = Counter(page for table in self.tables for page in table.pages)
-        refs.update(page for block in self.index.values() for page in block.pages)
+        refs.update(page for block in self.index.blocks.values() for page in block.pages)
         assert self.refs == [refs[page] for page in range(len(self.refs))], "reference counts"
         free = sorted(page for first, n in self.free.lengths.items() for page in range(first, first + n))
         assert free == [page for page, n in enumerate(self.refs) if not n], "free pages"
         assert self.free.total == len(free), "the number of free pages"
-        users = Counter(key for table in self.tables for key in table.keys)
-        children = Counter(block.parent for block in self.index.values() if block.parent is not None)
-        assert users.keys() <= self.index.keys() and children.keys() <= self.index.keys(), "a block is missing"
-        for key, block in self.index.items():
-            assert (block.users, block.children) == (users[key], children[key]), "users and children of a block"
-            assert key in self._policy, "a block that the policy does not know"
-        idle = sum(len(block.pages) for block in self.index.values() if not block.users)
-        assert self._idle == idle, "the number of pages that can be evicted"
-        assert len(self._policy) == len(self.index), "the policy has another block"
+        self.index.check_integrity(Counter(key for table in self.tables for key in table.keys))
 
     def _check_open(self, table: BlockTable) -> None:
         if table.closed or table.pool is not self:

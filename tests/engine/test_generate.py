@@ -423,7 +423,7 @@ def test_no_state_of_the_pool_changes_a_token(model: Llama, sample: list[int], p
         paged = generate(model, prompt, 12, cache if i % 2 else None, stop_at_eos=False, pool=pool)
         assert paged.tokens == plain.tokens, f"prompt {i}, {paged.shared_tokens} shared of {len(prompt)}"
         pool.check_integrity()
-    assert pool.counts["evicted"] > 50 and pool.counts["hits"] > 50 and not pool.tables
+    assert pool.index.evicted > 50 and pool.counts["hits"] > 50 and not pool.tables
 
 
 def test_a_second_request_takes_its_prefix_from_the_pool_and_the_rest_from_the_cache() -> None:

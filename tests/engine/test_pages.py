@@ -81,7 +81,7 @@ def test_two_requests_that_compute_the_same_at_the_same_time_keep_their_own_page
         pool.check_integrity()
     assert one.pages != two.pages and one.keys == two.keys
     pool.close(one)
-    assert fill(pool, tokens).pages == pool.index[two.keys[0]].pages
+    assert fill(pool, tokens).pages == pool.index.blocks[two.keys[0]].pages
     pool.close(two)
     pool.check_integrity()
 
@@ -111,7 +111,7 @@ def test_blocks_of_two_forks_may_have_a_page_in_common(model: Llama) -> None:
     pool.close(one)
     pool.close(two)
     with pool.new_table(capacity=PAGES * PAGE):
-        assert not pool.index
+        assert not pool.index.blocks
     pool.check_integrity()
 
 
@@ -134,7 +134,7 @@ def test_leaves_are_evicted_first_so_that_what_stays_is_a_prefix(model: Llama, p
         with pool.new_table(capacity=taken * PAGE):
             pool.check_integrity()
             left = 4 - -(-taken // 2)
-            assert list(pool.index) == pool.keys(tokens)[:left]
+            assert list(pool.index.blocks) == pool.keys(tokens)[:left]
 
 
 def test_a_block_that_a_table_holds_is_not_evicted(model: Llama) -> None:
@@ -142,7 +142,7 @@ def test_a_block_that_a_table_holds_is_not_evicted(model: Llama) -> None:
     held = fill(pool, [1, 2, 3, 4])
     pool.close(fill(pool, [5, 6, 7, 8]))
     with pool.new_table(capacity=4):
-        assert list(pool.index) == held.keys
+        assert list(pool.index.blocks) == held.keys
         with pytest.raises(PoolExhausted, match="1 pages are needed, 0 are free and at most 0 can be evicted"):
             pool.new_table(capacity=1)
     assert got(held, 4) == [1, 2, 3, 4]
@@ -155,7 +155,7 @@ def test_the_policy_chooses_among_leaves(model: Llama) -> None:
         pool.close(fill(pool, [first, 1, 2, 3]))
     pool.close(fill(pool, [10, 1, 2, 3]))  # used again
     pool.close(pool.new_table(capacity=2))
-    assert list(pool.index) == [*pool.keys([10, 1, 2, 3]), *pool.keys([30, 1, 2, 3])]
+    assert list(pool.index.blocks) == [*pool.keys([10, 1, 2, 3]), *pool.keys([30, 1, 2, 3])]
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_what_does_not_fit_changes_nothing(model: Llama) -> None:
         with pytest.raises(PoolExhausted):
             use()
         pool.check_integrity()
-        assert (len(table.pages), len(pool.index), len(pool.tables)) == (2, 1, 1)
+        assert (len(table.pages), len(pool.index.blocks), len(pool.tables)) == (2, 1, 1)
     with pytest.raises(InputError, match=r"expected tokens in 0 … 4, got 3 … 5; call grow first"):
         pool.make_writable(table, 3, 5)
 
@@ -282,8 +282,8 @@ def test_20_000_random_operations_lose_no_page_and_mix_up_none(model: Llama, pol
             account.end()
         account.pool.check_integrity()
         with account.pool.new_table(capacity=PAGES * PAGE):
-            assert not account.pool.index, "every page can be had again"
-        assert account.pool.counts["copied"] and account.pool.counts["evicted"] and account.pool.counts["hits"]
+            assert not account.pool.index.blocks, "every page can be had again"
+        assert account.pool.counts["copied"] and account.pool.index.evicted and account.pool.counts["hits"]
 
 
 def sabotaged_free(pool: PagePool) -> None:
@@ -295,11 +295,7 @@ def sabotaged_refs(pool: PagePool) -> None:
 
 
 def sabotaged_index(pool: PagePool) -> None:
-    pool.index.pop(next(iter(pool.index)))
-
-
-def sabotaged_eviction(pool: PagePool) -> None:
-    pool._policy.unpin(next(iter(pool.index)))
+    pool.index.blocks.popitem()
 
 
 @pytest.mark.parametrize("sabotage", [sabotaged_free, sabotaged_refs, sabotaged_index])
