@@ -2,7 +2,15 @@
 
 import sys
 
-from kvlab.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from kvlab.cli import main
+
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "kvlab":
+            raise
+        sys.exit(
+            f"kvlab: the Python {sys.executable} has no package {error.name}: run `make setup`, then "
+            "`. .venv/bin/activate`; `python kvlab/course/doctor.py` says more"
+        )

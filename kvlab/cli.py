@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+import kvlab
 from kvlab.errors import InputError, KVLabError
 from kvlab.lab.streams import accept_any_text
 
@@ -237,6 +238,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvlab", description="A distributed KV cache for LLM serving.")
+    parser.add_argument("--version", action="version", version=f"kvlab {kvlab.__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")

@@ -109,12 +109,14 @@ def cache_class(module: ModuleType) -> type[KVCache] | None:
 
 def _completed(file: Path) -> ModuleType:
     """The learner's functions with the course's cache around them."""
+    future = "from __future__ import annotations"
     lines = file.read_text("utf-8").splitlines()
     first = [line for line in lines if line.startswith("from __future__ ")]  # Python wants these at the top
+    header = mykv.HEADER.replace(future, "\n".join(dict.fromkeys([future, *first])))
     rest = [line for line in lines if line not in first]
     with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
         whole = Path(folder) / "mykv.py"
-        whole.write_text(mykv.whole("\n".join([*first, mykv.HEADER, *rest])), "utf-8")
+        whole.write_text(mykv.whole("\n".join([header, *rest])), "utf-8")
         return mykv.load_answers(whole)
 
 

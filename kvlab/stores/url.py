@@ -214,5 +214,5 @@ def _unknown_scheme(text: str) -> str:
             "write rediss://:PASSWORD@HOST:PORT, with the password percent-encoded"
         )
     known = ", ".join(f"{scheme}://" for scheme in FORMS)
-    hint = "" if "://" in text else " (redis://HOST:PORT for a Redis)"
+    hint = "" if "://" in text else " (redis://HOST:PORT for a Redis; is redis:// missing before it?)"
     return f"expected a store URL that begins with {known}{hint}, got {shown(text)!r}"
