@@ -456,8 +456,25 @@ def test_a_disk_that_is_full() -> None:
     assert run.stderr == b"kvlab: [Errno 28] No space left on device\n"
 
 
-def test_the_entry_point_is_the_same() -> None:
-    from kvlab import __main__
+def test_the_entry_point_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlab import __main__, cli
 
-    entry: Callable[..., int] = __main__.main
-    assert entry is main
+    monkeypatch.setattr(cli, "main", lambda argv: len(argv))
+    assert __main__.main(["one", "two"]) == 2
+
+
+def test_a_python_without_the_packages_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlab import __main__, cli
+
+    def missing(name: str) -> Callable[..., int]:
+        def run(argv: object) -> int:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return run
+
+    monkeypatch.setattr(cli, "main", missing("torch.nn"))
+    with pytest.raises(SystemExit, match=r"no package torch.nn: run `make setup`"):
+        __main__.main(["demo"])
+    monkeypatch.setattr(cli, "main", missing("kvlab.nosuch"))
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours
+        __main__.main(["demo"])
