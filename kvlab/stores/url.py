@@ -105,13 +105,21 @@ def read(text: str) -> StoreURL:
     if "#" in text or match is None:
         raise unusable(text, "special characters in the login and settings must be percent-encoded: # becomes %23")
     scheme, login, authority, path, query = match.groups(default="")
-    if not _ESCAPED.fullmatch(login) or "\ufffd" in unquote(login):
+    if not _ESCAPED.fullmatch(login) or not _is_utf_8(login):
         raise unusable(text, "special characters in the login must be percent-encoded, and only one login is allowed")
     settings = _settings(text, scheme, query)
     user, _, password = login.partition(":")
     if (user and "username" in settings) or (password and "password" in settings):
         raise unusable(text, "only one login is allowed: before the host or in the settings")
     return StoreURL(text, scheme, login, authority, path, settings)
+
+
+def _is_utf_8(escaped: str) -> bool:
+    try:
+        unquote(escaped, errors="strict")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _settings(text: str, scheme: str, query: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvlab.errors import ConfigError
@@ -118,6 +118,7 @@ AWKWARD = "p@ss:w/o?r#d&%+=[x] é"
 
 
 @given(user=st.text(min_size=1, max_size=8), password=st.text(min_size=1, max_size=12))
+@example(user="0", password="\ufffd")  # what Python puts in the place of bytes that are no UTF-8
 def test_any_login_reaches_every_server_as_it_was_meant(user: str, password: str) -> None:
     login = f"{quote(user, safe='')}:{quote(password, safe='')}"
     expected = {"username": user, "password": password}
