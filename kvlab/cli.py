@@ -207,6 +207,12 @@ COMMANDS = (
         (JSON,),
     ),
     Command(
+        "bench planner",
+        "fetch or recompute: the planner on a virtual clock, against the best plan and against threshold rules",
+        _bench("kvlab.lab.bench.planner"),
+        (JSON,),
+    ),
+    Command(
         "bench wire",
         "GB/s to and from a local Redis or the one at --store (about 300 MB are written and deleted)",
         _bench("kvlab.lab.bench.wire"),

@@ -6,8 +6,8 @@ Two curves are fitted while requests run, and nothing is configured:
     compute the tokens s … t - 1      e + c (t - s) + d (t² - s²)
 
 `a` and `e` are what a call costs, `b` a block's way, `c` the work for a token, and `d` its attention to all tokens
-before it. Older observations count less. If three in a row are far off on the same side, the wire or the machine
-has changed, and everything before them is forgotten.
+before it. Older observations count less than newer ones of about their size. If three in a row are far off on the
+same side, the wire or the machine has changed, and everything before them is forgotten.
 
 A plan has a front that is computed while the blocks behind it are fetched (Cake, arXiv 2410.03065), gaps of lost
 blocks that are computed after that, and a tail. Each of these may be empty.
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from kvlab.errors import InputError
 
-WINDOW: Final = 48
-"""The most observations that a curve is fitted to."""
-HALF_LIFE: Final = 12
-"""After so many newer observations, one counts half."""
+WINDOW: Final = 16
+"""The most observations of about one size that a curve is fitted to. A size that is seldom seen is not forgotten."""
+HALF_LIFE: Final = 6
+"""After so many newer observations of about its size, one counts half."""
 CHANGED: Final = 1.5
 """Three observations in a row that are off by this factor, on the same side, are a change."""
 TERM: Final = 0.002
@@ -39,6 +39,10 @@ EXPLORE: Final = 16
 """After so many plans without a fetch from a tier that had blocks, one is fetched only to learn how long it takes."""
 FRONTS: Final = 32
 """The most lengths of a front that are tried at first; then those around the best one."""
+
+
+Observation = tuple[Sequence[float], float]
+"""The terms, the second of them a size, and the seconds that it took."""
 
 
 class Curve:
@@ -52,7 +56,8 @@ class Curve:
     """
 
     def __init__(self, terms: int) -> None:
-        self._seen: deque[tuple[Sequence[float], float]] = deque(maxlen=WINDOW)
+        self._seen: dict[int, deque[Observation]] = {}  # by size, each twice the one before
+        self._recent: deque[Observation] = deque(maxlen=3)
         self._subsets = [s for size in range(1, terms + 1) for s in itertools.combinations(range(terms), size)]
         self._terms = terms
         self._coefficients: NDArray[np.float64] | None = None
@@ -61,14 +66,21 @@ class Curve:
         """Take one measurement into account. One that is not positive and finite is a clock's fault: ignored."""
         if not (math.isfinite(seconds) and seconds > 0):
             return
-        if self._coefficients is not None:
-            recent = [*itertools.islice(self._seen, max(len(self._seen) - 2, 0), None), (terms, seconds)]
-            ratios = [took / max(self._value(x), 1e-12) for x, took in recent]
-            if len(ratios) == 3 and (min(ratios) > CHANGED or max(ratios) < 1 / CHANGED):
-                while len(self._seen) > 2:
-                    self._seen.popleft()
-        self._seen.append((terms, seconds))
+        self._recent.append((terms, seconds))
+        kept = [(terms, seconds)]
+        if self._has_changed():
+            self._seen.clear()
+            kept = [*self._recent]
+        for x, took in kept:
+            size = round(math.log2(max(x[1], 1)))
+            self._seen.setdefault(size, deque(maxlen=WINDOW)).append((x, took))
         self._fit()
+
+    def _has_changed(self) -> bool:
+        if self._coefficients is None or len(self._recent) < 3:
+            return False
+        ratios = [took / max(self._value(x), 1e-12) for x, took in self._recent]
+        return min(ratios) > CHANGED or max(ratios) < 1 / CHANGED
 
     def predict(self, terms: Sequence[float]) -> float | None:
         """Seconds for these terms; None before the first observation."""
@@ -80,10 +92,11 @@ class Curve:
 
     def _fit(self) -> None:
         """Take the terms that explain the observations, as few as do."""
-        took = np.array([seconds for _, seconds in self._seen])
-        weight = 0.5 ** (np.arange(len(took))[::-1] / HALF_LIFE)
+        seen = [observation for same in self._seen.values() for observation in same]
+        took = np.array([seconds for _, seconds in seen])
+        weight = 0.5 ** (np.concatenate([np.arange(len(same))[::-1] for same in self._seen.values()]) / HALF_LIFE)
         weight = np.sqrt(weight / weight.sum())
-        scaled = np.array([x for x, _ in self._seen], dtype=np.float64) / took[:, None] * weight[:, None]
+        scaled = np.array([x for x, _ in seen], dtype=np.float64) / took[:, None] * weight[:, None]
         best = math.inf
         for subset in self._subsets:
             columns = scaled[:, subset]
