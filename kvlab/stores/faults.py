@@ -17,6 +17,7 @@ class Reason(StrEnum):
     TOO_BIG = "too_big"  # the value exceeds the buffer, or the largest value of the store or of the server
     CLOSED = "closed"  # the store is closed
     QUEUE_FULL = "queue_full"  # the queue of `WriteBehind` is full
+    PRESSURE = "pressure"  # the store writes too slowly for what `WriteBehind` has queued
     COLLAPSED = "collapsed"  # a newer value for the key replaced this one in the queue
     DELETED = "deleted"  # the key was deleted while the value was in the queue
 

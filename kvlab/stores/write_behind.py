@@ -16,26 +16,34 @@ from kvlab.stores.base import (
     StoreStats,
     Value,
     check_buffers,
+    check_clock,
     check_keys,
     check_number,
     check_values,
     deliver,
     joined,
+    pieces,
 )
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 from kvlab.stores.latch import Latch
 
 BATCH_BYTES = 4 << 20
+HOLD_S = 0.05
+FADE = 0.7
+"""How much a batch counts for the pace of the store, compared with the one after it."""
 logger = logging.getLogger(__name__)
 
 
 class WriteBehind(Store):
     """A wrapper for another store. Its `put_many` returns immediately.
 
-    Values are copied into a queue and written in order of arrival. If the queue is full, for
-    example because the store is slower than its writers, new values are dropped ("queue_full"): a cache
-    may lose values, but it must not block its engine. A newer value for a queued key replaces the older value
+    Values are copied into a queue and written in order of arrival. A cache may lose values, but it must not block
+    its engine, so new values are dropped, before they are copied, if the queue is full ("queue_full") or the store
+    too slow ("pressure"): if, at the pace of its last batches, writing what is queued would take longer than
+    `patience_s`. An empty queue takes a value in any case, which measures the pace anew: a store that has recovered
+    gets values again as soon as the queue has been written. Reads go first: while one is running, the next batch
+    waits for it, for HOLD_S at most. A newer value for a queued key replaces the older value
     ("collapsed"). Reads also return queued values.
 
     `put_many` returns how many values were queued. `stats()` later shows whether they were stored. A
@@ -44,17 +52,28 @@ class WriteBehind(Store):
     Args:
         store: the store that the queue is written to. `close` closes it, too.
         max_bytes: the limit for all queued values, including the batch that is being written.
+        patience_s: the most seconds that writing the queue may take.
+        clock: returns seconds. Can be replaced in tests.
 
     Raises:
-        ConfigError: `store` is not a store (a URL, for example), or `max_bytes` is not a positive whole number.
+        ConfigError: `store` is not a store (a URL, for example), `max_bytes` is not a positive whole number,
+            `patience_s` is not a positive number, or the clock cannot be called.
     """
 
-    def __init__(self, store: Store, max_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        store: Store,
+        max_bytes: int = 64 << 20,
+        patience_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if not isinstance(store, Store):
             raise ConfigError(f"expected a store, such as RedisStore(url), got {type(store).__name__}")
         check_number("max_bytes", max_bytes, 0, 1 << 60, "bytes", whole=True)
+        check_number("patience_s", patience_s, 0, 1e9, "seconds")
+        check_clock(clock)
         self.store = store
-        self.max_bytes = max_bytes
+        self.max_bytes, self.patience_s, self.clock = max_bytes, patience_s, clock
         self._own = StoreStats()
         self._closed = False
         self._thread: threading.Thread
@@ -70,12 +89,12 @@ class WriteBehind(Store):
         queued = 0
         with self._lock:
             for key, value in zip(keys, values, strict=True):
-                data = joined(value)
                 older = self._waiting.get(key)
-                room = self.max_bytes - self._bytes + (0 if older is None else len(older))
-                if self._closed or len(data) > room:
-                    self._drop(Reason.CLOSED if self._closed else Reason.QUEUE_FULL)
+                refusal = self._refusal(_size(value) - (0 if older is None else len(older)))
+                if refusal is not None:
+                    self._drop(refusal)
                     continue
+                data = joined(value)
                 if older is not None:
                     self._drop(Reason.COLLAPSED)
                     self._bytes -= len(older)
@@ -113,7 +132,7 @@ class WriteBehind(Store):
                     self._own.bytes_out += len(value)
         if not_queued:
             inner: list[str] = []
-            answers = self.store.get_many([keys[i] for i in not_queued], out and [out[i] for i in not_queued], inner)
+            answers = self._read([keys[i] for i in not_queued], out and [out[i] for i in not_queued], inner)
             for i, answer, reason in zip(not_queued, answers, inner, strict=True):
                 got[i], key_reasons[i] = answer, reason
         if reasons is not None:
@@ -187,6 +206,9 @@ class WriteBehind(Store):
         self._waiting: dict[bytes, bytes] = {}  # in order of arrival
         self._writing: dict[bytes, bytes] = {}
         self._bytes = 0
+        self._reading = 0  # reads of the store that are running
+        self._calm = Latch()  # the thread waits for it while there are some
+        self._seconds, self._written = 0.0, 0.0  # of the last batches; older ones count less
         self._thread = threading.Thread()  # not started; the first write starts one
 
     def _wait_for(self, done: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -204,6 +226,29 @@ class WriteBehind(Store):
                 return False
             batch.wait(None if timeout_s is None else remaining)
 
+    def _refusal(self, more: int) -> Reason | None:
+        """Why the queue does not take so many bytes more; None if it does."""
+        if self._closed:
+            return Reason.CLOSED
+        if self._bytes + more > self.max_bytes:
+            return Reason.QUEUE_FULL
+        pace = self._seconds / self._written if self._written else 0.0
+        return Reason.PRESSURE if self._bytes and (self._bytes + more) * pace > self.patience_s else None
+
+    def _read(
+        self, keys: list[bytes], out: Sequence[memoryview] | None, reasons: list[str]
+    ) -> list[bytes | memoryview | None]:
+        with self._lock:
+            self._reading += 1
+        try:
+            return self.store.get_many(keys, out, reasons)
+        finally:  # skipped by a signal handler that raises just before: then each batch waits for HOLD_S
+            with self._lock:
+                self._reading -= 1
+                calm = None if self._reading else self._calm
+            if calm is not None:
+                calm.set()
+
     def _pending(self, key: bytes) -> bytes | None:
         return self._waiting.get(key, self._writing.get(key))
 
@@ -217,10 +262,16 @@ class WriteBehind(Store):
                 work = self._work = Latch()
                 if not self._waiting and self._closed:
                     return
+                calm = self._calm = Latch()
+                hold = bool(self._reading and self._waiting)
+            if hold:
+                calm.wait(HOLD_S)
+            with self._lock:
                 self._take_batch()
             if not self._writing:
                 work.wait()
                 continue
+            begin = self.clock()
             try:
                 self.store.put_many(list(self._writing), list(self._writing.values()))
             except Exception:  # an exception from the store must not stop later writes
@@ -228,8 +279,12 @@ class WriteBehind(Store):
                 with self._lock:
                     for _ in self._writing:
                         self._drop(Reason.ERROR)
+            took = self.clock() - begin
             with self._lock:
-                self._bytes -= sum(map(len, self._writing.values()))
+                size = sum(map(len, self._writing.values()))
+                self._seconds = FADE * self._seconds + max(0.0, took)
+                self._written = FADE * self._written + size
+                self._bytes -= size
                 self._writing = {}
                 waiting, self._after_batch = self._after_batch, []
             for latch in waiting:
@@ -241,3 +296,7 @@ class WriteBehind(Store):
             key = next(iter(self._waiting))
             self._writing[key] = self._waiting.pop(key)
             size += len(self._writing[key])
+
+
+def _size(value: Value) -> int:
+    return sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in pieces(value))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from kvlab.errors import ConfigError
-from kvlab.stores import MemoryStore, WriteBehind
+from kvlab.stores import MemoryStore, WriteBehind, write_behind
+from kvlab.stores.base import joined
 
 WAIT_S = 30.0
 
@@ -239,3 +240,114 @@ def test_a_url_is_no_store_nor_is_anything_else(store: Any) -> None:
 def test_the_room_of_its_queue_is_a_whole_number_of_bytes(most: Any) -> None:
     with pytest.raises(ConfigError, match="max_bytes as a whole number above 0"):
         WriteBehind(MemoryStore(), max_bytes=most)
+
+
+# --- pressure -----------------------------------------------------------------------------------
+class PacedStore(SlowStore):
+    """Takes so many seconds of a fake clock for each byte; reads wait for a gate."""
+
+    def __init__(self, seconds_per_byte: float) -> None:
+        super().__init__()
+        self.now, self.pace = 0.0, seconds_per_byte
+        self.read_gate = threading.Event()
+        self.reading = threading.Event()
+        self.gate.set()
+        self.read_gate.set()
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
+        stored = super().put_many(keys, values)
+        self.now += self.pace * sum(map(len, values))
+        return stored
+
+    def get_many(self, keys: Sequence[bytes], *more: Any) -> Any:
+        self.reading.set()
+        assert self.read_gate.wait(WAIT_S)
+        return super().get_many(keys, *more)
+
+
+@pytest.fixture
+def paced() -> PacedStore:
+    return PacedStore(0.0001)
+
+
+def made_behind(store: PacedStore) -> WriteBehind:
+    """Patience for 1,000 bytes at ten times the pace that the store has at first."""
+    return WriteBehind(store, max_bytes=100_000, patience_s=1.0, clock=lambda: store.now)
+
+
+def test_a_slow_store_gets_no_more_than_it_can_write_in_time(
+    paced: PacedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[bytes] = []
+    monkeypatch.setattr(write_behind, "joined", lambda value: copies.append(joined(value)) or copies[-1])
+    with made_behind(paced) as behind:
+        assert behind.put_many([b"%d" % i for i in range(9)], [bytes(1000)] * 9) == 9, "no pace is known yet"
+        assert behind.flush(WAIT_S)
+        paced.pace *= 10
+        behind.put_many([b"slow"], [bytes(5000)])
+        assert behind.flush(WAIT_S)
+        paced.gate.clear()
+        copies.clear()
+        assert behind.put_many([b"first"], [bytes(2000)]) == 1, "an empty queue takes a value in any case"
+        assert behind.put_many([b"a", b"b"], [bytes(100), bytes(600)]) == 0
+        assert behind.stats().drops == Counter(pressure=2)
+        assert len(copies) == 1, "what is dropped was not copied"
+        paced.gate.set()
+        assert behind.flush(WAIT_S)
+        behind.stats().check()
+
+
+def test_a_store_that_has_recovered_gets_values_again(paced: PacedStore) -> None:
+    with made_behind(paced) as behind:
+        paced.pace *= 100
+        behind.put_many([b"slow"], [bytes(1000)])
+        assert behind.flush(WAIT_S)
+        paced.pace /= 100
+        accepted = []
+        for i in range(8):
+            paced.gate.clear()
+            accepted.append(behind.put_many([b"%d" % i, b"%d+" % i], [bytes(1000), bytes(1000)]))
+            paced.gate.set()
+            assert behind.flush(WAIT_S)
+        assert accepted[0] == 1 and accepted[-1] == 2
+        assert accepted == sorted(accepted) and accepted.index(2) <= 6
+
+
+def test_a_clock_that_jumps_back_drops_nothing(paced: PacedStore) -> None:
+    with made_behind(paced) as behind:
+        paced.pace = -1.0
+        for i in range(3):
+            assert behind.put_many([b"%d" % i, b"%d+" % i], [bytes(1000), bytes(1000)]) == 2
+            assert behind.flush(WAIT_S)
+
+
+def test_a_batch_waits_for_a_read_that_is_running(paced: PacedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_behind, "HOLD_S", WAIT_S)
+    with made_behind(paced) as behind:
+        paced.read_gate.clear()
+        reader = threading.Thread(target=behind.get_many, args=([b"x"],))
+        reader.start()
+        assert paced.reading.wait(WAIT_S)
+        behind.put_many([b"a"], [b"one"])
+        assert not paced.began.wait(0.2)
+        paced.read_gate.set()
+        assert paced.began.wait(WAIT_S)
+        reader.join(WAIT_S)
+
+
+def test_a_read_that_never_ends_does_not_keep_values_from_being_written(paced: PacedStore) -> None:
+    with made_behind(paced) as behind:
+        paced.read_gate.clear()
+        reader = threading.Thread(target=behind.get_many, args=([b"x"],))
+        reader.start()
+        assert paced.reading.wait(WAIT_S)
+        behind.put_many([b"a"], [b"one"])
+        assert behind.flush(WAIT_S)
+        paced.read_gate.set()
+        reader.join(WAIT_S)
+
+
+@pytest.mark.parametrize("patience", [0, -1, "1", None, math.nan, True])
+def test_the_patience_is_a_positive_number(patience: Any) -> None:
+    with pytest.raises(ConfigError, match="patience_s"):
+        WriteBehind(MemoryStore(), patience_s=patience)
