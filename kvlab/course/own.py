@@ -200,10 +200,11 @@ def _run_pool(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
     made: Any = getattr(own.module, "MiniPool", None)
     if made is None:
         return True
+    keys_of = getattr(own.module, "block_keys", registry.find("block_keys").reference)
     pool, shared = made(model, pages=40), sample[:512]
     filled, right = [], True
     for prompt in (shared + sample[600:616], shared + sample[700:716], sample[1000:1528]):
-        keys = own.module.block_keys(prompt, bytes(32), 64)
+        keys = keys_of(prompt, bytes(32), 64)
         table = pool.start(keys)
         filled.append(len(table.pages) * pool.page_tokens)
         logits = model(torch.tensor([prompt[filled[-1] :]]), table, filled[-1], last_only=True)

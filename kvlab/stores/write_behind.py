@@ -30,7 +30,7 @@ from kvlab.stores.latch import Latch
 
 BATCH_BYTES = 4 << 20
 HOLD_S = 0.05
-FADE = 0.7
+FADE = 0.5
 """How much a batch counts for the pace of the store, compared with the one after it."""
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class WriteBehind(Store):
     Values are copied into a queue and written in order of arrival. A cache may lose values, but it must not block
     its engine, so new values are dropped, before they are copied, if the queue is full ("queue_full") or the store
     too slow ("pressure"): if, at the pace of its last batches, writing what is queued would take longer than
-    `patience_s`. An empty queue takes a value in any case, which measures the pace anew: a store that has recovered
+    `patience_s`. Single small writes say nothing about a pace, so it counts from the first whole batch on
+    (BATCH_BYTES). An empty queue takes a value in any case, which measures the pace anew: a store that has recovered
     gets values again as soon as the queue has been written. Reads go first: while one is running, the next batch
     waits for it, for HOLD_S at most. A newer value for a queued key replaces the older value
     ("collapsed"). Reads also return queued values.
@@ -232,7 +233,7 @@ class WriteBehind(Store):
             return Reason.CLOSED
         if self._bytes + more > self.max_bytes:
             return Reason.QUEUE_FULL
-        pace = self._seconds / self._written if self._written else 0.0
+        pace = self._seconds / self._written if self._written >= BATCH_BYTES else 0.0
         return Reason.PRESSURE if self._bytes and (self._bytes + more) * pace > self.patience_s else None
 
     def _read(

@@ -266,7 +266,8 @@ class PacedStore(SlowStore):
 
 
 @pytest.fixture
-def paced() -> PacedStore:
+def paced(monkeypatch: pytest.MonkeyPatch) -> PacedStore:
+    monkeypatch.setattr(write_behind, "BATCH_BYTES", 2000)
     return PacedStore(0.0001)
 
 
@@ -300,7 +301,7 @@ def test_a_slow_store_gets_no_more_than_it_can_write_in_time(
 def test_a_store_that_has_recovered_gets_values_again(paced: PacedStore) -> None:
     with made_behind(paced) as behind:
         paced.pace *= 100
-        behind.put_many([b"slow"], [bytes(1000)])
+        behind.put_many([b"slow"], [bytes(2000)])
         assert behind.flush(WAIT_S)
         paced.pace /= 100
         accepted = []
@@ -313,6 +314,18 @@ def test_a_store_that_has_recovered_gets_values_again(paced: PacedStore) -> None
         assert accepted == sorted(accepted) and accepted.index(2) <= 6
 
 
+def test_a_slow_first_write_of_a_few_bytes_is_no_pressure(paced: PacedStore) -> None:
+    """Opening a connection takes as long for a small value as for a large one."""
+    with made_behind(paced) as behind:
+        paced.pace *= 1000
+        behind.put_many([b"small"], [bytes(100)])
+        assert behind.flush(WAIT_S)
+        paced.pace /= 1000
+        paced.gate.clear()
+        assert behind.put_many([b"%d" % i for i in range(9)], [bytes(1000)] * 9) == 9
+        paced.gate.set()
+
+
 def test_a_clock_that_jumps_back_drops_nothing(paced: PacedStore) -> None:
     with made_behind(paced) as behind:
         paced.pace = -1.0
@@ -321,13 +334,19 @@ def test_a_clock_that_jumps_back_drops_nothing(paced: PacedStore) -> None:
             assert behind.flush(WAIT_S)
 
 
+def begin_read(behind: WriteBehind, paced: PacedStore) -> threading.Thread:
+    """A read that the store does not answer until its gate opens."""
+    paced.read_gate.clear()
+    reader = threading.Thread(target=behind.get_many, args=([b"x"],))
+    reader.start()
+    assert paced.reading.wait(WAIT_S)
+    return reader
+
+
 def test_a_batch_waits_for_a_read_that_is_running(paced: PacedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_behind, "HOLD_S", WAIT_S)
     with made_behind(paced) as behind:
-        paced.read_gate.clear()
-        reader = threading.Thread(target=behind.get_many, args=([b"x"],))
-        reader.start()
-        assert paced.reading.wait(WAIT_S)
+        reader = begin_read(behind, paced)
         behind.put_many([b"a"], [b"one"])
         assert not paced.began.wait(0.2)
         paced.read_gate.set()
@@ -337,10 +356,7 @@ def test_a_batch_waits_for_a_read_that_is_running(paced: PacedStore, monkeypatch
 
 def test_a_read_that_never_ends_does_not_keep_values_from_being_written(paced: PacedStore) -> None:
     with made_behind(paced) as behind:
-        paced.read_gate.clear()
-        reader = threading.Thread(target=behind.get_many, args=([b"x"],))
-        reader.start()
-        assert paced.reading.wait(WAIT_S)
+        reader = begin_read(behind, paced)
         behind.put_many([b"a"], [b"one"])
         assert behind.flush(WAIT_S)
         paced.read_gate.set()

@@ -228,18 +228,7 @@ def _replay_counts_on(prompts: Prompts, block_tokens: int) -> Requests:
 
 
 def _replay_misses_the_last(prompts: Prompts, block_tokens: int) -> Requests:
-    kept: set[tuple[int, ...]] = set()
-    served = []
-    for prompt in prompts:
-        ends = range(block_tokens, len(prompt), block_tokens)
-        cached = 0
-        for end in ends:
-            if tuple(prompt[:end]) not in kept:
-                break
-            cached = end
-        kept.update(tuple(prompt[:end]) for end in ends)
-        served.append((len(prompt), cached))
-    return served
+    return [(total + 1, cached) for total, cached in replay([prompt[:-1] for prompt in prompts], block_tokens)]
 
 
 def _replay_saves_first(prompts: Prompts, block_tokens: int) -> Requests:

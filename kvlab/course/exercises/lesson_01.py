@@ -608,14 +608,7 @@ def _load_without_a_test(kept: Kept, tokens: list[int], kv: Tensor, block_tokens
 
 
 def _load_misses_the_last(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
-    cached = 0
-    for end in range(block_tokens, len(tokens), block_tokens):
-        block = kept.get(tuple(tokens[:end]))
-        if block is None:
-            break
-        kv[:, :, :, :, end - block_tokens : end] = block
-        cached = end
-    return cached
+    return load(kept, tokens[:-1], kv, block_tokens)
 
 
 def _load_returns_zero_at_a_gap(kept: Kept, tokens: list[int], kv: Tensor, block_tokens: int) -> int:
