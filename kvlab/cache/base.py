@@ -31,12 +31,13 @@ class CacheStats:
     they are stored, so they count as misses with the reason "gap". `stored` counts the blocks that
     the store accepted; a `WriteBehind` accepts a block when it queues it. `kept` counts the blocks
     offered to `save` that were already stored. `bytes_written` counts all records offered to the
-    store. `kvlab.stores.faults.Reason` defines the reasons.
+    store. `kvlab.stores.faults.Reason` defines the reasons. `sources` counts the hits by tier.
     """
 
     requested: int = 0
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
     stored: int = 0
     kept: int = 0
     drops: Counter[str] = field(default_factory=Counter)
@@ -54,7 +55,8 @@ class CacheStats:
         return self.stored + self.kept
 
     def check(self) -> None:
-        """Assert that every requested block is a hit or a miss with a reason."""
+        """Assert that every requested block is a hit from some tier, or a miss with a reason."""
+        assert self.hits == sum(self.sources.values()), self
         assert self.requested == self.hits + sum(self.misses.values()), self
 
 

@@ -20,9 +20,9 @@ from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.text import TextRecords
 from kvlab.core import record
 from kvlab.core.keys import KVSpec, Namespace
-from kvlab.core.precisions import Unholdable
+from kvlab.core.precisions import Array, Unholdable, to_parts
 from kvlab.core.record import BadRecord, Format
-from kvlab.core.seals import AesGcm, Pieces, Xxh3
+from kvlab.core.seals import AesGcm, Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.model.fingerprint import spec_of
@@ -135,14 +135,9 @@ class DistributedKVCache(KVCache):
 
     def load(self, tokens: Sequence[int], start: int, stop: int, out: Tensor) -> int:
         """See `KVCache.load`."""
-        spec, ns = self._bound()
+        ns = self._bound()[1]
         B = ns.block_tokens
-        count = _length(tokens)
-        _check_positions(start, stop)
-        if start % B or stop % B or not 0 <= start <= stop <= count:
-            got = f"{described(start)} and {described(stop)}"
-            raise InputError(f"expected 0 <= start <= stop <= {count} in steps of {B}, got {got}")
-        _check_kv(out, spec, stop - start)
+        self.check_load(tokens, start, stop, out)
         chain = ns.keys(tokens[:stop])
         before, keys = chain[: start // B], chain[start // B :]
         if before:  # used but not fetched; they must not expire before the later blocks
@@ -158,35 +153,29 @@ class DistributedKVCache(KVCache):
         load even if they are stored. If the precision cannot represent a number of a block, this
         block and all later blocks are dropped.
         """
-        spec, ns = self._bound()
+        ns = self._bound()[1]
         B = ns.block_tokens
-        _check_kv(kv, spec, _length(tokens))
-        _check_positions(start)
+        self.check_save(tokens, kv, start)
         chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
-        present = self.store.touch_many(chain)
-        kept = [is_stored and key not in self._suspects for is_stored, key in zip(present, chain, strict=True)]
+        kept = self.present(chain)
         keys: list[bytes] = []
-        values: list[Pieces] = []
+        blocks: list[list[Array]] = []
         overflow = 0
         for i in range(first, len(chain)):
             if kept[i]:
                 continue
             try:
-                values.append(record.encode(kv[:, :, :, i * B : (i + 1) * B], chain[i], self.format))
+                blocks.append(self.parts_of(kv[:, :, :, i * B : (i + 1) * B]))
             except Unholdable:
                 overflow = len(chain) - i
                 break
             keys.append(chain[i])
-        stored = self.store.put_many(keys, values)
+        stored = self.write(keys, blocks)
         kept_count = sum(kept[first : len(chain) - overflow])
         with self._lock:
-            for key in keys if stored == len(keys) else ():
-                self._suspects.pop(key, None)
-            self._stats.stored += stored
             self._stats.kept += kept_count
-            self._stats.bytes_written += sum(len(p) for v in values for p in v)
-            self._stats.drops += Counter({Reason.OVERFLOW: overflow, Reason.STORE: len(values) - stored})
+            self._stats.drops += Counter({Reason.OVERFLOW: overflow})
         return stored + kept_count
 
     def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
@@ -235,6 +224,79 @@ class DistributedKVCache(KVCache):
     def reset_after_fork(self) -> None:
         """See `kvlab.stores.fork.Forkable`."""
         self._lock = threading.Lock()
+
+    # --- for a tier in front (`kvlab.engine.tiers`), which keeps blocks as parts of their precision ------------------
+    def check_load(self, tokens: Sequence[int], start: int, stop: int, out: Tensor) -> None:
+        """Raise InputError if the arguments of `load` do not fit."""
+        spec, ns = self._bound()
+        B, count = ns.block_tokens, _length(tokens)
+        _check_positions(start, stop)
+        if start % B or stop % B or not 0 <= start <= stop <= count:
+            got = f"{described(start)} and {described(stop)}"
+            raise InputError(f"expected 0 <= start <= stop <= {count} in steps of {B}, got {got}")
+        _check_kv(out, spec, stop - start)
+
+    def check_save(self, tokens: Sequence[int], kv: Tensor, start: int) -> None:
+        """Raise InputError if the arguments of `save` do not fit."""
+        _check_kv(kv, self._bound()[0], _length(tokens))
+        _check_positions(start)
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """The shape [L, P, H, B, D] of a block."""
+        spec, ns = self._bound()
+        return spec.layers, 2, spec.heads, ns.block_tokens, spec.head_dim
+
+    @property
+    def record_bytes(self) -> int:
+        """The size of a buffer for a record of one block."""
+        return record.max_record_bytes(self.format, self.block_shape)
+
+    def parts_of(self, block: Tensor) -> list[Array]:
+        """Return the parts of a block, which may share its memory.
+
+        Raises:
+            Unholdable: the precision cannot represent a number.
+        """
+        return to_parts(block, self.format.precision, plane_axis=1)
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks the store has, without those whose last load found an unusable record. Renews TTLs."""
+        stored = self.store.touch_many(keys)
+        return [there and key not in self._suspects for there, key in zip(stored, keys, strict=True)]
+
+    def write(self, keys: Sequence[bytes], blocks: Sequence[list[Array]]) -> int:
+        """Write blocks, whether they are present or not. Return how many the store accepted."""
+        shape, dtype = self.block_shape, self._bound()[0].dtype
+        pairs = zip(keys, blocks, strict=True)
+        values = [record.encode_parts(parts, shape, dtype, key, self.format) for key, parts in pairs]
+        stored = self.store.put_many(keys, values)
+        with self._lock:
+            for key in keys if stored == len(keys) else ():
+                self._suspects.pop(key, None)
+            self._stats.stored += stored
+            self._stats.bytes_written += sum(len(p) for v in values for p in v)
+            self._stats.drops += Counter({Reason.STORE: len(values) - stored})
+        return stored
+
+    def unpack(self, key: bytes, value: bytes | memoryview | None, reason: str) -> tuple[list[Array], str]:
+        """Return the parts of a fetched value, which may share its memory, and "", or no parts and the reason why.
+
+        Args:
+            value, reason: the answer of `Store.get_many`.
+        """
+        parts: list[Array] = []
+        if value is not None:
+            try:
+                parts = record.decode_parts(value, key, self.format, self.block_shape)[0]
+            except BadRecord as error:
+                self._remove_if_damaged(key, error)
+                reason = error.reason
+        with self._lock:
+            self._stats.bytes_read += len(value) if parts and value is not None else 0
+        if reason and (value is not None or reason in _NO_RECORD):
+            self._suspect([key])
+        return parts, reason
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if not (block_tokens is None or (type(block_tokens) is int and 0 < block_tokens < 2**32)):
@@ -316,6 +378,7 @@ class DistributedKVCache(KVCache):
         with self._lock:
             self._stats.requested += requested
             self._stats.hits += hits
+            self._stats.sources += Counter({"store": hits})
             self._stats.misses += Counter(misses)
             self._stats.bytes_read += read
 

@@ -102,17 +102,16 @@ def to_parts(tensor: Tensor, precision: str, plane_axis: int) -> list[Array]:
 def from_parts(parts: list[Array], precision: str, plane_axis: int, out: Tensor) -> None:
     """Fill `out` (any strides, any device, any floating dtype) from the parts of its layout.
 
+    The parts travel to the device of `out` as they are and are converted there. If they are in pinned memory, the
+    call may return before they have left it.
+
     Raises:
         Unholdable: the dtype of `out` cannot represent a number.
     """
     if precision in _STORED:
         _put_floats(parts[0], precision, out)
-    elif out.device.type == "cpu" and out.dtype == torch.float32:
-        _dequantise(parts, precision, plane_axis, out.numpy())
-    else:
-        whole = np.empty(out.shape, np.float32)
-        _dequantise(parts, precision, plane_axis, whole)
-        _copy(torch.from_numpy(whole), out)
+    elif out.numel():
+        _dequantise([_on(out.device, part) for part in parts], precision, plane_axis, out)
 
 
 def _floats(tensor: Tensor, precision: str) -> Array:
@@ -151,7 +150,14 @@ def _put_floats(bits: Array, precision: str, out: Tensor) -> None:
         # Unlike torch, numpy accepts read-only memory. This saves a copy of each record.
         np.copyto(out.view(_SAME_SIZE[bits.itemsize]).numpy(), signed)
     else:
-        _copy(torch.from_numpy(signed if bits.flags.writeable else signed.copy()).view(dtype), out)
+        _copy(_on(out.device, signed).view(dtype), out)
+
+
+def _on(device: torch.device, part: Array) -> Tensor:
+    """A part as a tensor of signed integers (or bytes) on a device."""
+    bits = part if part.itemsize == 1 else part.view(f"i{part.itemsize}")
+    whole = torch.from_numpy(bits if bits.flags.writeable else bits.copy())
+    return whole.to(device, non_blocking=True)
 
 
 def _copy(source: Tensor, out: Tensor) -> None:
@@ -176,24 +182,28 @@ def _quantise(x: Array, precision: str, plane_axis: int) -> list[Array]:
     return [_nibbles(np.rint(steps).astype(np.uint8)), scale, low, _nibbles(integers + 8), value_scale]
 
 
-def _dequantise(parts: list[Array], precision: str, plane_axis: int, out: Array) -> None:
-    """Fill `out` (fp32, any strides) from the parts of an integer precision."""
-    if out.size == 0:
-        return
-    keys, values = _halves(out, plane_axis)
+def _dequantise(parts: list[Tensor], precision: str, plane_axis: int, out: Tensor) -> None:
+    """Fill `out` from the parts of an integer precision, on the device of both."""
+    keys, values = out.select(plane_axis, 0), out.select(plane_axis, 1)
     if precision == "int8":
         k, ks, v, vs = parts
-        np.copyto(keys, _scaled(k, ks).reshape(keys.shape))
-        np.copyto(values, _scaled(v, vs).reshape(values.shape))
-        return
-    k, ks, low, v, vs = parts
-    grouped_k, grouped_v = _group_shapes(keys.shape)
-    keys4 = _scaled(_from_nibbles(k, grouped_k), ks)
-    keys4 += _from_bf16(low)
-    np.copyto(keys, keys4.reshape(keys.shape))
-    values4 = _from_nibbles(v, grouped_v).view(np.int8)
-    values4 -= 8
-    np.copyto(values, _scaled(values4, vs).reshape(values.shape))
+        keys4, values4 = k * _bf16(ks), v * _bf16(vs)
+    else:
+        k, ks, low, v, vs = parts
+        grouped_k, grouped_v = _group_shapes(tuple(keys.shape))
+        keys4 = _from_nibbles(k, grouped_k) * _bf16(ks)
+        keys4 += _bf16(low)
+        values4 = _from_nibbles(v, grouped_v).view(torch.int8).sub_(8) * _bf16(vs)
+    for whole, half in ((keys4.view(keys.shape), keys), (values4.view(values.shape), values)):
+        if half.dtype == torch.float32:
+            half.copy_(whole)
+        else:
+            _copy(whole, half)
+
+
+def _bf16(bits: Tensor) -> Tensor:
+    """The fp32 numbers that these bits of bf16 stand for."""
+    return bits.view(torch.bfloat16).float()
 
 
 def _symmetric(x: Array, axis: int, max_integer: int) -> tuple[Array, Array]:
@@ -229,12 +239,6 @@ def _from_bf16(bits: Array) -> Array:
     return wide
 
 
-def _scaled(integers: Array, scale: Array) -> Array:
-    with np.errstate(over="ignore"):  # only the scales of forged records overflow
-        product: Array = np.multiply(integers, _from_bf16(scale), dtype=np.float32)
-    return product
-
-
 def _nibbles(integers: Array) -> Array:
     """Pack two integers in 0 … 15 per byte, the first one into the low bits."""
     flat = np.zeros((integers.size + 1) // 2 * 2, np.uint8)
@@ -244,10 +248,11 @@ def _nibbles(integers: Array) -> Array:
     return packed
 
 
-def _from_nibbles(packed: Array, shape: tuple[int, ...]) -> Array:
-    pairs = packed.astype(_U2)
-    flat: Array = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
-    return flat[: math.prod(shape)].reshape(shape)
+def _from_nibbles(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    pairs = packed.to(torch.int16)  # two bytes for two integers
+    pairs |= pairs << 4
+    pairs &= 0x0F0F
+    return pairs.view(torch.uint8)[: math.prod(shape)].view(shape)
 
 
 def _group_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

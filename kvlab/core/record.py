@@ -43,7 +43,7 @@ from torch import Tensor
 
 from kvlab.core import codecs, precisions
 from kvlab.core.keys import KEY_BYTES
-from kvlab.core.precisions import Unholdable
+from kvlab.core.precisions import Array, Unholdable
 from kvlab.core.seals import BadSeal, Pieces, Seal, Xxh3
 from kvlab.errors import ConfigError, InputError
 
@@ -128,12 +128,20 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
     if len(key) != KEY_BYTES:
         raise InputError(f"expected a cache key of {KEY_BYTES} bytes, got {len(key)}")
     try:
-        payload = codecs.pack(precisions.to_parts(tensor, fmt.precision, _PLANE_AXIS[kind]), fmt.codec)
+        parts = precisions.to_parts(tensor, fmt.precision, _PLANE_AXIS[kind])
     except ValueError as error:
         raise InputError(f"{fmt.precision}: {error}") from error
-    dims = (*tensor.shape, *[0] * (MAX_DIMS - tensor.ndim))
-    ids = (codecs.CODECS[fmt.codec], precisions.PRECISIONS[fmt.precision], _DTYPE_IDS[tensor.dtype])
-    seal_ids, size = (fmt.seal.kind, tensor.ndim, 0, fmt.seal.key_id), sum(map(len, payload))
+    return encode_parts(parts, tensor.shape, tensor.dtype, key, fmt, kind)
+
+
+def encode_parts(
+    parts: list[Array], shape: Sequence[int], dtype: torch.dtype, key: bytes, fmt: Format, kind: int = KIND_BLOCK
+) -> Pieces:
+    """Encode the parts of a tensor of this shape and dtype, as `encode` does with the tensor itself."""
+    payload = codecs.pack(parts, fmt.codec)
+    dims = (*shape, *[0] * (MAX_DIMS - len(shape)))
+    ids = (codecs.CODECS[fmt.codec], precisions.PRECISIONS[fmt.precision], _DTYPE_IDS[dtype])
+    seal_ids, size = (fmt.seal.kind, len(shape), 0, fmt.seal.key_id), sum(map(len, payload))
     header = _UNSEALED_HEADER.pack(MAGIC, VERSION, kind, *ids, *seal_ids, *dims, size, 0, key)
     seal, payload = fmt.seal.close(header, payload)
     return header + seal, *payload
@@ -171,6 +179,32 @@ def decode(
     Raises:
         BadRecord: the record cannot be used, for this reason. The contents of `out` are then undefined.
     """
+    parts, dims, dtype = decode_parts(value, key, fmt, shape, kind, MAX_TENSOR_BYTES if out is not None else max_bytes)
+    out = torch.empty(dims, dtype=dtype) if out is None else out
+    try:
+        precisions.from_parts(parts, fmt.precision, _PLANE_AXIS[kind], out)
+    except Unholdable:
+        raise BadRecord("overflow") from None
+    return out
+
+
+def decode_parts(
+    value: bytes | bytearray | memoryview,
+    key: bytes,
+    fmt: Format,
+    shape: Sequence[int] | None,
+    kind: int = KIND_BLOCK,
+    max_bytes: int = MAX_TENSOR_BYTES,
+) -> tuple[list[Array], tuple[int, ...], torch.dtype]:
+    """Check and unpack a record, as `decode` does, but leave the numbers at the precision of the record.
+
+    Returns:
+        The parts (see `precisions`), which may share memory with `value` and be read-only, and the shape and the
+        dtype of the tensor before encoding.
+
+    Raises:
+        BadRecord: as in `decode`.
+    """
     view = memoryview(value)
     if view.nbytes < HEADER_BYTES:
         raise BadRecord("length")
@@ -203,35 +237,18 @@ def decode(
     dims = dims[:ndim]
     if shape is not None and dims != tuple(shape):
         raise BadRecord("dims")
-    if out is None and _tensor_bytes(dims) > max_bytes:
+    if _tensor_bytes(dims) > max_bytes:
         raise BadRecord("overflow")
-    return _unpack(payload, codec, fmt.precision, _PLANE_AXIS[kind], dims, DTYPES[dtype], out)
+    try:
+        layout = precisions.layout(fmt.precision, dims, _PLANE_AXIS[kind])
+    except ValueError:
+        raise BadRecord("dims") from None
+    try:
+        return codecs.unpack(payload, codec, layout), dims, DTYPES[dtype]
+    except ValueError:
+        raise BadRecord("codec") from None
 
 
 def _tensor_bytes(dims: Sequence[int]) -> int:
     """Return the size as fp32. A dim of 0 counts as 1, because torch computes strides from the other dims."""
     return 4 * math.prod(max(d, 1) for d in dims)
-
-
-def _unpack(
-    payload: memoryview,
-    codec: int,
-    precision: str,
-    plane_axis: int,
-    dims: tuple[int, ...],
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    try:
-        layout = precisions.layout(precision, dims, plane_axis)
-    except ValueError:
-        raise BadRecord("dims") from None
-    try:
-        parts = codecs.unpack(payload, codec, layout)
-        out = torch.empty(dims, dtype=dtype) if out is None else out
-        precisions.from_parts(parts, precision, plane_axis, out)
-    except ValueError:
-        raise BadRecord("codec") from None
-    except Unholdable:
-        raise BadRecord("overflow") from None
-    return out

@@ -1,6 +1,6 @@
-"""Greedy generation over pages, with a KV cache before the prefill.
+"""Greedy generation over pages, with the tiers before the prefill.
 
-    pages in the pool -> match -> load -> prefill the rest -> decode -> save
+    pages in the pool -> where are the other blocks -> plan -> fetch and compute -> decode -> save
 
 The generated tokens are the same for an empty, partly filled, slow or broken cache, and for any contents of
 the pool, if model, pool and cache use fp32. This module runs one request at a time.
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from kvlab.cache.base import KVCache
 from kvlab.engine.pages import PAGE_TOKENS, BlockTable, PagePool
+from kvlab.engine.planner import Plan
+from kvlab.engine.prefill import Prefill, make_room, prefill
+from kvlab.engine.tiers import TieredCache
 from kvlab.errors import InputError
 from kvlab.model import Llama
 
@@ -33,6 +36,8 @@ class Generation:
         ttft_s: seconds from the call to the first new token, including cache look-up and load.
         total_s: seconds from the call to the last new token, without the save.
         saved_blocks: the result of `KVCache.save`.
+        sources: the cached tokens by tier: "device" (`shared_tokens`), "host", "store". A plain cache is a store.
+        plan: what a planner chose, if there was one to choose.
     """
 
     tokens: list[int]
@@ -42,6 +47,8 @@ class Generation:
     total_s: float
     saved_blocks: int = 0
     shared_tokens: int = 0
+    sources: dict[str, int] = field(default_factory=dict)
+    plan: Plan | None = None
 
 
 @torch.inference_mode()
@@ -71,43 +78,34 @@ def generate(
     T = prompt.shape[1]
     pool = pool or PagePool(model, -(-(T + max_new_tokens) // PAGE_TOKENS))
     _check_fit(pool, cache)
-    with pool.new_table(pool.keys(tokens), T) as table:
-        shared = len(table.keys) * pool.pages_per_block * pool.page_tokens
-        filled = fill_from(cache, tokens, table, shared) if cache else shared
-        cached = min(filled, T - 1)  # the logits of the last token are needed, and nobody holds logits
-        logits = model(prompt[:, cached:], table, cached, last_only=True)
-        new = [int(logits.argmax())]
+    with pool.new_table(pool.keys(tokens)) as table:
+        make_room(table, T, cache)
+        filled = prefill(model, prompt, table, cache)
+        new = [int(filled.logits.argmax())]
         ttft = time.perf_counter() - begin
         while len(new) < max_new_tokens and not (stop_at_eos and new[-1] in model.config.eos_token_ids):
             step = torch.tensor([[new[-1]]], device=model.device)
-            pool.grow(table, T + len(new))
+            make_room(table, T + len(new), cache)
             new.append(int(model(step, table, T + len(new) - 1, last_only=True).argmax()))
         total = time.perf_counter() - begin
         known = [*tokens, *new[:-1]]  # the KV of the last token was not computed
         pool.publish(table, pool.keys(known))
-        saved = cache.save(known, table.read(len(known)), 0 if shared else cached) if cache else 0
-    return Generation(new, T, cached, ttft, total, saved, min(shared, cached))
+        saved = _save(cache, known, table, filled) if cache else 0
+    return Generation(
+        new, T, filled.sources.total(), ttft, total, saved, filled.sources["device"], dict(filled.sources), filled.plan
+    )
 
 
-def fill_from(cache: KVCache, tokens: Sequence[int], table: BlockTable, start: int) -> int:
-    """Load the longest cached prefix of `tokens` into a table that has the KV of the first `start` tokens.
-
-    Returns:
-        The position before which the table is filled, `start` or more.
-    """
-    found = cache.match(tokens)
-    if found <= start:
-        return start
-    pool = table.pool
-    out = table.read(found)[:, :, :, start:]
-    stop = cache.load(tokens, start, found, out)
-    if not table.is_run:  # `out` is a copy
-        pool.write(pool.data, table, out[:, :, :, : stop - start], start)
-    return stop
+def _save(cache: KVCache, known: Sequence[int], table: BlockTable, filled: Prefill) -> int:
+    if isinstance(cache, TieredCache):
+        cache.on_device(table.keys)
+    return cache.save(known, table.read(len(known)), filled.first_to_save)
 
 
 def _check_fit(pool: PagePool, cache: KVCache | None) -> None:
     names = pool.namespace
+    if isinstance(cache, TieredCache) and cache.exclusive and names is None:
+        raise InputError("expected a pool with a namespace for exclusive tiers, which keep on the device what it has")
     if cache is None or names is None:
         return
     if (names.block_tokens, names.precision) != (cache.block_tokens, cache.precision):

@@ -19,7 +19,7 @@ A pool is not thread-safe: its engine calls it from one thread, or holds a lock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -188,6 +188,23 @@ class PagePool:
         if missing > 0:
             table.pages += self._take(missing, after=table.pages[-1] if table.pages else -1)
 
+    def evict_for(self, table: BlockTable, capacity: int) -> Iterator[tuple[bytes, Tensor]]:
+        """Evict the blocks whose pages `grow` would take, one by one; nothing if `grow` would raise.
+
+        Yields:
+            The key of a block, and its KV [L, P, H, B, D], which is valid until the next step.
+        """
+        missing = -(-capacity // self.page_tokens) - len(table.pages)
+        while self.free.total < missing <= self.free.total + self.index.idle:
+            evicted = self.index.evict()
+            if evicted is None:
+                return
+            key, pages = evicted
+            try:
+                yield key, self.data[..., pages, :, :].flatten(-3, -2)
+            finally:
+                self._give_up(pages)
+
     def fork(self, table: BlockTable) -> BlockTable:
         """Return a second table with the same pages, for another continuation. A write copies a page that both have.
 
@@ -252,7 +269,7 @@ class PagePool:
             evicted = self.index.evict()
             if evicted is None:  # blocks of forks have pages in common, so fewer than `idle` became free
                 raise self._exhausted(count)
-            self._give_up(evicted)
+            self._give_up(evicted[1])
         pages = self.free.take(count, after)
         self._use(pages)
         return pages
@@ -305,6 +322,16 @@ class PagePool:
         position = torch.arange(start, stop, device=data.device)
         numbers = torch.tensor(table.pages, device=data.device)
         data[..., numbers[position // self.page_tokens], position % self.page_tokens, :] = kv
+
+    def view(self, table: BlockTable, start: int, stop: int) -> Tensor | None:
+        """Return the KV of the tokens start … stop - 1 as a view of the pool; None if their pages are no run."""
+        first, last = start // self.page_tokens, -(-stop // self.page_tokens)
+        pages = table.pages[first:last]
+        if not pages or pages != list(range(pages[0], pages[0] + len(pages))):
+            return None
+        run = self.data[..., pages[0] : pages[0] + len(pages), :, :].flatten(-3, -2)
+        part: Tensor = run[..., start - first * self.page_tokens : stop - first * self.page_tokens, :]
+        return part
 
     def read(self, data: Tensor, table: BlockTable, stop: int) -> Tensor:
         """Return the KV of the tokens before `stop`, [..., stop, D], out of `data`: a view if it can be one."""

@@ -173,10 +173,11 @@ class Planner:
     Args:
         block_tokens: tokens in a block.
         overlap: whether the engine can compute while it fetches.
+        chooses: False to fetch whatever there is, as a cache without a planner does.
     """
 
-    def __init__(self, block_tokens: int, overlap: bool = True) -> None:
-        self.block_tokens, self.overlap = block_tokens, overlap
+    def __init__(self, block_tokens: int, overlap: bool = True, chooses: bool = True) -> None:
+        self.block_tokens, self.overlap, self.chooses = block_tokens, overlap, chooses
         self.prefill = Curve(3)
         self.fetches: dict[str, Curve] = {}
         self._unused: dict[str, int] = {}  # plans without a fetch from a tier, though it had blocks
@@ -230,6 +231,8 @@ class Planner:
         if last == first:
             return self._note(where, compute, "compute", {})
         fetch = self._timed(where, tokens, first, first, last)
+        if not self.chooses:
+            return self._note(where, fetch, "fetch, as told", {})
         if math.isnan(fetch.predicted_s) or math.isnan(compute.predicted_s):
             return self._note(where, fetch, "fetch, to learn its time", {})
         options = {"compute": compute, "fetch": fetch, "mix": self._best_mix(where, tokens, first, last)}

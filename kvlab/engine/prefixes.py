@@ -100,10 +100,10 @@ class PrefixIndex:
             self._policy.pin(block.parent)
         return displaced
 
-    def evict(self) -> list[int] | None:
-        """Remove the block that the policy chooses, and return its pages. None: every block is needed."""
+    def evict(self) -> tuple[bytes, list[int]] | None:
+        """Remove the block that the policy chooses, and return its key and pages. None: every block is needed."""
         key = self._policy.evict()
-        return None if key is None else self._drop(key)
+        return None if key is None else (key, self._drop(key))
 
     def _drop(self, key: bytes) -> list[int]:
         """Remove a block that the policy has evicted; return its pages."""

@@ -17,6 +17,7 @@ value is still there. `probe` is advice for the planner; only `get_many` is auth
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -70,7 +71,13 @@ class Health:
 
 
 class Store(ABC):
-    """Base class of all stores. Thread-safe."""
+    """Base class of all stores. Thread-safe.
+
+    Attributes:
+        deadline_s: the most seconds that a call takes, without what large values add (`kvlab.stores.deadline`).
+    """
+
+    deadline_s: float = math.inf
 
     @abstractmethod
     def get_many(

@@ -59,6 +59,7 @@ class Reason(StrEnum):
 
     # Counted by the cache itself.
     GAP = "gap"  # an earlier block is missing, so this block cannot be used, stored or not
+    LATE = "late"  # the engine did not wait any longer for the block
     STORE = "store"  # the store dropped the block; the store counts the reason
 
     def __repr__(self) -> str:

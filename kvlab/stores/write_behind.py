@@ -74,6 +74,7 @@ class WriteBehind(Store):
         check_number("patience_s", patience_s, 0, 1e9, "seconds")
         check_clock(clock)
         self.store = store
+        self.deadline_s = store.deadline_s
         self.max_bytes, self.patience_s, self.clock = max_bytes, patience_s, clock
         self._own = StoreStats()
         self._closed = False

@@ -78,7 +78,7 @@ def load_some(cache: DistributedKVCache, tokens: list[int], kv: torch.Tensor) ->
 def calm(store: Store) -> None:
     """The fault is over; from here on a busy machine must not turn a good call into a timeout."""
     assert isinstance(store, RedisStore)
-    store._deadline_s = PATIENT_S
+    store.deadline_s = PATIENT_S
 
 
 def breakers(store: Store) -> tuple[str, str]:

@@ -133,12 +133,12 @@ def put_all(store: RedisStore, keys: Sequence[bytes]) -> None:
 @contextlib.contextmanager
 def patient(store: RedisStore) -> Iterator[None]:
     """Calls that a busy machine must not turn into timeouts."""
-    deadline_s = store._deadline_s
-    store._deadline_s = PATIENT_S
+    deadline_s = store.deadline_s
+    store.deadline_s = PATIENT_S
     try:
         yield
     finally:
-        store._deadline_s = deadline_s
+        store.deadline_s = deadline_s
 
 
 def check_all_there(store: RedisStore, keys: Sequence[bytes] = KEYS) -> None:

@@ -106,7 +106,7 @@ def test_an_alarm_in_the_middle_of_a_get_from_many(
     ):
         owner = prepared(cluster, store)
         assert all(ask(store, KEYS, SIZE))
-        store._deadline_s = 1.0
+        store.deadline_s = 1.0
         first = owner[KEYS[0]]
         hangs = first if which == "the caller's own part" else next(p for p in owner.values() if p != first)
         out = [memoryview(bytearray(b"\xee" * SIZE)) for _ in KEYS]
@@ -149,7 +149,7 @@ def test_an_interrupt_while_the_parts_are_handed_out(
     ):
         owner = prepared(cluster, store)
         assert all(ask(store, KEYS, SIZE))
-        store._deadline_s = 1.0
+        store.deadline_s = 1.0
         ports = list(dict.fromkeys(owner[key] for key in KEYS))
         nodes = nodes_by_port(store)
 

@@ -113,7 +113,7 @@ def test_a_pool_that_is_all_in_use_says_nothing_about_the_server(book: Book, clo
         holder = threading.Thread(target=lambda: heard.extend(ask(store, [b"slow"])))
         holder.start()
         wait_for(lambda: server.commands[-1] == [b"GET", b"kv:slow"])
-        count, store._deadline_s = len(server.commands), D
+        count, store.deadline_s = len(server.commands), D
         fault = Fault(row, D)
         others = [threading.Thread(target=lambda: fault(lambda: ask(store, [b"k"]))) for _ in range(6)]
         for thread in others:

@@ -39,7 +39,7 @@ def test_nobody_there_opens_the_breaker_and_is_found_again(
     ):
         calm(cache.store)
         check_works_again(cache)
-        cache.store._deadline_s = D
+        cache.store.deadline_s = D
         if how == "killed before the call":
             own_server.kill()
         proxy.refuse, proxy.reset = how == "refused", how == "reset at once"

@@ -104,7 +104,7 @@ def test_an_interrupt_while_waiting_for_a_connection_does_not_lose_it(book: Book
         finally:
             signal.signal(signal.SIGALRM, old)
         assert heard == [True]
-        store._deadline_s, fault = 4 * D, Fault(row, 4 * D)
+        store.deadline_s, fault = 4 * D, Fault(row, 4 * D)
         assert fault(lambda: ask(store, [b"k"])) == [True], store.stats().misses
         row.seen = {"hits": store.stats().hits}
 

@@ -39,7 +39,7 @@ def test_a_hung_server_costs_three_deadlines_and_then_nothing(
         if connected:
             calm(cache.store)
             check_works_again(cache)
-            cache.store._deadline_s = D
+            cache.store.deadline_s = D
         before = cache.store.stats()
         own_server.stop()
         try:
@@ -107,7 +107,7 @@ def test_bytes_that_trickle_do_not_stretch_the_deadline(
     ):
         calm(store)
         fill(store, [b"k"], size)
-        store._deadline_s = D
+        store.deadline_s = D
         slow(proxy)
         value, passed = value_of(b"new", size), proxy.bytes_down
         fault = Fault(row, D + size / 50e6)
@@ -168,7 +168,7 @@ def test_jitter_gives_hits_before_the_deadline_and_misses_after(
     ):
         calm(store)
         fill(store, keys)
-        store._deadline_s = D
+        store.deadline_s = D
         proxy.latency_s, proxy.jitter_s = 0.05, 0.25
         fault = Fault(row, D)
         for key in keys:

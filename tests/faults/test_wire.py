@@ -157,7 +157,7 @@ def test_an_answer_that_is_none(book: Book, clock: FakeClock, name: str) -> None
         if command in (b"GET", b"EXISTS"):
             calm(store)
             assert cache.save(TOKENS, KV) == BLOCKS
-            store._deadline_s = deadline_s
+            store.deadline_s = deadline_s
         tiny.bad[command] = answer
         fault, before, accepted = Fault(row, deadline_s), store.stats(), proxy.accepted
         if command == b"EXISTS":

@@ -36,7 +36,7 @@ def test_settings_are_those_of_the_store() -> None:
     assert memory.probe([b"a"]) == 0
     store = open_store("redis://localhost", ttl_s=60, deadline_s=3, max_connections=2)
     assert isinstance(store, RedisStore)
-    assert (store._ttl_ms, store._deadline_s, store.nodes[0].pool._max) == (60_000, 3, 2)
+    assert (store._ttl_ms, store.deadline_s, store.nodes[0].pool._max) == (60_000, 3, 2)
 
 
 @pytest.mark.parametrize(

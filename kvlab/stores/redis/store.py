@@ -114,7 +114,7 @@ class RedisStore(Store):
         self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
         # Records the use of a key, for its TTL or for eviction. The reply is 1 if the key is present.
         self._touch = (b"TOUCH",) if self._ttl_ms is None else (b"PEXPIRE", b"%d" % self._ttl_ms)
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._read_replicas = read_replicas
         # A single server must have all keys: MOVED is a fault, because the URL names a cluster node.
         self._no_fault = NO_FAULT if self._topology.multi_node else NO_FAULT - {Reason.MOVED}
@@ -140,7 +140,7 @@ class RedisStore(Store):
         Each server gets one round trip per 16 MiB of buffers. Without buffers, the size of recent values is assumed.
         """
         check_buffers(keys, out)
-        deadline = Deadline(self._deadline_s)
+        deadline = Deadline(self.deadline_s)
         refreshed = None if self._read_replicas else self._ttl_ms
         batch = Batch("get", [KEY_PREFIX + key for key in keys], out=out, ttl_ms=refreshed)
         replies = self._answer(batch, deadline, reading=True)
@@ -168,7 +168,7 @@ class RedisStore(Store):
         check_values(keys, values)
         sizes = [_nbytes(value) for value in values]
         batch = Batch("put", [KEY_PREFIX + key for key in keys], values=values, sizes=sizes, ttl_ms=self._ttl_ms)
-        replies = self._answer(batch, Deadline(self._deadline_s))
+        replies = self._answer(batch, Deadline(self.deadline_s))
         key_reasons = ["" if is_ok(reply) else reason_of(reply) for reply in replies]
         stored = key_reasons.count("")
         with self._lock:
@@ -243,7 +243,7 @@ class RedisStore(Store):
         check_keys(keys)
         names = [KEY_PREFIX + key for key in keys]
         batch = Batch("send", names, [(verb, name, *arguments) for name in names])
-        return self._answer(batch, Deadline(self._deadline_s), reading)
+        return self._answer(batch, Deadline(self.deadline_s), reading)
 
     def _refresh_on_masters(self, names: Sequence[bytes], replies: list[Reply], deadline: Deadline) -> None:
         """Record on the masters which values were read from replicas."""
@@ -271,7 +271,7 @@ class RedisStore(Store):
         where = shown(self.url)
         if self._closed:
             return Health(False, f"{where}: closed")
-        deadline = Deadline(self._deadline_s)
+        deadline = Deadline(self.deadline_s)
         try:
             shards = self._topology.refresh(deadline)
         except Exception as error:
@@ -294,7 +294,7 @@ class RedisStore(Store):
         shards = self._topology.shards()
         if not shards:
             return ""
-        failing = sum(bool(finding.wrong) for finding in self._check_masters(shards, Deadline(self._deadline_s)))
+        failing = sum(bool(finding.wrong) for finding in self._check_masters(shards, Deadline(self.deadline_s)))
         state = f"{failing} of {len(shards)} failing" if failing else "all healthy"
         names = ", ".join(shard.master.name for shard in shards[:_MAX_NAMED]) + ", …" * (len(shards) > _MAX_NAMED)
         return f"; last known masters: {state} ({names})"

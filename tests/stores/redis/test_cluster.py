@@ -339,7 +339,7 @@ def test_a_map_that_is_nonsense_is_a_counted_miss(said: Said, reasons: set[str])
         assert not health.ok and any(f"{reason}: " in health.detail for reason in reasons), health
         assert "\n" not in health.detail and cluster.asked(0, b"GET", b"SET") == []
         cluster.said, cluster.lines = ..., [(0, SLOTS - 1, 0)]
-        store._deadline_s = LONG_S
+        store.deadline_s = LONG_S
         assert store.health().ok
 
 

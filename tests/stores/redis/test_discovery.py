@@ -296,7 +296,7 @@ def test_threads_wait_for_the_first_answer_no_longer_than_their_deadline(cluster
         asker = threading.Thread(target=lambda: got.append(store.get_many([A, B])))
         asker.start()
         assert heard.wait(LONG_S)
-        store._deadline_s = SHORT_S
+        store.deadline_s = SHORT_S
         assert bounded(lambda: in_threads(15, lambda: store.get_many([A, B]))) == [[None, None]] * 15
         assert store.stats().misses == Counter(pool=30)
         go_on.set()

@@ -131,7 +131,7 @@ def test_nonsense_from_all_sentinels_is_a_counted_miss(watched: Watched, said: S
         health = bounded(store.health)
         assert not health.ok and any(f"{reason}: " in health.detail for reason in reasons), health
         watched.twist = lambda at, command: ...
-        store._deadline_s = LONG_S
+        store.deadline_s = LONG_S
         assert store.health().ok
 
 

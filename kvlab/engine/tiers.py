@@ -1,0 +1,274 @@
+"""Three tiers as one cache: the pages of a pool, blocks in host memory, records in a store.
+
+    device   pages         shared by requests, not copied       `pages`
+    host     blocks        copied into pages                    `host`
+    store    records       fetched, checked, unpacked, copied   `kvlab.cache`
+
+`TieredCache` is the host tier in front of a store, as one `KVCache`. The engine has the pages. It tells the cache
+which blocks a request needs (`locate`), starts a `Fetch`, computes what the planner says, and saves what is new.
+
+What is written when: with write "through", a new block goes to the store at once; with "back", when it leaves host
+memory, or at `flush` and `close`; with "selective", when a second request needs it. Queue and pace of the writes
+are those of the store (`kvlab.stores.WriteBehind`). A block that could not be written is no hit anywhere else.
+
+What is kept where: inclusive tiers (the default) keep a copy in host memory of what is on the device. Exclusive
+tiers do not: a block goes from host memory to the device when it is used, and back when its pages are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvlab.cache.base import CacheStats, KVCache
+from kvlab.cache.distributed import DistributedKVCache
+from kvlab.core.keys import Namespace
+from kvlab.core.precisions import Array, Unholdable, layout
+from kvlab.engine.fetch import Fetch, Outer
+from kvlab.engine.host import HostBlocks
+from kvlab.engine.planner import Planner
+from kvlab.errors import ConfigError
+from kvlab.stores.base import Health, check_clock, check_number
+from kvlab.stores.faults import Reason
+from kvlab.stores.fork import reset_in_children
+
+WRITES: Final = ("through", "back", "selective")
+MAX_SEEN: Final = 1 << 16
+MAX_WAIT_S: Final = 3600.0
+
+
+class TieredCache(KVCache):
+    """Host memory in front of a store. Thread-safe, but for the planner: one engine at a time asks for plans.
+
+    Args:
+        store: the outer tier. Closing this cache closes it.
+        host_bytes: memory for blocks; 0 for no host tier.
+        write: when new blocks go to the store: "through", "back" or "selective".
+        exclusive: host memory has no copies of what is on the device. Blocks that the store lacks stay nevertheless.
+        wait_s: how long a request waits for what it fetches, from the begin of the fetch; then it computes the rest.
+            0: it takes what is there when it is ready. None: as long as one call of the store may take.
+        policy: the eviction policy of host memory, a name in `kvlab.core.policies.POLICIES`.
+        planner: decides between fetching and computing; False fetches whatever there is.
+        pinned: page-locked host memory, for a GPU.
+        window_bytes: records that are fetched together; while they are unpacked, the next are fetched.
+        clock: returns seconds. Can be replaced in tests.
+
+    Raises:
+        ConfigError: a setting is invalid, or `store` was made without a model.
+    """
+
+    def __init__(
+        self,
+        store: DistributedKVCache,
+        host_bytes: int = 256 << 20,
+        *,
+        write: str = "through",
+        exclusive: bool = False,
+        wait_s: float | None = None,
+        policy: str = "lru",
+        planner: bool = True,
+        pinned: bool = False,
+        window_bytes: int = 2 << 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if not isinstance(store, DistributedKVCache):
+            raise ConfigError(f"expected a DistributedKVCache, got {type(store).__name__}")
+        if write not in WRITES:
+            raise ConfigError(f"expected write as one of {', '.join(WRITES)}, got {write!r}")
+        if wait_s is not None and wait_s != 0:
+            check_number("wait_s", wait_s, 0, MAX_WAIT_S, "seconds")
+        check_number("window_bytes", window_bytes, 0, 1 << 40, "bytes", whole=True)
+        check_clock(clock)
+        parts = layout(store.precision, store.block_shape, plane_axis=1)
+        self.store, self.host = store, HostBlocks(parts, host_bytes, policy, pinned)
+        self.write, self.exclusive, self.wait_s = write, exclusive, wait_s
+        self.planner = Planner(store.block_tokens, chooses=planner)
+        self._setting = (window_bytes, clock, pinned)
+        self._stats = CacheStats()
+        self.reset_after_fork()
+        reset_in_children(self)
+
+    def __repr__(self) -> str:
+        kind = "exclusive" if self.exclusive else "inclusive"
+        return f"TieredCache({self.host.capacity} blocks, {kind}, write-{self.write}, {self.store!r})"
+
+    @property
+    def namespace(self) -> Namespace:
+        """The family of keys of all tiers."""
+        return self.store.namespace
+
+    @property
+    def precision(self) -> str:
+        """See `KVCache.precision`."""
+        return self.store.precision
+
+    @property
+    def block_tokens(self) -> int:
+        """See `KVCache.block_tokens`."""
+        return self.store.block_tokens
+
+    # --- the contract ---------------------------------------------------------------------------
+    def match(self, tokens: Sequence[int]) -> int:
+        """See `KVCache.match`. It takes one round trip if host memory lacks a block."""
+        where = self._where(self.namespace.keys(tokens))
+        return next((i for i, tier in enumerate(where) if not tier), len(where)) * self.block_tokens
+
+    def load(self, tokens: Sequence[int], start: int, stop: int, out: Tensor) -> int:
+        """See `KVCache.load`."""
+        B = self.block_tokens
+        self.store.check_load(tokens, start, stop, out)
+        keys = self.namespace.keys(tokens[:stop])
+        self._note_use(keys)
+        if start:
+            self.store.present(keys[: start // B])  # must not expire before the later blocks
+        keys = keys[start // B :]
+        where = ["host" if key in self.host else "store" for key in keys]
+        fetch = self.fetch(keys, where, [out[:, :, :, i * B : (i + 1) * B] for i in range(len(keys))])
+        filled = fetch.finish(self.wait_s)
+        hits = filled.index(False) if False in filled else len(keys)
+        first = [fetch.reasons[hits] or Reason.LATE] if hits < len(keys) else []
+        reasons = [""] * hits + first + [Reason.GAP] * (len(keys) - hits - 1)
+        self._count(fetch, [i < hits for i in range(len(keys))], reasons)
+        return start + hits * B
+
+    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
+        """See `KVCache.save`. The return value also counts the blocks that are in host memory only."""
+        self.store.check_save(tokens, kv, start)
+        B, keys = self.block_tokens, self.namespace.keys(tokens)
+        first = -(-max(start, 0) // B)
+        stored = self.store.present(keys)
+        written: dict[bytes, list[Array]] = {}
+        for i, key in enumerate(keys):
+            offered, dirty = i >= first, self.write == "back" and not stored[i]
+            to_host = offered and key not in self.host and (dirty or not self.exclusive)
+            to_store = not stored[i] and self._is_written(key, offered)
+            if not (to_host or to_store):
+                continue
+            try:
+                parts = self.store.parts_of(kv[:, :, :, i * B : (i + 1) * B])
+            except Unholdable:
+                with self._lock:
+                    self._stats.drops[Reason.OVERFLOW] += len(keys) - i
+                stored = stored[:i]
+                break
+            if to_host:
+                self._outer.keep(key, parts, dirty)
+            if to_store:
+                written[key] = parts
+        accepted = self.store.write([*written], [*written.values()])
+        safe = [there or key in self.host for key, there in zip(keys, stored, strict=False)]
+        with self._lock:
+            self._stats.kept += sum(stored[first:])
+        return sum(safe[first:]) + min(accepted, sum(key not in self.host for key in written))
+
+    def stats(self) -> CacheStats:
+        """See `KVCache.stats`. `stored` and the bytes are those of the store."""
+        with self._lock:
+            own = copy.deepcopy(self._stats)
+        inner = self.store.stats()
+        return CacheStats(**{name: getattr(inner, name) + getattr(own, name) for name in vars(inner)})
+
+    def health(self) -> Health:
+        """See `KVCache.health`. It is that of the store; host memory has no state in which it does not work."""
+        return self.store.health()
+
+    def flush(self) -> None:
+        """Write what only host memory has, if blocks are written back."""
+        self._outer.write_back(self.host.dirty())
+
+    def close(self) -> None:
+        """See `KVCache.close`. First writes what only host memory has, if blocks are written back."""
+        self.flush()
+        self.store.close()
+
+    # --- for an engine with pages ---------------------------------------------------------------
+    def locate(self, keys: Sequence[bytes], shared: int = 0) -> list[str]:
+        """Return for each block of a request the tier that it can be had from. To be called once for a request.
+
+        Args:
+            keys: the full blocks of its prompt.
+            shared: so many leading ones are on the device; they are not looked for.
+
+        Returns:
+            One word for each block: "device", "host", "store", or "" for none. It may be gone when it is fetched.
+        """
+        self._note_use(keys)
+        self.host.use(keys[:shared])  # else they leave host memory first, and are nowhere when they leave the device
+        while not self._outer.measured.empty():
+            self.planner.fetched(*self._outer.measured.get())
+        return ["device"] * shared + self._where(keys[shared:])
+
+    def fetch(self, keys: Sequence[bytes], where: Sequence[str], outs: Sequence[Tensor]) -> Fetch:
+        """Begin to fetch blocks; see `Fetch`."""
+        return Fetch(self._outer, keys, where, outs)
+
+    def prefetch(self, keys: Sequence[bytes], where: Sequence[str]) -> None:
+        """Fetch blocks only to measure how long that takes, and for host memory. Nobody waits for it."""
+        fetch = Fetch(self._outer, keys, where, [torch.empty(self.store.block_shape) for _ in keys])
+        if "store" not in where:
+            fetch.finish(0)
+
+    def count(self, fetch: Fetch, filled: Sequence[bool]) -> None:
+        """Count the blocks of a fetch as hits by source, and as misses with their reasons."""
+        self._count(fetch, filled, [reason or Reason.LATE for reason in fetch.reasons])
+
+    def on_device(self, keys: Sequence[bytes]) -> None:
+        """Note that the page pool has these blocks in its index now."""
+        if self.exclusive:
+            for key in keys:
+                self.host.remove(key)
+
+    def evicted(self, key: bytes, kv: Tensor) -> None:
+        """Take a block [L, P, H, B, D] that leaves the device, if host memory has no copy by its own rule."""
+        if self.exclusive and key not in self.host:
+            with contextlib.suppress(Unholdable):
+                self._outer.keep(key, self.store.parts_of(kv))
+
+    # --- helpers --------------------------------------------------------------------------------
+    def reset_after_fork(self) -> None:
+        """See `Forkable`."""
+        self._lock = threading.Lock()
+        self._seen: dict[bytes, int] = {}  # how many requests needed a block; the one not needed for longest first
+        window_bytes, clock, pinned = self._setting
+        self._outer = Outer(self.host, self.store, not self.exclusive, window_bytes, clock, pinned)
+
+    def _where(self, keys: Sequence[bytes]) -> list[str]:
+        where = ["host" if key in self.host else "" for key in keys]
+        others = [i for i, tier in enumerate(where) if not tier]
+        if others:
+            for i, stored in zip(others, self.store.present([keys[i] for i in others]), strict=True):
+                where[i] = "store" if stored else ""
+        return where
+
+    def _note_use(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            for key in reversed(keys):  # a parent is forgotten after its successors
+                self._seen[key] = self._seen.pop(key, 0) + 1
+            while len(self._seen) > MAX_SEEN:
+                del self._seen[next(iter(self._seen))]
+
+    def _is_written(self, key: bytes, offered: bool) -> bool:
+        """Whether a block that the store lacks is written now."""
+        if self.write == "selective":
+            with self._lock:
+                return self._seen.setdefault(key, 1) > 1
+        return offered and self.write == "through"
+
+    def _stays_dirty(self, stored: bool) -> bool:
+        return self.write == "back" and not stored
+
+    def _count(self, fetch: Fetch, filled: Sequence[bool], reasons: Sequence[str]) -> None:
+        pairs = list(zip(fetch.where, filled, reasons, strict=True))
+        with self._lock:
+            self._stats.requested += len(pairs)
+            self._stats.hits += sum(filled)
+            self._stats.sources += Counter(tier for tier, hit, _ in pairs if hit)
+            self._stats.misses += Counter(reason for _, hit, reason in pairs if not hit)
