@@ -184,21 +184,22 @@ def _quantise(x: Array, precision: str, plane_axis: int) -> list[Array]:
 
 def _dequantise(parts: list[Tensor], precision: str, plane_axis: int, out: Tensor) -> None:
     """Fill `out` from the parts of an integer precision, on the device of both."""
-    keys, values = out.select(plane_axis, 0), out.select(plane_axis, 1)
+    if out.dtype != torch.float32:
+        whole = torch.empty(out.shape, device=out.device)
+        _dequantise(parts, precision, plane_axis, whole)
+        return _copy(whole, out)
+    *_, T, D = out.shape
+    keys = out.select(plane_axis, 0).unflatten(-2, _groups_of(T))
+    values = out.select(plane_axis, 1).unflatten(-1, _groups_of(D))
     if precision == "int8":
         k, ks, v, vs = parts
-        keys4, values4 = k * _bf16(ks), v * _bf16(vs)
     else:
         k, ks, low, v, vs = parts
-        grouped_k, grouped_v = _group_shapes(tuple(keys.shape))
-        keys4 = _from_nibbles(k, grouped_k) * _bf16(ks)
-        keys4 += _bf16(low)
-        values4 = _from_nibbles(v, grouped_v).view(torch.int8).sub_(8) * _bf16(vs)
-    for whole, half in ((keys4.view(keys.shape), keys), (values4.view(values.shape), values)):
-        if half.dtype == torch.float32:
-            half.copy_(whole)
-        else:
-            _copy(whole, half)
+        k, v = _from_nibbles(k, keys.shape), _from_nibbles(v, values.shape).view(torch.int8).sub_(8)
+    torch.mul(k, _bf16(ks), out=keys)  # without a temporary: its memory would be new each time
+    torch.mul(v, _bf16(vs), out=values)
+    if precision == "int4":
+        keys += _bf16(low)
 
 
 def _bf16(bits: Tensor) -> Tensor:

@@ -1,25 +1,24 @@
 """Blocks on their way into the KV of one request.
 
 Blocks of the host tier are copied at once. Blocks of the store come in windows, and three stages work on different
-windows at the same time, in threads of their own, while the engine computes:
+windows at the same time:
 
-    fetch    records of window 2 | records of window 3 | …
-    unpack                       | check, decompress 2 | …
-    copy                         | window 2 into host memory and pages | …
+    fetch    window 1 | window 2 | window 3 | …         receive records              a thread
+    unpack            | window 1 | window 2 | …         check, decompress, promote   another thread
+    copy                         | window 1 | …         into the pages               the engine, in `finish`
 
-The engine collects what is there with `finish`, once, and computes the rest. A block that arrives later goes into
-host memory only: the engine may be computing those pages by then.
+The engine computes before it copies, if there is something to compute. So nobody else writes its pages, and all
+work of torch is done in its thread. A block that arrives after the end goes into host memory only.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 import torch
@@ -35,6 +34,7 @@ from kvlab.stores.workers import Job, Workers
 
 READERS: Final = 4  # requests that fetch at the same time; more wait
 UNPACKERS: Final = 2
+AHEAD_BYTES: Final = 64 << 20
 logger = logging.getLogger(__name__)
 _WELL = {Reason.ABSENT, Reason.TOO_BIG}  # the store is well; what is missing in one window says nothing of the next
 
@@ -47,6 +47,10 @@ class Span:
     window: int
     begin: float
     end: float
+
+
+Parts = tuple[int, list[Array]]
+"""The number of a block in a fetch, and its parts."""
 
 
 class Buffers:
@@ -66,7 +70,8 @@ class Buffers:
 
     def put(self, buffers: list[memoryview]) -> None:
         """Give buffers back, from which nothing is read any more."""
-        self._spare.append(memoryview(buffers[0].obj))
+        if buffers:
+            self._spare.append(memoryview(buffers[0].obj))
 
 
 class Outer:
@@ -92,6 +97,7 @@ class Outer:
     ) -> None:
         self.host, self.store, self.promote, self.clock = host, store, promote, clock
         self.window = max(1, window_bytes // store.record_bytes)
+        self.ahead = max(2, AHEAD_BYTES // window_bytes)  # so many windows are fetched before the first is copied
         self.buffers = Buffers(pinned)
         self.readers, self.unpackers = Workers(READERS, "kvlab-fetch"), Workers(UNPACKERS, "kvlab-unpack")
         self.measured: SimpleQueue[tuple[str, int, float]] = SimpleQueue()
@@ -128,145 +134,148 @@ class Fetch:
         self.reasons = [""] * len(keys)
         self.trace: list[Span] = []
         self._outer = outer
-        self._lock = threading.Lock()
-        self._ended = False
-        self._done = Latch()
-        self._borrowed: list[bytes] = []
-        self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
         self._begin = outer.clock()
         in_store = [i for i, tier in enumerate(where) if tier == "store"]
         self._windows = [in_store[at : at + outer.window] for at in range(0, len(in_store), outer.window)]
-        self._unpacked = [Latch() for _ in self._windows]
-        self._under_way = len(self._windows)
-        self._delivered = 0
+        self._unpacked: SimpleQueue[tuple[int, list[Parts], list[memoryview]]] = SimpleQueue()
+        self._room = [Latch() for _ in self._windows]  # set when the engine is done with a window
+        self._received, self._received_s = 0, 0.0  # blocks that are unpacked, and when the last one was
+        self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
         if self._windows:
             _run(outer.readers, self._read)
+        self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
         self._copy_from_host([i for i, tier in enumerate(where) if tier == "host"])
 
+    # --- the engine's thread --------------------------------------------------------------------
     def finish(self, wait_s: float | None = None) -> list[bool]:
-        """Wait until all blocks are there, at most until `wait_s` after the begin; return which are.
+        """Copy what has come and what comes, until all is there or `wait_s` after the begin; return which blocks are.
 
         Whatever `wait_s` says, a load of many windows has the deadline of one call of the store.
         """
-        remaining = min(self.limit_s, math.inf if wait_s is None else wait_s) - (self._outer.clock() - self._begin)
-        if self._windows:
-            self._done.wait(None if remaining == math.inf else max(0.0, remaining))
-        with self._lock:
-            self._ended = True
-            filled = list(self.filled)
-        self._copies.wait()
-        self._outer.host.give_back(self._borrowed)
-        self._borrowed = []
-        return filled
+        limit = min(self.limit_s, math.inf if wait_s is None else wait_s)
+        for _ in self._windows:
+            remaining = limit - (self._outer.clock() - self._begin)
+            try:
+                window, blocks, buffers = self._unpacked.get(timeout=None if limit == math.inf else max(0.0, remaining))
+            except Empty:
+                break
+            self._copy(window, blocks)
+            self._outer.buffers.put(buffers)
+            self._room[window].set()
+        else:
+            self._measure(
+                sum(span.end - span.begin for span in self.trace if span.stage == "copy" and span.window >= 0)
+            )
+        self._ended = True
+        for latch in self._room:
+            latch.set()
+        return self.filled
+
+    def _measure(self, copying_s: float) -> None:
+        """Report how long it took until the last window was unpacked, and copying."""
+        if self._received:
+            self._outer.measured.put(("store", self._received, self._received_s + copying_s))
 
     def _copy_from_host(self, numbers: Sequence[int]) -> None:
-        begin = self._outer.clock()
+        """Copy blocks of the host tier into their places."""
+        begin, host = self._outer.clock(), self._outer.host
+        borrowed = {i: parts for i in numbers if (parts := host.borrow(self.keys[i])) is not None}
+        try:
+            self._copy(-1, [*borrowed.items()])
+        finally:
+            host.give_back([self.keys[i] for i in borrowed])
         for i in numbers:
-            parts = self._outer.host.borrow(self.keys[i])
-            if parts is None:
-                self.reasons[i] = Reason.ABSENT
-                continue
-            self._borrowed.append(self.keys[i])
-            self._place(i, parts)
-        if numbers:
-            self._copies.wait()
-            end = self._outer.clock()
-            self.trace.append(Span("copy", -1, begin, end))
-            self._outer.measured.put(("host", len(numbers), end - begin))
+            self.reasons[i] = "" if i in borrowed else Reason.ABSENT
+        if borrowed:
+            self._outer.measured.put(("host", len(borrowed), self._outer.clock() - begin))
 
-    def _place(self, i: int, parts: list[Array]) -> None:
-        """Copy a block into its place, unless the engine computes there by now."""
-        with self._lock:
-            if self._ended:
-                return
-            try:
-                with self._copies:
+    def _copy(self, window: int, blocks: Sequence[Parts]) -> None:
+        begin = self._outer.clock()
+        with self._copies:
+            for i, parts in blocks:
+                try:
                     from_parts(parts, self._outer.store.precision, 1, self.outs[i])
-                self.filled[i] = True
-            except Unholdable:
-                self.reasons[i] = Reason.OVERFLOW
+                    self.filled[i] = True
+                except Unholdable:
+                    self.reasons[i] = Reason.OVERFLOW
+        if blocks:
+            self.trace.append(Span("copy", window, begin, self._outer.clock()))
 
-    # --- the threads ----------------------------------------------------------------------------
+    # --- the other threads ----------------------------------------------------------------------
     def _read(self) -> None:
-        """Fetch window after window, at most one more than is unpacked."""
+        """Fetch window after window, until the engine stops waiting or the store fails."""
         outer, window = self._outer, 0
         try:
             for window, numbers in enumerate(self._windows):
-                if window > 1:
-                    self._unpacked[window - 2].wait()
-                if (self._ended and self.outs) or outer.clock() - self._begin > self.limit_s:
+                if window >= outer.ahead:
+                    self._room[window - outer.ahead].wait()
+                if self._ended or outer.clock() - self._begin > self.limit_s:
                     return self._skip(window, Reason.LATE)
                 keys, reasons = [self.keys[i] for i in numbers], list[str]()
                 buffers = outer.buffers.take(len(keys), outer.store.record_bytes)
                 begin = outer.clock()
                 values = outer.store.store.get_many(keys, buffers, reasons)
                 self.trace.append(Span("fetch", window, begin, outer.clock()))
-                _run(outer.unpackers, partial(self._unpack, window, values, reasons, buffers))
+                unpack = partial(self._unpack, window, values, reasons, buffers)
+                if window + 1 < len(self._windows):
+                    _run(outer.unpackers, unpack)
+                else:  # there is nothing more to fetch meanwhile
+                    unpack()
                 failed = next((reason for reason in reasons if reason and reason not in _WELL), "")
                 if failed:
                     return self._skip(window + 1, failed)
-        except Exception:  # a thread must go on, and the engine must not wait for ever
+        except Exception:  # the thread must go on, and the engine must not wait for ever
             logger.exception("a fetch failed")
             self._skip(window, Reason.ERROR)
 
     def _unpack(self, window: int, values: Sequence[Any], reasons: Sequence[str], buffers: list[memoryview]) -> None:
         outer, begin = self._outer, self._outer.clock()
+        blocks: list[Parts] = []
         try:
             for i, value, reason in zip(self._windows[window], values, reasons, strict=True):
                 parts, self.reasons[i] = outer.store.unpack(self.keys[i], value, reason)
                 if not parts:
                     continue
-                self._place(i, parts)
-                self._delivered += 1
+                blocks.append((i, parts))
                 if outer.promote:
                     outer.keep(self.keys[i], parts)
-            self._copies.wait()
         except Exception:
             logger.exception("unpacking failed")
-        outer.buffers.put(buffers)
+            for i in self._windows[window]:
+                self.reasons[i] = self.reasons[i] or Reason.ERROR
+        self._received += len(blocks)
+        self._received_s = outer.clock() - self._begin
         self.trace.append(Span("unpack", window, begin, outer.clock()))
-        self._end(window)
+        if self._ended:  # the planner must learn that this store is slow
+            self._measure(0.0)
+        self._unpacked.put((window, blocks, buffers))
 
-    def _skip(self, window: int, reason: str) -> None:
-        for later, numbers in enumerate(self._windows[window:], window):
+    def _skip(self, first: int, reason: str) -> None:
+        """Give up all windows from one on."""
+        for window, numbers in enumerate(self._windows[first:], first):
             for i in numbers:
-                self.reasons[i] = self.reasons[i] or reason
-            self._end(later)
-
-    def _end(self, window: int) -> None:
-        """Note that nothing more comes from a window."""
-        self._unpacked[window].set()
-        with self._lock:
-            self._under_way -= 1
-            if self._under_way:
-                return
-        if self._delivered:
-            self._outer.measured.put(("store", self._delivered, self._outer.clock() - self._begin))
-        self._done.set()
+                self.reasons[i] = reason
+            self._unpacked.put((window, [], []))
 
 
 class _Copies:
-    """Copies into the memory of a device. On a GPU they are in a stream of their own, beside its computing."""
+    """A block of code that copies into the memory of a device, and has done so at its end.
+
+    On a GPU the copies are in a stream of their own, beside what it computes.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # earlier work may use the same pages
-        self._entered: Any = None
 
     def __enter__(self) -> None:
-        if self._stream is not None:
-            self._entered = torch.cuda.stream(self._stream)
-            self._entered.__enter__()
+        self._context = torch.cuda.stream(self._stream)  # without a stream it does nothing
+        self._context.__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        if self._entered is not None:
-            self._entered.__exit__(*error)
-            self._entered = None
-
-    def wait(self) -> None:
-        """Wait until all copies are done."""
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
         if self._stream is not None:
             self._stream.synchronize()
 
