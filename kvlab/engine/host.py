@@ -98,6 +98,8 @@ class HostBlocks:
         """
         with self._lock:
             if key in self._row_of:
+                if dirty:
+                    self._dirty[key] = None
                 return []
             evicted = self._policy.admit(key)
             if evicted == [key]:

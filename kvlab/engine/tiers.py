@@ -148,7 +148,7 @@ class TieredCache(KVCache):
         written: dict[bytes, list[Array]] = {}
         for i, key in enumerate(keys):
             offered, dirty = i >= first, self.write == "back" and not stored[i]
-            to_host = offered and key not in self.host and (dirty or not self.exclusive)
+            to_host = offered and (dirty or not (self.exclusive or key in self.host))
             to_store = not stored[i] and self._is_written(key, offered)
             if not (to_host or to_store):
                 continue

@@ -14,6 +14,7 @@ import pytest
 
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
+from kvlab.engine.tiers import TieredCache
 from kvlab.stores import MemoryStore, RedisStore, Store, Value, WriteBehind
 from tests.harness.helpers import SpyStore, small_spec
 from tests.harness.learner import LEARNER
@@ -94,6 +95,17 @@ def _distributed_kinds() -> Iterator[CacheKind]:
 DISTRIBUTED = tuple(_distributed_kinds())
 
 
+def _tiered(store: Store, model: KVSpec, *, host_bytes: int, **settings: Any) -> TieredCache:
+    return TieredCache(DistributedKVCache(store=store, model=model, **settings), host_bytes, **TIERS)
+
+
+TIERS: dict[str, Any] = {"window_bytes": 16 << 10}  # so that loads have several windows
+TIERED = tuple(
+    CacheKind(f"tiered-{store.name}-{precision}-{room}", _tiered, store, {"precision": precision, "host_bytes": room})
+    for store, precision, room in itertools.product((MEMORY, REDIS_TCP), ("fp32", "fp16"), (0, 1 << 20))
+)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes."""
     learner = metafunc.config.stash[LEARNER]
@@ -103,7 +115,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = {
         "store_kind": (*STORES, *stores),
         "own_store_kind": STORES,
-        "cache_kind": (*DISTRIBUTED, *caches),
+        "cache_kind": (*DISTRIBUTED, *TIERED, *caches),
         "own_cache_kind": DISTRIBUTED,
     }
     for name, kinds in every.items():

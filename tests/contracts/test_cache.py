@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
+from kvlab.engine.tiers import TieredCache
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore
 from tests.contracts.conftest import CacheKind
@@ -35,9 +36,11 @@ def loaded(cache: KVCache, tokens: list[int], spec: KVSpec, start: int = 0, stop
     return out[:, :, :, : end - start]
 
 
-def drop_block(spy: SpyStore, index: int) -> None:
-    """Remove the block that was offered at this place."""
+def drop_block(cache: KVCache, spy: SpyStore, index: int) -> None:
+    """Remove the block that was offered at this place, from all tiers."""
     assert spy.inner.delete_many([spy.put_keys[index]]) == 1
+    if isinstance(cache, TieredCache):
+        cache.host.remove(spy.put_keys[index])
 
 
 # --- match, load, save --------------------------------------------------------------------------
@@ -160,7 +163,7 @@ def test_what_comes_back_has_no_gap(cache: KVCache, spy: SpyStore, spec: KVSpec,
     B = cache.block_tokens
     tokens, kv = tokens_of(4 * B), exact_kv(spec, 4 * B)
     cache.save(tokens, kv)
-    drop_block(spy, lost)
+    drop_block(cache, spy, lost)
     assert cache.match(tokens) == lost * B
     assert torch.equal(loaded(cache, tokens, spec, 0, 4 * B), kv[:, :, :, : lost * B])
     stats = cache.stats()
@@ -172,7 +175,7 @@ def test_a_gap_is_closed_by_the_next_save(cache: KVCache, spy: SpyStore, spec: K
     B = cache.block_tokens
     tokens, kv = tokens_of(3 * B), exact_kv(spec, 3 * B)
     cache.save(tokens, kv)
-    drop_block(spy, 1)
+    drop_block(cache, spy, 1)
     assert cache.save(tokens, kv, start=cache.match(tokens)) == 2
     assert torch.equal(loaded(cache, tokens, spec), kv)
 
@@ -182,7 +185,7 @@ def test_a_block_lost_between_match_and_load_shortens_the_load(cache: KVCache, s
     tokens, kv = tokens_of(3 * B), exact_kv(spec, 3 * B)
     cache.save(tokens, kv)
     found = cache.match(tokens)
-    drop_block(spy, 1)
+    drop_block(cache, spy, 1)
     out = blank(spec, found)
     assert cache.load(tokens, 0, found, out) == B
     assert torch.equal(out[:, :, :, :B], kv[:, :, :, :B])
@@ -257,7 +260,8 @@ def test_every_block_asked_for_is_counted_once(cache: KVCache, spec: KVSpec) -> 
     assert (stats.requested, stats.hits, stats.misses) == (5, 3, Counter(absent=1, gap=1))
     assert stats.hit_rate == 3 / 5
     assert (stats.stored, stats.drops) == (2, Counter())
-    assert stats.bytes_read > stats.bytes_written > 0
+    assert stats.bytes_written > 0
+    assert (stats.bytes_read > stats.bytes_written) == (sum(stats.sources.values()) == stats.sources["store"])
 
 
 def test_match_and_save_request_nothing(cache: KVCache, spec: KVSpec) -> None:
@@ -281,10 +285,12 @@ def test_a_closed_store_makes_misses_and_drops(cache: KVCache, spy: SpyStore, sp
     cache.save(tokens, kv)
     assert cache.health().ok
     spy.close()
-    assert cache.match(tokens) == 0
-    assert cache.load(tokens, 0, 2 * B, blank(spec, 2 * B)) == 0
-    assert cache.save(tokens, kv) == 0
-    assert (cache.stats().requested, cache.stats().hits) == (2, 0)
+    inside = 2 if isinstance(cache, TieredCache) and cache.host.capacity else 0  # these blocks are there all the same
+    assert cache.match(tokens) == inside * B
+    assert cache.load(tokens, 0, 2 * B, out := blank(spec, 2 * B)) == inside * B
+    assert torch.equal(out[:, :, :, : inside * B], kv[:, :, :, : inside * B])
+    assert cache.save(tokens, kv) == inside
+    assert (cache.stats().requested, cache.stats().hits) == (2, inside)
     assert cache.stats().drops.total() == 2
     assert not cache.health().ok
 
