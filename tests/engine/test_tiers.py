@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 
 from kvlab.cache import DistributedKVCache
 from kvlab.engine import Generation, generate
+from kvlab.engine import fetch as fetch_module
 from kvlab.engine.fetch import Fetch
 from kvlab.engine.pages import PagePool
 from kvlab.engine.tiers import WRITES, TieredCache
@@ -292,34 +294,54 @@ def filled_store(prompt: list[int]) -> GatedStore:
     return store
 
 
-def test_fetch_unpack_and_copy_of_different_windows_overlap() -> None:
-    """Each gate opens only after the stage that must run beside it has begun: without overlap this hangs."""
-    prompt = words(4 * B)
-    store = filled_store(prompt)
+def test_fetch_unpack_and_copy_of_different_windows_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Window n is fetched while n - 1 is unpacked and n - 2 copied: each waits until the others have begun.
+
+    If one of them began only after another's end, this test would fail after WAIT_S.
+    """
+    prompt, windows = words(5 * B), 5
+    began = {(stage, n): threading.Event() for stage in ("fetch", "unpack", "copy") for n in range(windows)}
+    steps = {stage: iter(range(windows)) for stage in ("fetch", "copy")}
+
+    def meet(stage: str, n: int, *others: tuple[str, int]) -> None:
+        began[stage, n].set()
+        for other in others:
+            assert other not in began or began[other].wait(WAIT_S), f"{stage} {n} ends before {other} begins"
+
+    class Store(MemoryStore):
+        def get_many(self, keys: Sequence[bytes], out: Any = None, reasons: Any = None) -> list[Any]:
+            n = next(steps["fetch"])
+            meet("fetch", n, ("unpack", n - 1), ("copy", n - 2))
+            return super().get_many(keys, out, reasons)
+
+    store = Store()
+    run(prompt, tiered(store))
     cache = tiered(store)
-    unpacking = threading.Semaphore(0)
-    inner_unpack, unpacked = cache.store.unpack, []
-
-    def unpack(key: bytes, value: Any, reason: str) -> Any:
-        unpacked.append(key)
-        unpacking.release()
-        if len(unpacked) < 4:  # the last window has no later one beside it
-            for _ in range(2 if len(unpacked) == 1 else 1):
-                assert store.began.acquire(timeout=WAIT_S), "the next window is not fetched while this one is unpacked"
-        return inner_unpack(key, value, reason)
-
-    cache.store.unpack = unpack  # type: ignore[method-assign]
-    store.gate.release(4)
-    kv = blank_kv(4 * B)
     keys = cache.namespace.keys(prompt)
-    fetch = cache.fetch(keys, ["store"] * 4, [kv[:, :, :, i * B : (i + 1) * B] for i in range(4)])
-    assert fetch.finish() == [True] * 4
+    unpack, copy = cache.store.unpack, fetch_module.from_parts
+
+    def unpack_and_meet(key: bytes, value: Any, reason: str) -> Any:
+        n = keys.index(key)
+        meet("unpack", n, ("fetch", n + 1))
+        return unpack(key, value, reason)
+
+    def copy_and_meet(*arguments: Any) -> None:
+        n = next(steps["copy"])
+        meet("copy", n, ("fetch", n + 2))
+        copy(*arguments)
+
+    monkeypatch.setattr(cache.store, "unpack", unpack_and_meet)
+    monkeypatch.setattr(fetch_module, "from_parts", copy_and_meet)
+    fetch, kv = start_fetch(cache, prompt)
+    assert fetch.finish() == [True] * windows
     torch.testing.assert_close(kv, kv_of(prompt), rtol=0, atol=1e-4)
     spans = {(span.stage, span.window): span for span in fetch.trace}
-    assert len(spans) == 12
-    for window in range(3):
-        unpack_span, next_fetch = spans["unpack", window], spans["fetch", window + 1]
-        assert max(unpack_span.begin, next_fetch.begin) < min(unpack_span.end, next_fetch.end)
+    assert len(spans) == 3 * windows
+    for n in range(2, windows):
+        together = [spans["fetch", n], spans["unpack", n - 1], spans["copy", n - 2]]
+        for one, other in itertools.combinations(together, 2):
+            if {one.stage, other.stage} != {"unpack", "copy"}:  # these meet the fetch, not each other
+                assert max(one.begin, other.begin) < min(one.end, other.end)
 
 
 def blank_kv(tokens: int) -> torch.Tensor:
