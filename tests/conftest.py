@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", metavar="FILE", help="also run the contract suites on a learner's mykv.py")
     parser.addoption("--phase", choices=[phases.TOGETHER, phases.SERVERS], help="run one phase of a full run")
     parser.addoption("--lane", action="append", choices=lanes.LANES, help="run only this lane (repeatable)")
+    parser.addoption("--all-tiers", action="store_true", help="run the oracle on every combination of tiers and faults")
     parser.addoption("--tally", metavar="FILE", help="write the results of each lane as JSON")
 
 

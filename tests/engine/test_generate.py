@@ -17,7 +17,7 @@ from kvlab.engine.pages import PagePool, PoolExhausted
 from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import MemoryStore
-from tests.harness.helpers import build_model, flipped, small_spec
+from tests.harness.helpers import attentive_model, flipped, small_spec
 
 LENGTHS = (1, 7, 16, 63, 64, 65, 100, 127, 128, 129, 150, 192, 193, 256, 300, 31)
 SMALL_BLOCK = 16
@@ -198,7 +198,7 @@ def test_a_store_that_lies_changes_no_token(
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_a_store_that_lies_often_changes_no_token_of_small_models(kv_heads: int) -> None:
-    small = build_model(kv_heads=kv_heads)
+    small = attentive_model(kv_heads=kv_heads)
     prompts = [words(20 + 13 * i, seed=i) for i in range(12)]
     check_lies(small, small, prompts, tokens_of(small, prompts, 20), rounds=8)
 
@@ -246,7 +246,13 @@ def fresh(owner: Llama | KVSpec, **settings: Any) -> DistributedKVCache:
     return DistributedKVCache(**{**defaults, "model": owner, **settings})
 
 
-SMALL = build_model()
+SMALL = attentive_model()
+
+
+def test_answers_of_the_small_model_depend_on_all_of_the_prompt() -> None:
+    """Else no test of its tokens could fail."""
+    prompts = [[*words(60, seed=i), 5, 7] for i in range(8)]
+    assert len({tuple(run(SMALL, prompt, 3).tokens) for prompt in prompts}) == len(prompts)
 
 
 def test_a_prompt_of_whole_blocks_is_a_full_hit_and_its_last_token_is_computed_again() -> None:
@@ -307,14 +313,14 @@ def test_prompts_with_one_beginning_share_it() -> None:
 def test_caches_in_two_places_share_through_the_store() -> None:
     store, prompt = MemoryStore(), words(60)
     run(SMALL, prompt, 4, fresh(SMALL, store=store))
-    assert run(SMALL, prompt, 4, fresh(build_model(), store=store)).cached_tokens == 48
-    assert run(SMALL, prompt, 4, fresh(build_model(seed=1), store=store)).cached_tokens == 0
+    assert run(SMALL, prompt, 4, fresh(attentive_model(), store=store)).cached_tokens == 48
+    assert run(SMALL, prompt, 4, fresh(attentive_model(seed=1), store=store)).cached_tokens == 0
 
 
 def test_generation_stops_at_the_end_of_text() -> None:
     answer = run(SMALL, words(20), 12).tokens
     stop = answer[5]
-    model = build_model(eos_token_ids=(96, stop))
+    model = attentive_model(eos_token_ids=(96, stop))
     cut = answer[: answer.index(stop) + 1]
     assert generate(model, words(20), 12).tokens == cut
     assert generate(model, words(20), 12, stop_at_eos=False).tokens == answer

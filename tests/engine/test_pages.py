@@ -14,14 +14,14 @@ from kvlab.core.policies import POLICIES
 from kvlab.engine.pages import BlockTable, PagePool, PoolExhausted
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
-from tests.harness.helpers import build_model
+from tests.harness.helpers import attentive_model
 
 PAGE, B, PAGES = 2, 4, 12
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return build_model()
+    return attentive_model()
 
 
 def names(block_tokens: int = B) -> Namespace:

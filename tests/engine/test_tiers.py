@@ -20,9 +20,9 @@ from kvlab.engine.pages import PagePool
 from kvlab.engine.tiers import WRITES, TieredCache
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, Store, WriteBehind
-from tests.harness.helpers import build_model, exact_kv, small_spec
+from tests.harness.helpers import attentive_model, exact_kv, small_spec
 
-MODEL = build_model()
+MODEL = attentive_model()
 SPEC = small_spec()
 B = 16
 WAIT_S = 30.0

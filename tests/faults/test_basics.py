@@ -44,7 +44,7 @@ from tests.faults.kit import (
     wait_for,
     within,
 )
-from tests.harness.helpers import build_model, exact_kv, flipped, joined, tampered
+from tests.harness.helpers import attentive_model, exact_kv, flipped, joined, tampered
 from tests.harness.scripted import ScriptedServer
 
 
@@ -235,7 +235,7 @@ def test_a_redis_value_of_another_type_is_a_miss(redis_server: RedisServer, kind
 
 
 def test_generation_repairs_what_it_finds_broken(store: Store) -> None:
-    model = build_model(context=512)
+    model = attentive_model(context=512)
     prompt = [(i * 17) % 97 for i in range(100)]
     cache = DistributedKVCache(precision="fp32", compress=False, store=store, model=model, block_tokens=B)
     plain = generate(model, prompt, 8).tokens
@@ -271,7 +271,7 @@ def test_a_socket_that_does_not_exist_is_only_misses(tmp_path: Path) -> None:
 
 @pytest.mark.redis
 def test_generation_with_a_redis_that_is_killed_goes_on(own_server: RedisServer) -> None:
-    model = build_model(context=512)
+    model = attentive_model(context=512)
     prompt = [(i * 13) % 97 for i in range(120)]
     plain = generate(model, prompt, 8).tokens
     cache = DistributedKVCache(

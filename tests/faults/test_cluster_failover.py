@@ -37,7 +37,7 @@ from tests.faults.clusters import (
 )
 from tests.faults.kit import wait_for
 from tests.faults.load import Load, recovery
-from tests.harness.helpers import build_model
+from tests.harness.helpers import attentive_model
 
 
 @pytest.mark.fault(number=22)
@@ -220,7 +220,7 @@ def test_three_masters_without_replicas(book: Book) -> None:
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_no_state_of_a_cluster_changes_a_token(book: Book, cluster: RedisCluster) -> None:
-    model, size = build_model(), 16
+    model, size = attentive_model(), 16
     chance = random.Random(4)
     prompts = [chance.choices(range(97), k=12 * size) for _ in range(6)]
     plain = [generate(model, prompt, 8, stop_at_eos=False).tokens for prompt in prompts]

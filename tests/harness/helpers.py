@@ -58,6 +58,16 @@ def build_model(
         return Llama(numbers).requires_grad_(False).eval()
 
 
+def attentive_model(**changes: Any) -> Llama:
+    """A small model whose answers depend on all of the prompt. With weights of `build_model`, which are small, the
+    last token alone decides, and a test of tokens would pass with any KV."""
+    model = build_model(**changes)
+    for layer in model.model.layers:
+        for weight in layer.self_attn.parameters():
+            weight.mul_(6.0)
+    return model
+
+
 def config_json(model: Llama) -> dict[str, Any]:
     """`config.json` of a model with default RoPE, as transformers 5 writes it."""
     c = model.config
