@@ -213,6 +213,12 @@ COMMANDS = (
         (JSON,),
     ),
     Command(
+        "bench ttft",
+        "time to first token with a prefix from pages, host memory and a real Redis, compared with computing it",
+        _bench("kvlab.lab.bench.ttft"),
+        (STORE, JSON),
+    ),
+    Command(
         "bench wire",
         "GB/s to and from a local Redis or the one at --store (about 300 MB are written and deleted)",
         _bench("kvlab.lab.bench.wire"),

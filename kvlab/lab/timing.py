@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 NOISY_BEYOND = 0.10
 UNSTEADY_BEYOND = 1.5
@@ -51,8 +52,14 @@ class Timings:
         return statistics.median(s / f for s, f in pairs)
 
 
-def time_rounds(contenders: Mapping[str, Callable[[], object]], rounds: int = 5) -> Timings:
-    """Time each contender once per round, in a random order, after one round that is not counted."""
+def time_rounds(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 5, seconds_of: Callable[[Any], float] | None = None
+) -> Timings:
+    """Time each contender once per round, in a random order, after one round that is not counted.
+
+    Args:
+        seconds_of: takes what a contender returned, and returns its seconds; by default the whole call is timed.
+    """
     first = next(iter(contenders))
     again = f"{first} again"
     work = {**contenders, again: contenders[first]}
@@ -62,8 +69,9 @@ def time_rounds(contenders: Mapping[str, Callable[[], object]], rounds: int = 5)
         rng.shuffle(order)  # a contender finds its predecessor's data in the processor's cache
         for name, run in order:
             begin = time.perf_counter()
-            run()
+            result = run()
+            took = time.perf_counter() - begin
             if number:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took if seconds_of is None else seconds_of(result))
     aa = statistics.median(seconds[again]) / statistics.median(seconds[first])
     return Timings(seconds, aa)
