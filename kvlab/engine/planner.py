@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +36,9 @@ CHANGED: Final = 1.5
 """Three observations in a row that are off by this factor, on the same side, are a change."""
 TERM: Final = 0.002
 """The mean square of relative errors by which a further term must improve a fit."""
+LEARN: Final = 0.2
+FADE: Final = 0.98
+"""The share of a plan's error that the next plan of its kind takes over, and what the other kinds keep of theirs."""
 EXPLORE: Final = 16
 """After so many plans without a fetch from a tier that had blocks, one is fetched only to learn how long it takes."""
 FRONTS: Final = 32
@@ -61,6 +65,7 @@ class Curve:
         self._subsets = [s for size in range(1, terms + 1) for s in itertools.combinations(range(terms), size)]
         self._terms = terms
         self._coefficients: NDArray[np.float64] | None = None
+        self._off: dict[int, float] = {}
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
         """Take one measurement into account. One that is not positive and finite is a clock's fault: ignored."""
@@ -87,8 +92,23 @@ class Curve:
         return None if self._coefficients is None else self._value(terms)
 
     def _value(self, terms: Sequence[float]) -> float:
+        return self._fitted(terms) * self._correction(terms[1])
+
+    def _fitted(self, terms: Sequence[float]) -> float:
         assert self._coefficients is not None
-        return float(np.dot(self._coefficients, terms))
+        return float(self._coefficients @ np.asarray(terms))
+
+    def _correction(self, size: float) -> float:
+        """How far observations of about this size are from the sum of terms, where no such sum fits all sizes.
+
+        Between two sizes it is interpolated. With few observations it is near 1.
+        """
+        at = math.log2(max(size, 1))
+        sizes = sorted(self._off)
+        below = max((s for s in sizes if s <= at), default=sizes[0])
+        above = min((s for s in sizes if s >= at), default=sizes[-1])
+        share = (at - below) / (above - below) if above > below else 0.0
+        return (1 - share) * self._off[below] + share * self._off[above]
 
     def _fit(self) -> None:
         """Take the terms that explain the observations, as few as do."""
@@ -109,6 +129,11 @@ class Curve:
                 best = error
                 self._coefficients = np.zeros(self._terms)
                 self._coefficients[list(subset)] = found
+        self._off = {size: self._ratio(same) for size, same in self._seen.items()}
+
+    def _ratio(self, same: Iterable[Observation]) -> float:
+        """The median of observed by fitted; a 1 is added, so that a single observation moves it by half."""
+        return statistics.median([1.0, *(took / max(self._fitted(x), 1e-12) for x, took in same)])
 
 
 @dataclass(frozen=True)
@@ -180,6 +205,7 @@ class Planner:
         self.block_tokens, self.overlap, self.chooses = block_tokens, overlap, chooses
         self.prefill = Curve(3)
         self.fetches: dict[str, Curve] = {}
+        self._beyond = dict.fromkeys(("compute", "fetch", "mix"), 1.0)  # what plans of a kind took by their steps' sum
         self._unused: dict[str, int] = {}  # plans without a fetch from a tier, though it had blocks
 
     # --- measurements ---------------------------------------------------------------------------
@@ -192,6 +218,17 @@ class Planner:
         """Take note of a prefill of the tokens start … stop - 1."""
         if stop > start:
             self.prefill.observe(self._terms(start, stop), seconds)
+
+    def finished(self, plan: Plan, seconds: float) -> None:
+        """Take note of what a plan took in all, with what no step shows: planning, and that overlapping is not free."""
+        plan.took_s = seconds
+        kind = self._beyond.get(plan.why)
+        if kind is None or not (math.isfinite(seconds / plan.predicted_s) and seconds > 0):
+            return
+        for other in self._beyond:  # an opinion that is not tried fades
+            self._beyond[other] = 1 + (self._beyond[other] - 1) * FADE
+        latest = min(max(seconds / plan.predicted_s, 1 / CHANGED), CHANGED)
+        self._beyond[plan.why] = kind * latest**LEARN
 
     def fetch_s(self, tier: str, blocks: int) -> float:
         """Predicted seconds to fetch `blocks`; NaN if nothing was fetched from this tier yet."""
@@ -229,6 +266,7 @@ class Planner:
         last = max((i + 1 for i, tier in enumerate(where) if tier and i >= first), default=first)
         compute = self._timed(where, tokens, first, first, first)
         if last == first:
+            compute.predicted_s *= self._beyond["compute"]
             return self._note(where, compute, "compute", {})
         fetch = self._timed(where, tokens, first, first, last)
         if not self.chooses:
@@ -236,6 +274,8 @@ class Planner:
         if math.isnan(fetch.predicted_s) or math.isnan(compute.predicted_s):
             return self._note(where, fetch, "fetch, to learn its time", {})
         options = {"compute": compute, "fetch": fetch, "mix": self._best_mix(where, tokens, first, last)}
+        for name, plan in options.items():
+            plan.predicted_s *= self._beyond[name]
         why = min(options, key=lambda name: (options[name].predicted_s, name == "mix"))
         rejected = {name: plan.predicted_s for name, plan in options.items() if name != why}
         return self._note(where, options[why], why, rejected)

@@ -113,7 +113,7 @@ def _by_plan(
     known = [*range(shared // B), *got, *(i for step in plan.front for i in range(step.start // B, step.stop // B))]
     for step in _gaps(known, B, T):
         logits = _compute(model, prompt, table, planner, step)
-    plan.took_s = time.perf_counter() - begin
+    planner.finished(plan, time.perf_counter() - begin)
     if plan.probe is not None:
         at = plan.probe.start // B
         cache.prefetch(keys[at : at + 1], where[at : at + 1])

@@ -202,3 +202,52 @@ def test_a_report_has_the_choice_the_rejected_ones_and_what_it_took() -> None:
 def test_numbers_that_do_not_fit_are_refused(where: list[str], tokens: int, filled: int) -> None:
     with pytest.raises(InputError, match="full blocks in"):
         taught().plan(where, tokens, filled)
+
+
+def test_a_wire_that_no_line_fits_is_learned_size_by_size() -> None:
+    """The first MiB is free, as on a wire with a burst: a + b n with a >= 0 cannot say that."""
+
+    def burst_s(n: int) -> float:
+        return 0.001 + 0.004 * max(0, n - 6)
+
+    curve = Curve(2)
+    for n in (2, 4, 8, 16, 32) * 8:
+        curve.observe((1, n), burst_s(n))
+    for n in (2, 4, 8, 16, 32):
+        assert curve.predict((1, n)) == pytest.approx(burst_s(n), rel=0.1)
+
+
+def test_that_overlap_is_not_free_is_learned_and_can_change_the_choice() -> None:
+    planner = taught(per_block=6.0)
+    before = planner.plan(["store"] * 16, 16 * B + 16)
+    assert before.why == "mix"
+    second = min(before.rejected.values())
+    for _ in range(40):
+        plan = planner.plan(["store"] * 16, 16 * B + 16)
+        planner.finished(plan, real_time(plan, per_block=6.0) * (1.45 if plan.why == "mix" else 1.0))
+    assert plan.why != "mix" or plan.predicted_s == pytest.approx(1.45 * before.predicted_s, rel=0.1)
+    assert plan.predicted_s <= second * 1.05
+    for _ in range(300):  # an opinion that is not tried fades
+        plan = planner.plan(["store"] * 16, 16 * B + 16)
+        planner.finished(plan, real_time(plan, per_block=6.0))
+    assert plan.why == "mix"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_plan_timed_by_a_clock_that_jumps_teaches_nothing(seconds: float) -> None:
+    planner = taught()
+    before = planner.plan(["store"] * 8, 8 * B + 16)
+    planner.finished(before, seconds)
+    assert planner.plan(["store"] * 8, 8 * B + 16).predicted_s == before.predicted_s
+
+
+def test_a_planner_that_does_not_choose_fetches_all_there_is() -> None:
+    planner = Planner(B, chooses=False)
+    for _ in range(3):
+        plan = planner.plan(["store", "", "host"], 3 * B + 5)
+        assert [(step.start, step.stop, step.tier) for step in plan.fetches] == [
+            (0, B, "store"),
+            (2 * B, 3 * B, "host"),
+        ]
+        planner.fetched("store", 1, 1e6)
+        planner.computed(0, B, 1e-6)

@@ -56,7 +56,7 @@ PEERS = {
 }
 """What other systems have as a default, read in their source or documents in November 2026: a number of tokens."""
 TIMED = tuple(itertools.product((0.01, 0.02, 0.05, 0.1, 0.2), (512, 2048)))
-TIMED_ROUNDS, TIMED_WARM_UP = 7, 14
+TIMED_ROUNDS, TIMED_WARM_UP = 9, 45
 ROUND_TRIP_S = 0.0003
 THRESHOLDS = (0, *(n + 1 for n in PREFIXES))
 
@@ -279,6 +279,7 @@ def _observe(planner: Planner, world: World, plan: Plan, rng: random.Random) -> 
         planner.computed(step.start, step.stop, seen(world.compute_s(step.start, step.stop)))
     blocks = sum(step.stop - step.start for step in plan.fetches) // world.curves.block_tokens
     planner.fetched("store", blocks, seen(world.fetch_s(blocks)))
+    planner.finished(plan, seen(world.seconds(plan)))
     if plan.probe is not None:
         planner.fetched("store", 1, seen(world.fetch_s(1)))
 

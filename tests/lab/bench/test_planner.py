@@ -46,3 +46,11 @@ def test_a_slower_wire_and_slower_computing_are_slower() -> None:
     begin, wire, both = bench.phases(smooth(), 0.1)
     assert wire.fetch_s(8) > 9 * begin.fetch_s(8) and wire.compute_s(0, 512) == begin.compute_s(0, 512)
     assert both.compute_s(0, 512) == pytest.approx(10 * begin.compute_s(0, 512))
+
+
+@pytest.mark.redis
+def test_real_requests_over_a_real_wire_are_predicted_and_timed() -> None:
+    rows = bench.timed([(0.2, 128), (0.2, 256)], rounds=2)
+    assert [(row["gbps"], row["prefix_tokens"]) for row in rows] == [(0.2, 128), (0.2, 256)]
+    assert all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
+    json.dumps(rows)
