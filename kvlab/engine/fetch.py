@@ -142,10 +142,11 @@ class Fetch:
         self._received, self._received_s = 0, 0.0  # blocks that are unpacked, and when the last one was
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
-        if self._windows:
-            _run(outer.readers, self._read)
         self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
-        self._copy_from_host([i for i, tier in enumerate(where) if tier == "host"])
+        borrowed = self._borrow([i for i, tier in enumerate(where) if tier == "host"])
+        if self._windows:  # now that what comes from the store cannot displace a block that is needed
+            _run(outer.readers, self._read)
+        self._copy_from_host(borrowed)
 
     # --- the engine's thread --------------------------------------------------------------------
     def finish(self, wait_s: float | None = None) -> list[bool]:
@@ -177,16 +178,20 @@ class Fetch:
         if self._received:
             self._outer.measured.put(("store", self._received, self._received_s + copying_s))
 
-    def _copy_from_host(self, numbers: Sequence[int]) -> None:
-        """Copy blocks of the host tier into their places."""
-        begin, host = self._outer.clock(), self._outer.host
-        borrowed = {i: parts for i in numbers if (parts := host.borrow(self.keys[i])) is not None}
+    def _borrow(self, numbers: Sequence[int]) -> list[Parts]:
+        """Return the blocks of the host tier that are still there."""
+        found = [(i, self._outer.host.borrow(self.keys[i])) for i in numbers]
+        for i, parts in found:
+            self.reasons[i] = Reason.ABSENT if parts is None else ""
+        return [(i, parts) for i, parts in found if parts is not None]
+
+    def _copy_from_host(self, borrowed: Sequence[Parts]) -> None:
+        """Copy blocks of the host tier into their places, and give them back."""
+        begin = self._outer.clock()
         try:
-            self._copy(-1, [*borrowed.items()])
+            self._copy(-1, borrowed)
         finally:
-            host.give_back([self.keys[i] for i in borrowed])
-        for i in numbers:
-            self.reasons[i] = "" if i in borrowed else Reason.ABSENT
+            self._outer.host.give_back([self.keys[i] for i, _ in borrowed])
         if borrowed:
             self._outer.measured.put(("host", len(borrowed), self._outer.clock() - begin))
 
