@@ -177,6 +177,12 @@ COMMANDS = (
     Command("progress", "show which exercises of the course are solved in work/mykv.py", _progress, (IMPL,)),
     Command("doctor", "check this machine; exit with status 1 on a problem", _doctor),
     Command(
+        "bench gpu",
+        "prefill, copies and time to first token on a GPU; without one, the same steps on the CPU",
+        _bench("kvlab.lab.bench.gpu"),
+        (JSON,),
+    ),
+    Command(
         "bench hash",
         "time of block keys in nanoseconds per token, compared with plain SHA-256",
         _bench("kvlab.lab.bench.hash"),
