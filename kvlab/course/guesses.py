@@ -60,6 +60,12 @@ QUESTIONS = {
             "times",
             "05",
         ),
+        Question(
+            "host_tier",
+            "How much sooner is the KV of 1,024 tokens copied from host memory than computed?",
+            "times",
+            "06",
+        ),
         Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent", "07"),
     )
 }

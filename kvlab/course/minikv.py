@@ -5,7 +5,8 @@ functions in their place. Keys and records are those of the package (`kvlab.core
 `MiniCache` and `DistributedKVCache` (FP32, not compressed, not encrypted) read each other's blocks. What the
 package has and this page leaves out: lower precisions, compression, encryption, deadlines, circuit breakers,
 Redis Cluster and Sentinel, and not sending what the store already has. `MiniPool` is `kvlab.engine.pages` without
-runs of neighbouring pages, forks, counters and checks.
+runs of neighbouring pages, forks, counters and checks; `MiniTiers` and `MiniPlanner` are `kvlab.engine.tiers` and
+`kvlab.engine.planner` without threads, deadlines, gaps and an end that is computed too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 import redis
 import torch
 import xxhash
@@ -256,6 +258,104 @@ class MiniRedis:
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
+
+
+# --- tiers and plans: lesson 06 -----------------------------------------------------------------
+def find_block(key: bytes, host: dict[bytes, bytes], store: dict[bytes, bytes], room: int) -> bytes | None:
+    """The block under a key, out of host memory or of the store; None if neither has it."""
+    if key in host:
+        host[key] = host.pop(key)  # the newest of the dict now
+        return host[key]
+    if key not in store:
+        return None
+    while len(host) >= room:
+        del host[next(iter(host))]  # the oldest
+    host[key] = store[key]
+    return host[key]
+
+
+def seen_twice(keys: list[bytes], counts: dict[bytes, int], done: int) -> list[bytes]:
+    """Count what a request needs; return what now is needed a second time."""
+    new = keys[done:]
+    for key in new:
+        counts[key] = counts.get(key, 0) + 1
+    return [key for key in new if counts[key] == 2]
+
+
+def fetch_seconds(seen: list[tuple[int, float]], blocks: int) -> float:
+    """Predict the seconds of a fetch from the sizes and seconds of earlier ones."""
+    sizes, seconds = zip(*seen, strict=True)
+    each, begin = np.polyfit(sizes, seconds, 1)
+    return float(begin + each * blocks)
+
+
+def best_front(fetch: list[float], compute: list[float]) -> int:
+    """How many leading blocks to compute while the others are fetched, so that both are done soonest."""
+    blocks = len(compute) - 1
+    return min(range(blocks + 1), key=lambda k: max(fetch[blocks - k], compute[k]))
+
+
+class MiniTiers:
+    """Host memory for records in front of a store, with the calls of a store. Writes what is needed twice."""
+
+    def __init__(self, store: MiniRedis, room: int) -> None:
+        self.store, self.room = store, room
+        self.host: dict[bytes, bytes] = {}  # the one used longest ago comes first
+        self.counts: dict[bytes, int] = {}
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """The values of keys, None for a miss."""
+        missing = [key for key in keys if key not in self.host]
+        values = zip(missing, self.store.get_many(missing), strict=True)
+        far = {key: value for key, value in values if value is not None}
+        got = [find_block(key, self.host, far, self.room) for key in keys]
+        again = {key: value for key, value in zip(keys, got, strict=True) if value is not None and key not in far}
+        chosen = [key for key in seen_twice(keys, self.counts, 0) if key in again]
+        self.store.put_many(chosen, [again[key] for key in chosen])
+        return got
+
+    def put_many(self, keys: list[bytes], values: list[bytes]) -> int:
+        """Keep new values in host memory; the store gets those that were needed before."""
+        new = dict(zip(keys, values, strict=True))
+        for key in keys:
+            find_block(key, self.host, new, self.room)
+        chosen = seen_twice(keys, self.counts, 0)
+        self.store.put_many(chosen, [new[key] for key in chosen])
+        return len(keys)
+
+    def probe(self, keys: list[bytes]) -> int:
+        """How many keys are there, counted from the first to the first that is not."""
+        near = [*(key in self.host for key in keys), False].index(False)
+        return near + self.store.probe(keys[near:])
+
+    def health(self) -> Health:
+        """Whether the store answers."""
+        return self.store.health()
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+
+class MiniPlanner:
+    """Decides how many leading blocks to compute while the others are fetched, by what it has seen."""
+
+    def __init__(self) -> None:
+        self.fetched: list[tuple[int, float]] = []  # blocks, seconds
+        self.computed: list[tuple[int, float]] = []
+
+    def front(self, blocks: int) -> int:
+        """How many of so many blocks to compute."""
+        seen = [self.fetched[-8:], self.computed[-8:]]  # the wire may have changed since earlier ones
+        if any(len({size for size, _ in pairs}) < 2 for pairs in seen):
+            return blocks * (1 + len(self.fetched) % 3) // 4  # too little is known: try several
+        fetch, compute = ([0.0, *(fetch_seconds(pairs, n) for n in range(1, blocks + 1))] for pairs in seen)
+        return best_front(fetch, compute)
+
+    def saw(self, fetched: int, fetch_s: float, computed: int, compute_s: float) -> None:
+        """Take note of a request: blocks and seconds of its fetch, and of its front."""
+        self.fetched += [(fetched, fetch_s)] if fetched else []
+        self.computed += [(computed, compute_s)] if computed else []
 
 
 # --- the cache around them ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fakeredis
 import redis
 import torch
 
@@ -26,6 +27,7 @@ from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
 from kvlab.course.exercises import mykv, registry
 from kvlab.course.exercises.engine import Exercise, Verdict, grade
+from kvlab.course.race import OurPlanner, race
 from kvlab.engine import generate
 from kvlab.errors import ConfigError, InputError
 from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say
@@ -137,7 +139,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
-    parts_right = [_run_first_cache(own, model, sample, say), _run_pool(own, model, sample, say)]
+    parts_right = [part(own, model, sample, say) for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner)]
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
         say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
@@ -217,6 +219,45 @@ def _run_pool(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         f"same tokens: {right}, no page lost: {whole}"
     )
     return right and whole and filled == [0, len(shared), 0]
+
+
+def _run_tiers(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Answer prompts with host memory in front of a Redis in this process; say what came out.
+
+    Returns:
+        Whether a second request of a prompt is served by host memory and then written, and a third worker finds it
+        in the store.
+    """
+    made: Any = getattr(own.module, "MiniTiers", None)
+    if made is None:
+        return True
+    server, prompt = fakeredis.FakeServer(), sample[:528]
+    spec, salt = spec_of(model), os.urandom(16)
+    redis_of, cache_of = own.module.MiniRedis, own.module.MiniCache
+    caches = [cache_of(made(redis_of(fakeredis.FakeRedis(server=server)), room=20), spec, salt=salt) for _ in range(2)]
+    results = [generate(model, prompt, 1, caches[worker]) for worker in (0, 0, 1)]
+    cached = [result.cached_tokens for result in results]
+    same = {result.tokens[0] for result in results} == {generate(model, prompt, 1).tokens[0]}
+    say(
+        f"lesson 06: three requests load {cached} tokens: from nowhere, from host memory, and by a second worker "
+        f"from the store; same token: {same}"
+    )
+    return same and cached == [0, 512, 512]
+
+
+def _run_planner(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Let the learner's planner serve requests on a virtual clock; say how it compares with kvlab's.
+
+    Returns:
+        Whether its plans take at most twice as long as the best ones.
+    """
+    made: Any = getattr(own.module, "MiniPlanner", None)
+    if made is None:
+        return True
+    regrets = {name: race(planner) for name, planner in {"yours": made(), "kvlab's": OurPlanner()}.items()}
+    shown = ", ".join(f"{name} {regret:.2f}" for name, regret in regrets.items())
+    say(f"lesson 06: time of the plans by that of the best ones, on a wire that becomes slow: {shown}")
+    return regrets["yours"] < 2
 
 
 def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[..., float]) -> dict[str, Any]:

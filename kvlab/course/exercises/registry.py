@@ -19,12 +19,24 @@ from kvlab.course.exercises import (
     lesson_04,
     lesson_04b,
     lesson_05,
+    lesson_06,
     lesson_07,
 )
 from kvlab.course.exercises.engine import Exercise
 from kvlab.errors import InputError
 
-LESSONS = (lesson_00, lesson_01, lesson_02, lesson_03, lesson_03b, lesson_04, lesson_04b, lesson_05, lesson_07)
+LESSONS = (
+    lesson_00,
+    lesson_01,
+    lesson_02,
+    lesson_03,
+    lesson_03b,
+    lesson_04,
+    lesson_04b,
+    lesson_05,
+    lesson_06,
+    lesson_07,
+)
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
 """The exercises by the constants that hold them: what `exercises.HIT_RATE` means in a notebook."""
 ALL = tuple(sorted(BY_CONSTANT.values(), key=lambda exercise: exercise.number))
