@@ -31,7 +31,7 @@ def waterfall(requests: Mapping[str, Mapping[str, float]], claims: str) -> None:
         ax.barh([*requests], lengths, left=begins, color=colour, hatch=hatch, edgecolor="white", label=stage)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper right")
     plots.show(fig, claims)
 
 
