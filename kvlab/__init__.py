@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvlab.cache import CacheStats, DistributedKVCache, KVCache
     from kvlab.core.keys import KVSpec
-    from kvlab.engine import Generation, generate
+    from kvlab.engine import Generation, PagePool, TieredCache, generate
     from kvlab.errors import ConfigError, InputError, KVLabError, ModelError
     from kvlab.model import Llama, Tokenizer, load_model
     from kvlab.model.fingerprint import fingerprint, spec_of
@@ -36,7 +36,7 @@ except PackageNotFoundError:  # the source tree is not installed as a package
 _NAMES = {
     "kvlab.cache": ("CacheStats", "DistributedKVCache", "KVCache"),
     "kvlab.core.keys": ("KVSpec",),
-    "kvlab.engine": ("Generation", "generate"),
+    "kvlab.engine": ("Generation", "PagePool", "TieredCache", "generate"),
     "kvlab.errors": ("ConfigError", "InputError", "KVLabError", "ModelError"),
     "kvlab.model": ("Llama", "Tokenizer", "load_model"),
     "kvlab.model.fingerprint": ("fingerprint", "spec_of"),
@@ -56,8 +56,10 @@ __all__ = [
     "Llama",
     "MemoryStore",
     "ModelError",
+    "PagePool",
     "RedisStore",
     "Store",
+    "TieredCache",
     "Tokenizer",
     "WriteBehind",
     "fingerprint",

@@ -38,6 +38,18 @@ REQUEST = (
 )
 """The steps of a request through the system."""
 
+TIERED_REQUEST = (
+    Step("prompt", "text to tokens"),
+    Step("block keys", "chained SHA-256, 64 tokens each"),
+    Step("locate", "pages, host memory, store?"),
+    Step("plan", "fetch or compute?"),
+    Step("fetch", "records, in windows, and blocks", True),
+    Step("prefill", "meanwhile, and what did not come", True),
+    Step("decode", "token by token"),
+    Step("save", "new full blocks, by the write policy"),
+)
+"""The steps of a request through three tiers."""
+
 
 class Flow:
     """Boxes connected by arrows, `columns` per row. The plain text is one line with arrows.
