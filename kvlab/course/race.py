@@ -48,8 +48,8 @@ class OurPlanner:
 
 
 def fetch_s(blocks: int, slower: float) -> float:
-    """Seconds of a fetch: 2 ms for the call and 1 ms for each block, times `slower`."""
-    return (0.002 + 0.001 * blocks) * slower if blocks else 0.0
+    """Seconds of a fetch: 15 ms for the call and 1 ms for each block, times `slower`."""
+    return (0.015 + 0.001 * blocks) * slower if blocks else 0.0
 
 
 def compute_s(blocks: int) -> float:
@@ -64,7 +64,7 @@ def race(planner: Fronts) -> float:
     """
     rng, took, best = random.Random(0), 0.0, 0.0
     for number in range(3 * REQUESTS):
-        slower = (1.0, 20.0, 1.0)[number // REQUESTS]
+        slower = (1.0, 6.0, 1.0)[number // REQUESTS]
         blocks = rng.choice(SIZES)
         front = min(max(int(planner.front(blocks)), 0), blocks)
         seconds = fetch_s(blocks - front, slower), compute_s(front)

@@ -12,13 +12,19 @@ from kvlab.core.policies import POLICIES, Policy
 
 
 def hit_rate(
-    requests: Iterable[Sequence[Hashable]], device: int, host: int, exclusive: bool, policy: str = "lru"
+    requests: Iterable[Sequence[Hashable]],
+    device: int,
+    host: int,
+    exclusive: bool,
+    policy: str = "lru",
+    use_below: bool = True,
 ) -> float:
     """Return block hits / blocks. A hit is a leading block of its request that one of the tiers has.
 
     Args:
         requests: the keys of each request's blocks, in the order of its tokens. A key stands for its whole prefix.
         device, host: the most blocks of each tier.
+        use_below: whether a device hit is a use of an inclusive host's copy.
     """
     on_device: Policy[Hashable] = POLICIES[policy](device)
     on_host: Policy[Hashable] = POLICIES[policy](host)
@@ -30,15 +36,14 @@ def hit_rate(
                 break
             hits += 1
         for key in keys:
-            _use(key, on_device, on_host, exclusive)
+            _use(key, on_device, on_host, exclusive, use_below)
     return hits / total if total else 0.0
 
 
-def _use(key: Hashable, device: Policy[Hashable], host: Policy[Hashable], exclusive: bool) -> None:
+def _use(key: Hashable, device: Policy[Hashable], host: Policy[Hashable], exclusive: bool, use_below: bool) -> None:
     if exclusive:
         host.remove(key)
         for evicted in device.admit(key):
             host.access(evicted)
-    else:
-        device.access(key)
+    elif not device.access(key) or use_below:
         host.access(key)

@@ -39,3 +39,4 @@ def test_a_real_trace_gives_the_known_figures() -> None:
     requests = [json.loads(line)["hash_ids"] for line in TRACE.read_text().splitlines()]
     rates = [round(hit_rate(requests, 6_000, 12_000, exclusive), 3) for exclusive in (False, True)]
     assert rates == [0.230, 0.276]
+    assert round(hit_rate(requests, 6_000, 12_000, False, use_below=False), 3) == 0.223

@@ -75,7 +75,9 @@ def timeline(trace: Sequence[Span], computed: Sequence[tuple[float, float]] = ()
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     windows = 1 + max(span.window for span in trace)
-    plots.show(fig, f"{windows} windows; at some time two stages work at once: {overlaps(trace)}.")
+    total, elapsed = sum(span.end - span.begin for span in trace), max(span.end for span in trace) - begin
+    told = f"one stage after the other {1000 * total:.0f} ms, overlapped {1000 * elapsed:.0f} ms"
+    plots.show(fig, f"{windows} windows; {told}; two stages at once: {overlaps(trace)}.")
 
 
 def overlaps(trace: Sequence[Span]) -> bool:
