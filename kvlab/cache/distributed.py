@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import torch
 from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
@@ -240,6 +241,10 @@ class DistributedKVCache(KVCache):
         """Raise InputError if the arguments of `save` do not fit."""
         _check_kv(kv, self._bound()[0], _length(tokens))
         _check_positions(start)
+        if kv.dtype not in record.DTYPES.values() or kv.layout != torch.strided or kv.is_meta:
+            raise InputError(
+                f"expected dense KV of float32, float16 or bfloat16, got {kv.dtype}, {kv.layout}, {kv.device}"
+            )
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:

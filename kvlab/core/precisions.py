@@ -162,7 +162,7 @@ def _on(device: torch.device, part: Array) -> Tensor:
 
 def _copy(source: Tensor, out: Tensor) -> None:
     out.copy_(source)
-    if _max(out) < _max(source) and not torch.equal(source.isinf(), out.isinf().cpu()):
+    if _max(out) < _max(source) and not torch.equal(source.isinf(), out.isinf()):
         raise Unholdable(f"a number is too large for {out.dtype}")
 
 

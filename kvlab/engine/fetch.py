@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ from kvlab.stores.faults import Reason
 from kvlab.stores.latch import Latch
 from kvlab.stores.workers import Job, Workers
 
-READERS: Final = 4  # requests that fetch at the same time; more wait
+READERS: Final = 32  # requests that fetch at the same time; more wait. A store bounds its connections itself
 UNPACKERS: Final = 2
 AHEAD_BYTES: Final = 64 << 20
+MEASURED: Final = 256
 logger = logging.getLogger(__name__)
 _WELL = {Reason.ABSENT, Reason.TOO_BIG}  # the store is well; what is missing in one window says nothing of the next
 
@@ -97,21 +99,22 @@ class Outer:
     ) -> None:
         self.host, self.store, self.promote, self.clock = host, store, promote, clock
         self.window = max(1, window_bytes // store.record_bytes)
-        self.ahead = max(2, AHEAD_BYTES // window_bytes)  # so many windows are fetched before the first is copied
+        self.ahead = max(2, AHEAD_BYTES // (self.window * store.record_bytes))  # fetched before the first is copied
         self.buffers = Buffers(pinned)
         self.readers, self.unpackers = Workers(READERS, "kvlab-fetch"), Workers(UNPACKERS, "kvlab-unpack")
-        self.measured: SimpleQueue[tuple[str, int, float]] = SimpleQueue()
+        self.measured: deque[tuple[str, int, float]] = deque(maxlen=MEASURED)  # append and popleft are single steps
 
     def keep(self, key: bytes, parts: Sequence[Array], dirty: bool = False) -> None:
         """Copy a block into host memory. Dirty blocks that it displaces go to the store, if that lacks them."""
         self.write_back(self.host.put(key, parts, dirty))
 
-    def write_back(self, blocks: Sequence[tuple[bytes, list[Array]]]) -> None:
-        """Write blocks that the store lacks."""
-        if blocks:
-            there = self.store.present([key for key, _ in blocks])
-            missing = [block for block, stored in zip(blocks, there, strict=True) if not stored]
-            self.store.write([key for key, _ in missing], [parts for _, parts in missing])
+    def write_back(self, blocks: Sequence[tuple[bytes, list[Array]]]) -> bool:
+        """Write blocks that the store lacks; return whether it took them all."""
+        if not blocks:
+            return True
+        there = self.store.present([key for key, _ in blocks])
+        missing = [block for block, stored in zip(blocks, there, strict=True) if not stored]
+        return self.store.write([key for key, _ in missing], [parts for _, parts in missing]) == len(missing)
 
 
 class Fetch:
@@ -121,6 +124,9 @@ class Fetch:
         outer: the tiers that have them.
         keys, where: the blocks, and the tier of each.
         outs: where each block goes, [L, P, H, B, D], any strides.
+        alone: nobody will call `finish`; it is only to measure, and for host memory.
+
+    It is a context manager that ends the fetch on exit, also if `finish` was not reached.
 
     Attributes:
         filled: which blocks are in their place.
@@ -128,12 +134,14 @@ class Fetch:
         trace: what the stages did, when.
     """
 
-    def __init__(self, outer: Outer, keys: Sequence[bytes], where: Sequence[str], outs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, outer: Outer, keys: Sequence[bytes], where: Sequence[str], outs: Sequence[Tensor], alone: bool = False
+    ) -> None:
         self.keys, self.where, self.outs = keys, where, outs
         self.filled = [False] * len(keys)
         self.reasons = [""] * len(keys)
         self.trace: list[Span] = []
-        self._outer = outer
+        self._outer, self._alone = outer, alone
         self._begin = outer.clock()
         in_store = [i for i, tier in enumerate(where) if tier == "store"]
         self._windows = [in_store[at : at + outer.window] for at in range(0, len(in_store), outer.window)]
@@ -143,10 +151,23 @@ class Fetch:
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
         self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
-        borrowed = self._borrow([i for i, tier in enumerate(where) if tier == "host"])
-        if self._windows:  # now that what comes from the store cannot displace a block that is needed
-            _run(outer.readers, self._read)
-        self._copy_from_host(borrowed)
+        self._borrowed: list[bytes] = []
+        try:
+            found = self._borrow([i for i, tier in enumerate(where) if tier == "host"])
+            if self._windows:  # now that what comes from the store cannot displace a block that is needed
+                self._start()
+            self._copy_from_host(found)
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            outer.host.give_back(self._borrowed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     # --- the engine's thread --------------------------------------------------------------------
     def finish(self, wait_s: float | None = None) -> list[bool]:
@@ -155,45 +176,52 @@ class Fetch:
         Whatever `wait_s` says, a load of many windows has the deadline of one call of the store.
         """
         limit = min(self.limit_s, math.inf if wait_s is None else wait_s)
-        for _ in self._windows:
-            remaining = limit - (self._outer.clock() - self._begin)
-            try:
-                window, blocks, buffers = self._unpacked.get(timeout=None if limit == math.inf else max(0.0, remaining))
-            except Empty:
-                break
-            self._copy(window, blocks)
-            self._outer.buffers.put(buffers)
-            self._room[window].set()
-        else:
-            self._measure(
-                sum(span.end - span.begin for span in self.trace if span.stage == "copy" and span.window >= 0)
-            )
+        try:
+            for _ in self._windows if not self._ended else ():
+                remaining = limit - (self._outer.clock() - self._begin)
+                timeout = None if limit == math.inf else max(0.0, remaining)
+                try:
+                    window, blocks, buffers = self._unpacked.get(timeout=timeout)
+                except Empty:
+                    return self.filled
+                self._copy(window, blocks)
+                self._outer.buffers.put(buffers)
+                self._room[window].set()
+            if not self._ended:
+                copies = [span for span in self.trace if span.stage == "copy" and span.window >= 0]
+                self._measure(sum(span.end - span.begin for span in copies))
+        finally:
+            self.end()
+        return self.filled
+
+    def end(self) -> None:
+        """Wait for nothing more. A window that is on its way goes into host memory; later ones are not fetched."""
         self._ended = True
         for latch in self._room:
             latch.set()
-        return self.filled
 
     def _measure(self, copying_s: float) -> None:
         """Report how long it took until the last window was unpacked, and copying."""
         if self._received:
-            self._outer.measured.put(("store", self._received, self._received_s + copying_s))
+            self._outer.measured.append(("store", self._received, self._received_s + copying_s))
 
     def _borrow(self, numbers: Sequence[int]) -> list[Parts]:
         """Return the blocks of the host tier that are still there."""
-        found = [(i, self._outer.host.borrow(self.keys[i])) for i in numbers]
-        for i, parts in found:
+        found = []
+        for i in numbers:
+            parts = self._outer.host.borrow(self.keys[i])
             self.reasons[i] = Reason.ABSENT if parts is None else ""
-        return [(i, parts) for i, parts in found if parts is not None]
+            if parts is not None:
+                self._borrowed.append(self.keys[i])
+                found.append((i, parts))
+        return found
 
-    def _copy_from_host(self, borrowed: Sequence[Parts]) -> None:
-        """Copy blocks of the host tier into their places, and give them back."""
+    def _copy_from_host(self, found: Sequence[Parts]) -> None:
+        """Copy blocks of the host tier into their places."""
         begin = self._outer.clock()
-        try:
-            self._copy(-1, borrowed)
-        finally:
-            self._outer.host.give_back([self.keys[i] for i, _ in borrowed])
-        if borrowed:
-            self._outer.measured.put(("host", len(borrowed), self._outer.clock() - begin))
+        self._copy(-1, found)
+        if found:
+            self._outer.measured.append(("host", len(found), self._outer.clock() - begin))
 
     def _copy(self, window: int, blocks: Sequence[Parts]) -> None:
         begin = self._outer.clock()
@@ -208,6 +236,13 @@ class Fetch:
             self.trace.append(Span("copy", window, begin, self._outer.clock()))
 
     # --- the other threads ----------------------------------------------------------------------
+    def _start(self) -> None:
+        try:
+            self._outer.readers.submit(self._read)
+        except RuntimeError:  # there is no thread, and this one must not wait for itself
+            self.end()
+            self._skip(0, Reason.ERROR)
+
     def _read(self) -> None:
         """Fetch window after window, until the engine stops waiting or the store fails."""
         outer, window = self._outer, 0
@@ -224,7 +259,7 @@ class Fetch:
                 self.trace.append(Span("fetch", window, begin, outer.clock()))
                 unpack = partial(self._unpack, window, values, reasons, buffers)
                 if window + 1 < len(self._windows):
-                    _run(outer.unpackers, unpack)
+                    _run(outer.unpackers, _Once(unpack))
                 else:  # there is nothing more to fetch meanwhile
                     unpack()
                 failed = next((reason for reason in reasons if reason and reason not in _WELL), "")
@@ -252,7 +287,7 @@ class Fetch:
         self._received += len(blocks)
         self._received_s = outer.clock() - self._begin
         self.trace.append(Span("unpack", window, begin, outer.clock()))
-        if self._ended:  # the planner must learn that this store is slow
+        if self._ended or self._alone:  # the planner must learn how slow this store is
             self._measure(0.0)
         self._unpacked.put((window, blocks, buffers))
 
@@ -285,7 +320,18 @@ class _Copies:
             self._stream.synchronize()
 
 
-def _run(workers: Workers, job: Job) -> None:
+class _Once:
+    """A job that runs at most once: `Workers.submit` may raise and run it later all the same."""
+
+    def __init__(self, job: Job) -> None:
+        self._jobs = [job]
+
+    def __call__(self) -> None:
+        if self._jobs:
+            self._jobs.pop()()
+
+
+def _run(workers: Workers, job: _Once) -> None:
     """Run a job in a thread; here, if there can be no other thread."""
     try:
         workers.submit(job)

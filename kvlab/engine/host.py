@@ -10,9 +10,10 @@ chooses which block leaves. It never leaves while it is borrowed.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ import torch
 from kvlab.core import codecs
 from kvlab.core.policies import POLICIES, Policy
 from kvlab.core.precisions import Array, Layout, layout_bytes
-from kvlab.errors import ConfigError, InputError
+from kvlab.errors import ConfigError
 from kvlab.stores.fork import reset_in_children
 
 ALIGNMENT = 64
+MOST = 1 << 62
 
 
 class HostBlocks:
@@ -31,7 +33,7 @@ class HostBlocks:
 
     Args:
         parts: the layout of a block.
-        max_bytes: 0 for no host tier; else the memory that is taken at once.
+        max_bytes: 0 for no host tier.
         policy: the eviction policy, a name in `kvlab.core.policies.POLICIES`.
         pinned: page-locked memory, which a GPU reads without the CPU.
 
@@ -39,22 +41,25 @@ class HostBlocks:
         capacity: the number of blocks that fit.
 
     Raises:
-        ConfigError: `max_bytes` is negative, holds no block, or is more than the machine gives; or the policy is
-            unknown.
+        ConfigError: `max_bytes` is negative, holds no block, or is more than the machine gives; there is no GPU for
+            `pinned`; or the policy is unknown.
     """
 
     def __init__(self, parts: Layout, max_bytes: int, policy: str = "lru", pinned: bool = False) -> None:
         size = -(-layout_bytes(parts) // ALIGNMENT) * ALIGNMENT
-        if type(max_bytes) is not int or max_bytes < 0 or 0 < max_bytes < size:
-            raise ConfigError(f"expected host_bytes as 0 or at least {size:,}, one block, got {max_bytes!r}")
+        if type(max_bytes) is not int or not (max_bytes == 0 or size <= max_bytes < MOST):
+            raise ConfigError(f"expected host_bytes as 0 or {size:,} (one block) … {MOST:,}, got {max_bytes!r}")
         if policy not in POLICIES:
             raise ConfigError(f"expected one of the policies {', '.join(POLICIES)}, got {policy!r}")
         self.capacity = max_bytes // size
+        if pinned and not torch.cuda.is_available():
+            raise ConfigError("expected pinned=True only on a machine with an NVIDIA GPU")
         try:
             memory = torch.empty((self.capacity, size), dtype=torch.uint8, pin_memory=pinned and self.capacity > 0)
         except RuntimeError as error:
             raise ConfigError(f"expected host_bytes that this machine has, got {max_bytes:,}: {error}") from None
         self._parts, self._rows, self._policy_name = parts, memory.numpy(), policy
+        self._closed = False
         self.reset_after_fork()
         reset_in_children(self)
 
@@ -66,25 +71,27 @@ class HostBlocks:
 
     def use(self, keys: Iterable[bytes]) -> None:
         """Note for the eviction policy that these blocks were needed, though another tier delivered them."""
-        with self._lock:
+        with self._lock, self._repaired():
             for key in keys:
                 if key in self._row_of:
                     self._policy.hit(key)
 
     def borrow(self, key: bytes) -> list[Array] | None:
         """Return the parts of a block, which stay as they are until `give_back`; None if it is not here."""
-        with self._lock:
+        with self._lock, self._repaired():
             row = self._row_of.get(key)
             if row is None:
                 return None
             self._policy.hit(key)
             self._policy.pin(key)
+            self._borrowed[key] += 1
             return self._view(row)
 
     def give_back(self, keys: Iterable[bytes]) -> None:
         """End a `borrow` of each of these blocks."""
-        with self._lock:
+        with self._lock, self._repaired():
             for key in keys:
+                self._borrowed[key] -= 1
                 self._policy.unpin(key)
 
     def put(self, key: bytes, parts: Sequence[Array], dirty: bool = False) -> list[tuple[bytes, list[Array]]]:
@@ -96,23 +103,17 @@ class HostBlocks:
         Returns:
             The dirty blocks that were evicted for it: copies, which the caller hands on.
         """
-        with self._lock:
+        with self._lock, self._repaired():
             if key in self._row_of:
-                if dirty:
-                    self._dirty[key] = None
+                self._dirty |= {key: None} if dirty else {}
                 return []
-            evicted = self._policy.admit(key)
+            evicted = [key] if self._closed else self._policy.admit(key)
             if evicted == [key]:
                 return [(key, list(parts))] if dirty else []
             spilled = [self._drop(other) for other in evicted]
             row = self._free.pop()
-            try:
-                for place, part in zip(self._view(row), parts, strict=True):
-                    place[...] = part
-            except BaseException:
-                self._policy.remove(key)
-                self._free.append(row)
-                raise
+            for place, part in zip(self._view(row), parts, strict=True):
+                place[...] = part
             self._row_of[key] = row  # only now: a block that was copied halfway is never found
             if dirty:
                 self._dirty[key] = None
@@ -120,19 +121,40 @@ class HostBlocks:
 
     def remove(self, key: bytes) -> None:
         """Forget a block. One that is borrowed or dirty stays."""
-        with self._lock:
-            if key not in self._row_of or key in self._dirty:
-                return
-            with contextlib.suppress(InputError):  # it is borrowed
+        with self._lock, self._repaired():
+            if key in self._row_of and key not in self._dirty and not self._borrowed[key]:
                 self._policy.remove(key)
                 self._free.append(self._row_of.pop(key))
 
-    def dirty(self) -> list[tuple[bytes, list[Array]]]:
-        """Return copies of all dirty blocks, oldest first. They are clean from now on."""
+    def mark_dirty(self, key: bytes) -> None:
+        """Note that no other tier may have a block, if it is here."""
         with self._lock:
-            blocks = [(key, self._copy(self._row_of[key])) for key in self._dirty]
+            self._dirty |= {key: None} if key in self._row_of else {}
+
+    def dirty(self) -> list[bytes]:
+        """Return the keys of all dirty blocks, oldest first."""
+        with self._lock:
+            return [*self._dirty]
+
+    def copies(self, keys: Iterable[bytes]) -> list[tuple[bytes, list[Array]]]:
+        """Return copies of those of these blocks that are here."""
+        with self._lock:
+            return [(key, self._copy(self._row_of[key])) for key in keys if key in self._row_of]
+
+    def clean(self, keys: Iterable[bytes]) -> None:
+        """Note that another tier has these blocks."""
+        with self._lock:
+            for key in keys:
+                self._dirty.pop(key, None)
+
+    def close(self) -> None:
+        """Forget all blocks, and take no more. Borrowed ones stay until they are given back."""
+        with self._lock, self._repaired():
+            self._closed = True
             self._dirty.clear()
-            return blocks
+            for key in [key for key in self._row_of if not self._borrowed[key]]:
+                self._policy.remove(key)
+                self._free.append(self._row_of.pop(key))
 
     def check_integrity(self) -> None:
         """Assert that every row is free or has one block, and that the policy knows these blocks."""
@@ -148,8 +170,26 @@ class HostBlocks:
         self._lock = threading.Lock()
         self._row_of: dict[bytes, int] = {}
         self._dirty: dict[bytes, None] = {}
+        self._borrowed: Counter[bytes] = Counter()
         self._free = list(range(self.capacity))
         self._policy: Policy[Any] = POLICIES[self._policy_name](self.capacity)
+
+    @contextmanager
+    def _repaired(self) -> Iterator[None]:
+        """Whatever raises in the block (Ctrl-C may, anywhere), the account is right afterwards."""
+        try:
+            yield
+        except BaseException:
+            self._borrowed += Counter()  # without what is 0
+            self._dirty = {key: None for key in self._dirty if key in self._row_of}
+            self._free = sorted(set(range(self.capacity)) - set(self._row_of.values()))
+            self._policy = POLICIES[self._policy_name](self.capacity)
+            for key in self._row_of:
+                self._policy.admit(key)
+            for key, times in self._borrowed.items():
+                for _ in range(times):
+                    self._policy.pin(key)
+            raise
 
     def _view(self, row: int) -> list[Array]:
         whole = self._rows[row, : layout_bytes(self._parts)]

@@ -189,7 +189,7 @@ class PagePool:
             table.pages += self._take(missing, after=table.pages[-1] if table.pages else -1)
 
     def evict_for(self, table: BlockTable, capacity: int) -> Iterator[tuple[bytes, Tensor]]:
-        """Evict the blocks whose pages `grow` would take, one by one; nothing if `grow` would raise.
+        """Evict the blocks whose pages `grow` would take, one by one; nothing if there are too few pages.
 
         Yields:
             The key of a block, and its KV [L, P, H, B, D], which is valid until the next step.

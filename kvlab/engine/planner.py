@@ -33,9 +33,12 @@ WINDOW: Final = 16
 HALF_LIFE: Final = 6
 """After so many newer observations of about its size, one counts half."""
 CHANGED: Final = 1.5
-"""Three observations in a row that are off by this factor, on the same side, are a change."""
+CONFIRMED: Final = 3
+"""So many observations in a row that are off by the factor CHANGED, on the same side, are a change. They are compared
+with sizes that were seen before; until then the curve stays as it was."""
 TERM: Final = 0.002
 """The mean square of relative errors by which a further term must improve a fit."""
+SHORTEST_S, LONGEST_S = 1e-9, 1e6
 LEARN: Final = 0.2
 FADE: Final = 0.98
 """The share of a plan's error that the next plan of its kind takes over, and what the other kinds keep of theirs."""
@@ -61,31 +64,36 @@ class Curve:
 
     def __init__(self, terms: int) -> None:
         self._seen: dict[int, deque[Observation]] = {}  # by size, each twice the one before
-        self._recent: deque[Observation] = deque(maxlen=3)
+        self._doubtful: list[Observation] = []  # the last ones, if they are off, all on the same side
+        self._side = 0
         self._subsets = [s for size in range(1, terms + 1) for s in itertools.combinations(range(terms), size)]
         self._terms = terms
         self._coefficients: NDArray[np.float64] | None = None
         self._off: dict[int, float] = {}
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """Take one measurement into account. One that is not positive and finite is a clock's fault: ignored."""
-        if not (math.isfinite(seconds) and seconds > 0):
+        """Take one measurement into account. One that no step can have is a clock's fault: ignored."""
+        if not SHORTEST_S <= seconds <= LONGEST_S:
             return
-        self._recent.append((terms, seconds))
-        kept = [(terms, seconds)]
-        if self._has_changed():
+        expected = self._value(terms) if _size(terms) in self._seen else seconds
+        side = (seconds > CHANGED * expected) - (seconds < expected / CHANGED)
+        if side != self._side:
+            self._add(self._doubtful)
+        self._side = side
+        self._doubtful = [*self._doubtful, (terms, seconds)]
+        if side and len(self._doubtful) < CONFIRMED:
+            return  # an accident or a change? The next ones will tell
+        if side:
             self._seen.clear()
-            kept = [*self._recent]
-        for x, took in kept:
-            size = round(math.log2(max(x[1], 1)))
-            self._seen.setdefault(size, deque(maxlen=WINDOW)).append((x, took))
-        self._fit()
+        self._add(self._doubtful)
+        self._side = 0
 
-    def _has_changed(self) -> bool:
-        if self._coefficients is None or len(self._recent) < 3:
-            return False
-        ratios = [took / max(self._value(x), 1e-12) for x, took in self._recent]
-        return min(ratios) > CHANGED or max(ratios) < 1 / CHANGED
+    def _add(self, observations: Sequence[Observation]) -> None:
+        for terms, seconds in observations:
+            self._seen.setdefault(_size(terms), deque(maxlen=WINDOW)).append((terms, seconds))
+        self._doubtful = []
+        if observations:
+            self._fit()
 
     def predict(self, terms: Sequence[float]) -> float | None:
         """Seconds for these terms; None before the first observation."""
@@ -101,7 +109,7 @@ class Curve:
     def _correction(self, size: float) -> float:
         """How far observations of about this size are from the sum of terms, where no such sum fits all sizes.
 
-        Between two sizes it is interpolated. With few observations it is near 1.
+        Between two sizes it is interpolated.
         """
         at = math.log2(max(size, 1))
         sizes = sorted(self._off)
@@ -132,8 +140,13 @@ class Curve:
         self._off = {size: self._ratio(same) for size, same in self._seen.items()}
 
     def _ratio(self, same: Iterable[Observation]) -> float:
-        """The median of observed by fitted; a 1 is added, so that a single observation moves it by half."""
-        return statistics.median([1.0, *(took / max(self._fitted(x), 1e-12) for x, took in same)])
+        """The median of observed by fitted, for observations of about one size."""
+        return statistics.median(took / max(self._fitted(x), 1e-12) for x, took in same)
+
+
+def _size(terms: Sequence[float]) -> int:
+    """Observations of about the same size have the same number: the nearest power of two."""
+    return round(math.log2(max(terms[1], 1)))
 
 
 @dataclass(frozen=True)
@@ -223,7 +236,7 @@ class Planner:
         """Take note of what a plan took in all, with what no step shows: planning, and that overlapping is not free."""
         plan.took_s = seconds
         kind = self._beyond.get(plan.why)
-        if kind is None or not (math.isfinite(seconds / plan.predicted_s) and seconds > 0):
+        if kind is None or not plan.predicted_s > 0 or not SHORTEST_S <= seconds <= LONGEST_S:
             return
         for other in self._beyond:  # an opinion that is not tried fades
             self._beyond[other] = 1 + (self._beyond[other] - 1) * FADE

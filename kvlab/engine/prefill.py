@@ -49,7 +49,8 @@ def make_room(table: BlockTable, tokens: int, cache: KVCache | None) -> None:
     """
     pool = table.pool
     if isinstance(cache, TieredCache) and cache.exclusive:
-        for key, kv in pool.evict_for(table, tokens):
+        copied = pool.page_tokens if len(table.keys) * cache.block_tokens == tokens else 0  # its last token is computed
+        for key, kv in pool.evict_for(table, tokens + copied):
             cache.evicted(key, kv)
     pool.grow(table, tokens)
 
@@ -100,11 +101,11 @@ def _by_plan(
     plan = planner.plan(["" if tier == "device" else tier for tier in where], T, shared)
     asked = [i for step in plan.fetches for i in range(step.start // B, step.stop // B)]
     places = [Place(table, i * B, (i + 1) * B) for i in asked]
-    fetch = cache.fetch([keys[i] for i in asked], [where[i] for i in asked], [place.out for place in places])
     logits = prompt
-    for step in plan.front:
-        logits = _compute(model, prompt, table, planner, step)
-    filled = fetch.finish(cache.wait_s)
+    with cache.fetch([keys[i] for i in asked], [where[i] for i in asked], [place.out for place in places]) as fetch:
+        for step in plan.front:
+            logits = _compute(model, prompt, table, planner, step)
+        filled = fetch.finish(cache.wait_s)
     cache.count(fetch, filled)
     for place, there in zip(places, filled, strict=True):
         if there:

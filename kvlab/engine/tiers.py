@@ -36,6 +36,7 @@ from kvlab.engine.fetch import Fetch, Outer
 from kvlab.engine.host import HostBlocks
 from kvlab.engine.planner import Planner
 from kvlab.errors import ConfigError
+from kvlab.stores import WriteBehind
 from kvlab.stores.base import Health, check_clock, check_number
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
@@ -51,7 +52,8 @@ class TieredCache(KVCache):
     Args:
         store: the outer tier. Closing this cache closes it.
         host_bytes: memory for blocks; 0 for no host tier.
-        write: when new blocks go to the store: "through", "back" or "selective".
+        write: when new blocks go to the store: "through", "back" or "selective". A request needs a block if `locate`
+            or `load` names it; by `match` and `save` alone nothing is ever needed twice.
         exclusive: host memory has no copies of what is on the device. Blocks that the store lacks stay nevertheless.
         wait_s: how long a request waits for what it fetches, from the begin of the fetch; then it computes the rest.
             0: it takes what is there when it is ready. None: as long as one call of the store may take.
@@ -125,14 +127,15 @@ class TieredCache(KVCache):
         """See `KVCache.load`."""
         B = self.block_tokens
         self.store.check_load(tokens, start, stop, out)
-        keys = self.namespace.keys(tokens[:stop])
+        chain = self.namespace.keys(tokens[:stop])
+        before, keys = chain[: start // B], chain[start // B :]
         self._note_use(keys)
-        if start:
-            self.store.present(keys[: start // B])  # must not expire before the later blocks
-        keys = keys[start // B :]
         where = ["host" if key in self.host else "store" for key in keys]
-        fetch = self.fetch(keys, where, [out[:, :, :, i * B : (i + 1) * B] for i in range(len(keys))])
-        filled = fetch.finish(self.wait_s)
+        near = [key for key, tier in zip(keys, where, strict=True) if tier == "host"]
+        if near or start:  # used but not fetched: they must not expire in the store before the later blocks
+            self.store.present([*before, *near])
+        with self.fetch(keys, where, [out[:, :, :, i * B : (i + 1) * B] for i in range(len(keys))]) as fetch:
+            filled = fetch.finish(self.wait_s)
         hits = filled.index(False) if False in filled else len(keys)
         first = [fetch.reasons[hits] or Reason.LATE] if hits < len(keys) else []
         reasons = [""] * hits + first + [Reason.GAP] * (len(keys) - hits - 1)
@@ -146,28 +149,29 @@ class TieredCache(KVCache):
         first = -(-max(start, 0) // B)
         stored = self.store.present(keys)
         written: dict[bytes, list[Array]] = {}
+        spilled: list[tuple[bytes, list[Array]]] = []
         for i, key in enumerate(keys):
             offered, dirty = i >= first, self.write == "back" and not stored[i]
-            to_host = offered and (dirty or not (self.exclusive or key in self.host))
+            to_host = offered and (dirty or not self.exclusive) and key not in self.host
             to_store = not stored[i] and self._is_written(key, offered)
-            if not (to_host or to_store):
-                continue
-            try:
-                parts = self.store.parts_of(kv[:, :, :, i * B : (i + 1) * B])
-            except Unholdable:
-                with self._lock:
-                    self._stats.drops[Reason.OVERFLOW] += len(keys) - i
-                stored = stored[:i]
-                break
-            if to_host:
-                self._outer.keep(key, parts, dirty)
-            if to_store:
-                written[key] = parts
-        accepted = self.store.write([*written], [*written.values()])
-        safe = [there or key in self.host for key, there in zip(keys, stored, strict=False)]
+            if to_host or to_store:
+                try:
+                    parts = self.store.parts_of(kv[:, :, :, i * B : (i + 1) * B])
+                except Unholdable:
+                    with self._lock:
+                        self._stats.drops[Reason.OVERFLOW] += len(keys) - i
+                    stored = stored[:i]
+                    break
+                spilled += self.host.put(key, parts, dirty) if to_host else []
+                written |= {key: parts} if to_store else {}
+            elif offered and dirty:
+                self.host.mark_dirty(key)  # the store has lost it
+        safe = {key for key, there in zip(keys, stored, strict=False) if there or key in self.host}
+        safe |= {key for key, _ in spilled} if self._outer.write_back(spilled) else set()
+        safe |= written.keys() if self.store.write([*written], [*written.values()]) == len(written) else set()
         with self._lock:
             self._stats.kept += sum(stored[first:])
-        return sum(safe[first:]) + min(accepted, sum(key not in self.host for key in written))
+        return len(safe & set(keys[first : len(stored)]))
 
     def stats(self) -> CacheStats:
         """See `KVCache.stats`. `stored` and the bytes are those of the store."""
@@ -180,13 +184,29 @@ class TieredCache(KVCache):
         """See `KVCache.health`. It is that of the store; host memory has no state in which it does not work."""
         return self.store.health()
 
-    def flush(self) -> None:
-        """Write what only host memory has, if blocks are written back."""
-        self._outer.write_back(self.host.dirty())
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Write what only host memory has, if blocks are written back; return whether the store has it all now.
+
+        Args:
+            timeout_s: how long to wait for a `WriteBehind` in front of the store, again and again until all is written.
+        """
+        give_up = time.monotonic() + timeout_s
+        behind = self.store.store if isinstance(self.store.store, WriteBehind) else None
+        while keys := self.host.dirty():
+            batch = keys[: self._outer.window]  # small, because the queue of a `WriteBehind` has an end
+            self._outer.write_back(self.host.copies(batch))
+            if behind is not None:
+                behind.flush(max(0.0, give_up - time.monotonic()))
+            there = self.store.present(batch)
+            self.host.clean([key for key, stored in zip(batch, there, strict=True) if stored])
+            if not any(there) or time.monotonic() > give_up:
+                return False
+        return True
 
     def close(self) -> None:
         """See `KVCache.close`. First writes what only host memory has, if blocks are written back."""
         self.flush()
+        self.host.close()
         self.store.close()
 
     # --- for an engine with pages ---------------------------------------------------------------
@@ -202,8 +222,8 @@ class TieredCache(KVCache):
         """
         self._note_use(keys)
         self.host.use(keys[:shared])  # else they leave host memory first, and are nowhere when they leave the device
-        while not self._outer.measured.empty():
-            self.planner.fetched(*self._outer.measured.get())
+        while self._outer.measured:
+            self.planner.fetched(*self._outer.measured.popleft())
         return ["device"] * shared + self._where(keys[shared:])
 
     def fetch(self, keys: Sequence[bytes], where: Sequence[str], outs: Sequence[Tensor]) -> Fetch:
@@ -212,9 +232,7 @@ class TieredCache(KVCache):
 
     def prefetch(self, keys: Sequence[bytes], where: Sequence[str]) -> None:
         """Fetch blocks only to measure how long that takes, and for host memory. Nobody waits for it."""
-        fetch = Fetch(self._outer, keys, where, [torch.empty(self.store.block_shape) for _ in keys])
-        if "store" not in where:
-            fetch.finish(0)
+        Fetch(self._outer, keys, where, [torch.empty(self.store.block_shape) for _ in keys], alone=True)
 
     def count(self, fetch: Fetch, filled: Sequence[bool]) -> None:
         """Count the blocks of a fetch as hits by source, and as misses with their reasons."""
@@ -251,15 +269,20 @@ class TieredCache(KVCache):
     def _note_use(self, keys: Sequence[bytes]) -> None:
         with self._lock:
             for key in reversed(keys):  # a parent is forgotten after its successors
-                self._seen[key] = self._seen.pop(key, 0) + 1
-            while len(self._seen) > MAX_SEEN:
-                del self._seen[next(iter(self._seen))]
+                self._count_use(key, self._seen.pop(key, 0) + 1)
+
+    def _count_use(self, key: bytes, times: int) -> None:
+        self._seen[key] = times
+        while len(self._seen) > MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
 
     def _is_written(self, key: bytes, offered: bool) -> bool:
         """Whether a block that the store lacks is written now."""
         if self.write == "selective":
             with self._lock:
-                return self._seen.setdefault(key, 1) > 1
+                if key not in self._seen:
+                    self._count_use(key, 1)
+                return self._seen[key] > 1
         return offered and self.write == "through"
 
     def _stays_dirty(self, stored: bool) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +80,9 @@ def test_many_operations_against_a_second_account(policy: str) -> None:
             case 5:
                 host.use([key(n)])
             case 6 if rng.random() < 0.05:
-                assert {number_in(parts) for _, parts in host.dirty()} == dirty
+                copies = host.copies(host.dirty())
+                assert {number_in(parts) for _, parts in copies} == dirty
+                host.clean(host.dirty())
                 dirty = set()
         assert all(key(n) in host for n in [*borrowed, *dirty])
         host.check_integrity()
@@ -119,9 +124,10 @@ def test_a_tier_of_size_zero_holds_nothing() -> None:
 @pytest.mark.parametrize(
     ("max_bytes", "said"),
     [
-        (-1, "at least 1,024"),
+        (-1, "1,024"),
         (BLOCK_BYTES - 1, "one block"),
         (1 << 60, "this machine"),
+        (1 << 80, "got 1208925819614629174706176"),
         (1.5, "got 1.5"),
     ],
 )
@@ -150,4 +156,34 @@ def test_a_broken_account_is_noticed(sabotage: str) -> None:
     else:
         host._dirty[key(9)] = None
     with pytest.raises(AssertionError):
+        host.check_integrity()
+
+
+def test_whatever_is_raised_in_the_middle_of_a_call_leaves_a_right_account() -> None:
+    """A trace function raises before the n-th line of the module, as a signal handler may."""
+    for n in range(1, 200):
+        host = room_for(3)
+        for number in range(3):
+            host.put(key(number), block(number), dirty=number == 1)
+        lines = itertools.count()
+
+        def interrupt(frame: Any, event: str, _: Any, lines: Any = lines, n: int = n) -> Any:
+            if not frame.f_code.co_filename.endswith("host.py") or frame.f_code.co_name == "_repaired":
+                return None
+            if event == "line" and next(lines) == n:
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            for number in (3, 0, 4):
+                host.put(key(number), block(number), dirty=True)
+                host.borrow(key(number))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        host.check_integrity()
+        assert all(held(host, number) in (None, number) for number in range(5))
+        host.put(key(9), block(9))
         host.check_integrity()

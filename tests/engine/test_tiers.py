@@ -17,10 +17,11 @@ from kvlab.engine import Generation, generate
 from kvlab.engine import fetch as fetch_module
 from kvlab.engine.fetch import Fetch
 from kvlab.engine.pages import PagePool
+from kvlab.engine.planner import EXPLORE
 from kvlab.engine.tiers import WRITES, TieredCache
 from kvlab.errors import ConfigError, InputError
 from kvlab.stores import MemoryStore, Store, WriteBehind
-from tests.harness.helpers import attentive_model, exact_kv, small_spec
+from tests.harness.helpers import attentive_model, blank, exact_kv, small_spec
 
 MODEL = attentive_model()
 SPEC = small_spec()
@@ -299,9 +300,10 @@ def test_fetch_unpack_and_copy_of_different_windows_overlap(monkeypatch: pytest.
 
     If one of them began only after another's end, this test would fail after WAIT_S.
     """
+    monkeypatch.setattr(fetch_module, "UNPACKERS", 1)  # with two, windows may overtake each other
     prompt, windows = words(5 * B), 5
     began = {(stage, n): threading.Event() for stage in ("fetch", "unpack", "copy") for n in range(windows)}
-    steps = {stage: iter(range(windows)) for stage in ("fetch", "copy")}
+    fetches = iter(range(windows))
 
     def meet(stage: str, n: int, *others: tuple[str, int]) -> None:
         began[stage, n].set()
@@ -310,7 +312,7 @@ def test_fetch_unpack_and_copy_of_different_windows_overlap(monkeypatch: pytest.
 
     class Store(MemoryStore):
         def get_many(self, keys: Sequence[bytes], out: Any = None, reasons: Any = None) -> list[Any]:
-            n = next(steps["fetch"])
+            n = next(fetches)
             meet("fetch", n, ("unpack", n - 1), ("copy", n - 2))
             return super().get_many(keys, out, reasons)
 
@@ -325,14 +327,17 @@ def test_fetch_unpack_and_copy_of_different_windows_overlap(monkeypatch: pytest.
         meet("unpack", n, ("fetch", n + 1))
         return unpack(key, value, reason)
 
-    def copy_and_meet(*arguments: Any) -> None:
-        n = next(steps["copy"])
+    def copy_and_meet(parts: Any, precision: str, axis: int, out: torch.Tensor) -> None:
+        n = places.index(out.data_ptr())
         meet("copy", n, ("fetch", n + 2))
-        copy(*arguments)
+        copy(parts, precision, axis, out)
 
     monkeypatch.setattr(cache.store, "unpack", unpack_and_meet)
     monkeypatch.setattr(fetch_module, "from_parts", copy_and_meet)
-    fetch, kv = start_fetch(cache, prompt)
+    kv = blank_kv(windows * B)
+    outs = [kv[:, :, :, i * B : (i + 1) * B] for i in range(windows)]
+    places = [out.data_ptr() for out in outs]
+    fetch = cache.fetch(keys, ["store"] * windows, outs)
     assert fetch.finish() == [True] * windows
     torch.testing.assert_close(kv, kv_of(prompt), rtol=0, atol=1e-4)
     spans = {(span.stage, span.window): span for span in fetch.trace}
@@ -458,6 +463,183 @@ def test_host_memory_that_fails_while_a_block_is_promoted_is_a_miss(caplog: pyte
     assert "unpacking failed" in caplog.text
 
 
+def test_a_probe_teaches_the_planner_that_a_slow_wire_has_become_fast() -> None:
+    prompt, clock, slow = words(8 * B + 3), Clock(), [1.0]
+
+    class Wire(MemoryStore):
+        def get_many(self, keys: Sequence[bytes], out: Any = None, reasons: Any = None) -> list[Any]:
+            clock.now += slow[0] * len(keys)
+            return super().get_many(keys, out, reasons)
+
+    store = Wire()
+    run(prompt, tiered(store))
+    cache = tiered(store, blocks=0, planner=True, clock=clock)
+    predicted = []
+    for number in range(10 * EXPLORE):
+        slow[0] = 1.0 if number < 2 * EXPLORE else 1e-6
+        plan = run(prompt, cache).plan
+        predicted.append(plan.predicted_s if plan.why == "fetch" else plan.rejected.get("fetch", 0.0))
+        if plan.probe is not None:
+            threading.Event().wait(0.02)  # it runs in another thread
+    assert min(predicted[2 : 2 * EXPLORE]) > 0.9 and predicted[-1] < 0.1
+
+
+def test_a_fetch_whose_engine_is_interrupted_keeps_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are readers, each with more windows than are fetched ahead."""
+    prompt = words(8 * B)
+    store = MemoryStore()
+    run(prompt, tiered(store))
+    monkeypatch.setattr(fetch_module, "AHEAD_BYTES", 1)
+    monkeypatch.setattr(fetch_module, "READERS", 2)
+    cache, real = tiered(store, blocks=0), fetch_module.from_parts
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(6):
+        monkeypatch.setattr(fetch_module, "from_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.load(prompt, 0, 8 * B, blank_kv(8 * B))
+    monkeypatch.setattr(fetch_module, "from_parts", real)
+    assert cache.load(prompt, 0, 8 * B, blank_kv(8 * B)) == 8 * B
+
+
+def test_a_fetch_whose_copy_fails_gives_back_what_it_borrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = words(6 * B + 3)
+    cache = tiered(blocks=6)
+    run(prompt, cache)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fetch_module, "from_parts", fails)
+    with pytest.raises(MemoryError):
+        run(prompt, cache)
+    monkeypatch.undo()
+    assert cache.host._policy.pinned == 0
+    assert run(prompt, cache).sources == {"host": 96}
+
+
+def test_without_threads_the_store_is_a_miss_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, store = words(4 * B + 1), MemoryStore()
+    plain = run(prompt, tiered(store)).tokens
+    cache = tiered(store)
+
+    def no_thread(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(cache._outer.readers, "submit", no_thread)
+    result = run(prompt, cache)
+    assert (result.tokens, result.cached_tokens, cache.stats().misses) == (plain, 0, Counter(error=4))
+
+
+def test_write_back_over_a_small_queue_loses_nothing_at_close() -> None:
+    kept = set[bytes]()
+
+    class Keeps(MemoryStore):
+        def close(self) -> None:
+            kept.update(self._entries)
+            super().close()
+
+    cache = tiered(WriteBehind(Keeps(), max_bytes=40_000), write="back")
+    prompt = words(14 * B + 1)
+    run(prompt, cache)
+    cache.close()
+    assert kept == set(cache.namespace.keys(prompt))
+
+
+def test_what_a_flush_could_not_write_is_written_by_a_later_one() -> None:
+    class Outage(MemoryStore):
+        down = True
+
+        def put_many(self, keys: Sequence[bytes], values: Sequence[Any]) -> int:
+            return 0 if self.down else super().put_many(keys, values)
+
+    store = Outage()
+    cache = tiered(store, write="back")
+    run(words(6 * B + 1), cache)
+    assert not cache.flush()
+    store.down = False
+    assert cache.flush() and len(keys_in(store)) == 6
+
+
+def test_a_chain_that_host_memory_serves_does_not_expire_in_the_store() -> None:
+    now = [0.0]
+    store = MemoryStore(ttl_s=10, clock=lambda: now[0])
+    kv, tokens = exact_kv(SPEC, 4 * B), words(4 * B)
+    cache = tiered(store, model=SPEC)
+    cache.save(tokens, kv)
+    for _ in range(5):
+        now[0] += 6
+        assert cache.load(tokens, 0, 4 * B, blank(SPEC, 4 * B)) == 4 * B
+    assert tiered(store, model=SPEC).match(tokens) == 4 * B
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 64])
+def test_save_says_how_many_blocks_are_safe_and_asks_the_store_twice_at_most(blocks: int) -> None:
+    class Counts(MemoryStore):
+        calls = 0
+
+        def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+            self.calls += 1
+            return super().touch_many(keys)
+
+    store = Counts()
+    cache = tiered(store, blocks=blocks, model=SPEC, write="back")
+    assert cache.save(words(20 * B), exact_kv(SPEC, 20 * B)) == 20
+    assert store.calls <= 2
+
+
+def test_after_close_everything_is_a_miss() -> None:
+    cache, kv = tiered(model=SPEC), exact_kv(SPEC, 2 * B)
+    cache.save(words(2 * B), kv)
+    cache.close()
+    assert cache.match(words(2 * B)) == 0
+    assert cache.load(words(2 * B), 0, 2 * B, blank(SPEC, 2 * B)) == 0
+    assert cache.save(words(2 * B, seed=1), kv) == 0
+
+
+def test_a_prompt_that_is_wholly_on_the_device_loses_no_block_when_its_last_page_is_copied() -> None:
+    cache = tiered(exclusive=True)
+    pool = PagePool(MODEL, 6, cache.namespace)
+    first, second = words(3 * B), words(2 * B, seed=1)
+    for prompt in (second, first, first):
+        run(prompt, cache, pool, new=1)
+    somewhere = set(pool.index.blocks) | set(cache.host._row_of)
+    assert somewhere == {*cache.namespace.keys(first), *cache.namespace.keys(second)}
+
+
+def test_many_requests_at_once_are_not_late() -> None:
+    class Slow(MemoryStore):
+        deadline_s = 2.0
+
+        def get_many(self, keys: Sequence[bytes], out: Any = None, reasons: Any = None) -> list[Any]:
+            threading.Event().wait(0.2)
+            return super().get_many(keys, out, reasons)
+
+    store, tokens = Slow(), words(2 * B)
+    run([*tokens, 1], tiered(store))
+    cache, got = tiered(store, blocks=0, window_bytes=1 << 20), list[int]()
+
+    def load() -> None:
+        got.append(cache.load(tokens, 0, 2 * B, blank_kv(2 * B)))
+
+    threads = [threading.Thread(target=load) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [2 * B] * 24
+
+
+def test_what_is_measured_is_bounded() -> None:
+    cache, kv = tiered(model=SPEC, write="selective"), exact_kv(SPEC, 2 * B)
+    cache.save(words(2 * B), kv)
+    for _ in range(2 * fetch_module.MEASURED):
+        cache.load(words(2 * B), 0, 2 * B, blank(SPEC, 2 * B))
+    assert len(cache._outer.measured) == fetch_module.MEASURED
+
+
 @pytest.mark.parametrize("end", ["close", "lose"])
 def test_a_store_that_vanishes_changes_no_token(end: str) -> None:
     store, prompts = MemoryStore(), [words(4 * B + 5, seed=i) for i in range(3)]
@@ -488,6 +670,7 @@ def test_writes_go_through_the_queue_of_write_behind() -> None:
         ({"window_bytes": 0}, "window_bytes"),
         ({"policy": "best"}, "policies"),
         ({"clock": 3}, "clock"),
+        ({"pinned": True}, "GPU"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +115,9 @@ def run(device: str | None = None, plan: Plan | None = None, budget_s: float = B
             for pinned in (True, False) if device == "cuda" else (False,):
                 report.add("h2d", f"{mib} MiB", functools.partial(_h2d, device, mib, pinned, plan.rounds))
         for shape in plan.shapes:
-            with _model(shape, plan, device) as model:
-                _measure(report, shape[0], model, plan)
+            _measure(report, shape[0], _model(shape, plan, device), plan)
+            if device == "cuda":
+                torch.cuda.empty_cache()  # nothing refers to that model any more
     prefill = report.tables.get("prefill", [])
     return {
         "about": ABOUT,
@@ -146,22 +146,17 @@ def _measure(report: _Report, name: str, model: Llama, plan: Plan) -> None:
             report.add("ttft", f"{name}, {tier}, {tokens}", step)
 
 
-@contextmanager
-def _model(shape: tuple[str, int, int, int, int, int, int], plan: Plan, device: str) -> Iterator[Llama]:
-    """A model with random weights; its memory is free afterwards."""
+def _model(shape: tuple[str, int, int, int, int, int, int], plan: Plan, device: str) -> Llama:
+    """A model with random weights."""
     _, hidden, layers, heads, kv_heads, head_dim, mlp = shape
     config = LlamaConfig(4096, hidden, mlp, layers, heads, kv_heads, head_dim, plan.tokens[-1] + 2 * SUFFIX)
     before = torch.get_default_dtype()
     torch.set_default_dtype(plan.dtype)
     try:
         with torch.device(device):
-            model = Llama(config)
+            return Llama(config).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
-    yield model.requires_grad_(False).eval()
-    del model
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _sync(device: torch.device) -> None:
