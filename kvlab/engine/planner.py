@@ -19,7 +19,7 @@ import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,6 +42,8 @@ SHORTEST_S, LONGEST_S = 1e-9, 1e6
 LEARN: Final = 0.2
 FADE: Final = 0.98
 """The share of a plan's error that the next plan of its kind takes over, and what the other kinds keep of theirs."""
+CAREFUL: Final = 2.0
+"""By so much at most a single slow observation makes the next prediction of its size worse."""
 EXPLORE: Final = 16
 """After so many plans without a fetch from a tier that had blocks, one is fetched only to learn how long it takes."""
 FRONTS: Final = 32
@@ -50,6 +52,28 @@ FRONTS: Final = 32
 
 Observation = tuple[Sequence[float], float]
 """The terms, the second of them a size, and the seconds that it took."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A sum of terms, and by size how far observations are from it, where no such sum fits all sizes."""
+
+    coefficients: NDArray[np.float64]
+    off: dict[int, float] = field(default_factory=dict)
+
+    def value(self, terms: Sequence[float]) -> float:
+        return self.sum(terms) * self._correction(terms[1]) if self.off else self.sum(terms)
+
+    def sum(self, terms: Sequence[float]) -> float:
+        return float(self.coefficients @ np.asarray(terms))
+
+    def _correction(self, size: float) -> float:
+        """Interpolated between the two sizes beside this one."""
+        at = math.log2(max(size, 1))
+        below = max((s for s in self.off if s <= at), default=min(self.off))
+        above = min((s for s in self.off if s >= at), default=max(self.off))
+        share = (at - below) / (above - below) if above > below else 0.0
+        return (1 - share) * self.off[below] + share * self.off[above]
 
 
 class Curve:
@@ -68,64 +92,40 @@ class Curve:
         self._side = 0
         self._subsets = [s for size in range(1, terms + 1) for s in itertools.combinations(range(terms), size)]
         self._terms = terms
-        self._coefficients: NDArray[np.float64] | None = None
-        self._off: dict[int, float] = {}
+        self._fit: _Fit | None = None
+        self._basis: _Fit | None = None  # the fit before the doubtful ones, with which the next ones are compared
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
         """Take one measurement into account. One that no step can have is a clock's fault: ignored."""
         if not SHORTEST_S <= seconds <= LONGEST_S:
             return
-        expected = self._value(terms) if _size(terms) in self._seen else seconds
-        side = (seconds > CHANGED * expected) - (seconds < expected / CHANGED)
-        if side != self._side:
-            self._add(self._doubtful)
-        self._side = side
-        self._doubtful = [*self._doubtful, (terms, seconds)]
-        if side and len(self._doubtful) < CONFIRMED:
-            return  # an accident or a change? The next ones will tell
-        if side:
-            self._seen.clear()
-        self._add(self._doubtful)
-        self._side = 0
-
-    def _add(self, observations: Sequence[Observation]) -> None:
-        for terms, seconds in observations:
-            self._seen.setdefault(_size(terms), deque(maxlen=WINDOW)).append((terms, seconds))
-        self._doubtful = []
-        if observations:
-            self._fit()
+        kept = [(terms, seconds)]
+        if self._basis is not None and _size(terms) in self._basis.off:  # a new size says nothing of a change
+            expected = self._basis.value(terms)
+            side = (seconds > CHANGED * expected) - (seconds < expected / CHANGED)
+            self._doubtful = [*(self._doubtful if side == self._side else []), *kept] if side else []
+            self._side = side
+            if len(self._doubtful) == CONFIRMED:
+                kept, self._doubtful = self._doubtful, []
+                self._seen.clear()
+        for x, took in kept:
+            self._seen.setdefault(_size(x), deque(maxlen=WINDOW)).append((x, took))
+        self._fit = self._fitted()
+        if not self._doubtful:
+            self._basis = self._fit
 
     def predict(self, terms: Sequence[float]) -> float | None:
         """Seconds for these terms; None before the first observation."""
-        return None if self._coefficients is None else self._value(terms)
+        return None if self._fit is None else self._fit.value(terms)
 
-    def _value(self, terms: Sequence[float]) -> float:
-        return self._fitted(terms) * self._correction(terms[1])
-
-    def _fitted(self, terms: Sequence[float]) -> float:
-        assert self._coefficients is not None
-        return float(self._coefficients @ np.asarray(terms))
-
-    def _correction(self, size: float) -> float:
-        """How far observations of about this size are from the sum of terms, where no such sum fits all sizes.
-
-        Between two sizes it is interpolated.
-        """
-        at = math.log2(max(size, 1))
-        sizes = sorted(self._off)
-        below = max((s for s in sizes if s <= at), default=sizes[0])
-        above = min((s for s in sizes if s >= at), default=sizes[-1])
-        share = (at - below) / (above - below) if above > below else 0.0
-        return (1 - share) * self._off[below] + share * self._off[above]
-
-    def _fit(self) -> None:
-        """Take the terms that explain the observations, as few as do."""
+    def _fitted(self) -> _Fit:
+        """Take the terms that explain the observations, as few as do; then how far each size is from them."""
         seen = [observation for same in self._seen.values() for observation in same]
         took = np.array([seconds for _, seconds in seen])
         weight = 0.5 ** (np.concatenate([np.arange(len(same))[::-1] for same in self._seen.values()]) / HALF_LIFE)
         weight = np.sqrt(weight / weight.sum())
         scaled = np.array([x for x, _ in seen], dtype=np.float64) / took[:, None] * weight[:, None]
-        best = math.inf
+        best, coefficients = math.inf, np.zeros(self._terms)
         for subset in self._subsets:
             columns = scaled[:, subset]
             size = np.linalg.norm(columns, axis=0)
@@ -134,14 +134,13 @@ class Curve:
             found = np.linalg.lstsq(columns / size, weight, rcond=None)[0] / size
             error = float(((columns @ found - weight) ** 2).sum()) + TERM * len(subset)
             if (found >= 0).all() and error < best - 1e-9:
-                best = error
-                self._coefficients = np.zeros(self._terms)
-                self._coefficients[list(subset)] = found
-        self._off = {size: self._ratio(same) for size, same in self._seen.items()}
-
-    def _ratio(self, same: Iterable[Observation]) -> float:
-        """The median of observed by fitted, for observations of about one size."""
-        return statistics.median(took / max(self._fitted(x), 1e-12) for x, took in same)
+                best, coefficients = error, np.zeros(self._terms)
+                coefficients[list(subset)] = found
+        fit = _Fit(coefficients)
+        off = {n: statistics.median(t / max(fit.sum(x), 1e-12) for x, t in same) for n, same in self._seen.items()}
+        for x, t in self._doubtful:  # if it was slow, it may be so again: be careful with this size
+            off[_size(x)] *= min(max(1.0, t / max(fit.sum(x) * off[_size(x)], 1e-12)), CAREFUL)
+        return _Fit(coefficients, off)
 
 
 def _size(terms: Sequence[float]) -> int:

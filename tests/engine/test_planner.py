@@ -79,6 +79,11 @@ def test_one_outlier_changes_little() -> None:
     for n in (1, 2, 4, 8) * 8:
         curve.observe((1, n), fetch_s(n))
     curve.observe((1, 4), 20 * fetch_s(4))
+    predicted = curve.predict((1, 4))
+    assert predicted is not None and predicted <= 2.4 * fetch_s(
+        4
+    )  # careful, until the next one says that it was an accident
+    curve.observe((1, 8), fetch_s(8))
     assert curve.predict((1, 4)) == pytest.approx(fetch_s(4), rel=0.35)
 
 
