@@ -78,7 +78,7 @@ class TieredCache(KVCache):
         policy: str = "lru",
         planner: bool = True,
         pinned: bool = False,
-        window_bytes: int = 2 << 20,
+        window_bytes: int = 4 << 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not isinstance(store, DistributedKVCache):
@@ -256,7 +256,9 @@ class TieredCache(KVCache):
         self._lock = threading.Lock()
         self._seen: dict[bytes, int] = {}  # how many requests needed a block; the one not needed for longest first
         window_bytes, clock, pinned = self._setting
-        self._outer = Outer(self.host, self.store, not self.exclusive, window_bytes, clock, pinned)
+        self._outer = Outer(
+            self.host, self.store, self.host.capacity > 0 and not self.exclusive, window_bytes, clock, pinned
+        )
 
     def _where(self, keys: Sequence[bytes]) -> list[str]:
         where = ["host" if key in self.host else "" for key in keys]
