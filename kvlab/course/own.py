@@ -233,7 +233,8 @@ def _run_tiers(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         return True
     server, prompt = fakeredis.FakeServer(), sample[:528]
     spec, salt = spec_of(model), os.urandom(16)
-    redis_of, cache_of = own.module.MiniRedis, own.module.MiniCache
+    redis_of: Any = own.module.MiniRedis
+    cache_of: Any = cache_class(own.module)
     caches = [cache_of(made(redis_of(fakeredis.FakeRedis(server=server)), room=20), spec, salt=salt) for _ in range(2)]
     results = [generate(model, prompt, 1, caches[worker]) for worker in (0, 0, 1)]
     cached = [result.cached_tokens for result in results]
