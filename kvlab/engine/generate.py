@@ -35,7 +35,7 @@ class Generation:
         shared_tokens: the number of prompt tokens whose pages were in the pool.
         ttft_s: seconds from the call to the first new token, including cache look-up and load.
         total_s: seconds from the call to the last new token, without the save.
-        saved_blocks: the result of `KVCache.save`.
+        saved_blocks: the result of `KVCache.save`; with tiers, blocks that are in any of them.
         sources: the cached tokens by tier: "device" (`shared_tokens`), "host", "store". A plain cache is a store.
         plan: what a planner chose, if there was one to choose.
     """
@@ -105,9 +105,15 @@ def _save(cache: KVCache, known: Sequence[int], table: BlockTable, filled: Prefi
 def _check_fit(pool: PagePool, cache: KVCache | None) -> None:
     names = pool.namespace
     if isinstance(cache, TieredCache) and cache.exclusive and names is None:
-        raise InputError("expected a pool with a namespace for exclusive tiers, which keep on the device what it has")
+        raise InputError(
+            "expected a pool with a namespace for exclusive tiers, which keep on the device what it has: "
+            "PagePool(model, pages=…, namespace=cache.namespace)"
+        )
     if cache is None or names is None:
         return
+    whole = getattr(cache, "namespace", names)  # a learner's cache has none
     if (names.block_tokens, names.precision) != (cache.block_tokens, cache.precision):
         got = f"blocks of {names.block_tokens} at {names.precision} and {cache.block_tokens} at {cache.precision}"
         raise InputError(f"expected a pool and a cache of the same blocks, got {got}; give the pool cache.namespace")
+    if names != whole:
+        raise InputError("expected a pool and a cache of the same model and salt; give the pool cache.namespace")

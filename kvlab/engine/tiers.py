@@ -51,7 +51,8 @@ class TieredCache(KVCache):
 
     Args:
         store: the outer tier. Closing this cache closes it.
-        host_bytes: memory for blocks; 0 for no host tier.
+        host_bytes: memory for blocks; 0 for no host tier. New blocks then go to the store at once, unless selective,
+            and blocks that come too late are lost.
         write: when new blocks go to the store: "through", "back" or "selective". A request needs a block if `locate`
             or `load` names it; by `match` and `save` alone nothing is ever needed twice.
         exclusive: host memory has no copies of what is on the device. Blocks that the store lacks stay nevertheless.
@@ -174,7 +175,10 @@ class TieredCache(KVCache):
         return len(safe & set(keys[first : len(stored)]))
 
     def stats(self) -> CacheStats:
-        """See `KVCache.stats`. `stored` and the bytes are those of the store."""
+        """See `KVCache.stats`. `stored` and the bytes are those of the store.
+
+        Blocks that the device shares, and those that a plan computes though a tier has them, are not requested.
+        """
         with self._lock:
             own = copy.deepcopy(self._stats)
         inner = self.store.stats()
@@ -185,7 +189,10 @@ class TieredCache(KVCache):
         return self.store.health()
 
     def flush(self, timeout_s: float = 60.0) -> bool:
-        """Write what only host memory has, if blocks are written back; return whether the store has it all now.
+        """Write what only host memory has, if blocks are written back; return whether nothing is left to write.
+
+        With write-through and the selective rule there is nothing to write back, whatever the store dropped; its drops
+        are in `stats`.
 
         Args:
             timeout_s: how long to wait for a `WriteBehind` in front of the store, again and again until all is written.
@@ -204,7 +211,7 @@ class TieredCache(KVCache):
         return True
 
     def close(self) -> None:
-        """See `KVCache.close`. First writes what only host memory has, if blocks are written back."""
+        """See `KVCache.close`. First calls `flush`, once: what the store does not take then is lost."""
         self.flush()
         self.host.close()
         self.store.close()

@@ -692,6 +692,19 @@ def test_a_pool_of_other_blocks_is_refused() -> None:
         run(words(40), cache, PagePool(MODEL, 20, other.namespace))
 
 
+def test_a_pool_of_another_tenant_is_refused() -> None:
+    """Its pages would be hits for a request with another salt, which the salt is there to prevent."""
+    cache = tiered()
+    inner = DistributedKVCache(precision="fp32", store=MemoryStore(), model=MODEL, block_tokens=B, salt="tenant one")
+    salted = TieredCache(inner, 1 << 20)
+    pool = PagePool(MODEL, 20, cache.namespace)
+    with pytest.raises(InputError, match="same model and salt"):
+        run(words(40), salted, pool)
+    with pytest.raises(InputError, match="same model and salt"):
+        generate(MODEL, words(40), 1, inner, pool=pool)
+    assert run(words(40), cache, pool).tokens
+
+
 def test_a_reader_with_another_block_size_finds_nothing_and_is_right() -> None:
     store, prompt = MemoryStore(), words(70)
     run(prompt, tiered(store))
