@@ -147,7 +147,8 @@ class Fetch:
         self._windows = [in_store[at : at + outer.window] for at in range(0, len(in_store), outer.window)]
         self._unpacked: SimpleQueue[tuple[int, list[Parts], list[memoryview]]] = SimpleQueue()
         self._room = [Latch() for _ in self._windows]  # set when the engine is done with a window
-        self._received, self._received_s = 0, 0.0  # blocks that are unpacked, and when the last one was
+        self._received: list[int] = []  # blocks that were unpacked, by window; appending is a single step
+        self._received_s = 0.0  # when the last window was unpacked
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
         self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
@@ -202,8 +203,8 @@ class Fetch:
 
     def _measure(self, copying_s: float) -> None:
         """Report how long it took until the last window was unpacked, and copying."""
-        if self._received:
-            self._outer.measured.append(("store", self._received, self._received_s + copying_s))
+        if blocks := sum(self._received):
+            self._outer.measured.append(("store", blocks, self._received_s + copying_s))
 
     def _borrow(self, numbers: Sequence[int]) -> list[Parts]:
         """Return the blocks of the host tier that are still there."""
@@ -248,7 +249,7 @@ class Fetch:
         outer, window = self._outer, 0
         try:
             for window, numbers in enumerate(self._windows):
-                if window >= outer.ahead:
+                if window >= outer.ahead and not self._alone:
                     self._room[window - outer.ahead].wait()
                 if self._ended or outer.clock() - self._begin > self.limit_s:
                     return self._skip(window, Reason.LATE)
@@ -284,7 +285,7 @@ class Fetch:
             logger.exception("unpacking failed")
             for i in self._windows[window]:
                 self.reasons[i] = self.reasons[i] or Reason.ERROR
-        self._received += len(blocks)
+        self._received.append(len(blocks))
         self._received_s = outer.clock() - self._begin
         self.trace.append(Span("unpack", window, begin, outer.clock()))
         if self._ended or self._alone:  # the planner must learn how slow this store is

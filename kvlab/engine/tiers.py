@@ -294,9 +294,6 @@ class TieredCache(KVCache):
                 return self._seen[key] > 1
         return offered and self.write == "through"
 
-    def _stays_dirty(self, stored: bool) -> bool:
-        return self.write == "back" and not stored
-
     def _count(self, fetch: Fetch, filled: Sequence[bool], reasons: Sequence[str]) -> None:
         pairs = list(zip(fetch.where, filled, reasons, strict=True))
         with self._lock:

@@ -484,6 +484,20 @@ def test_a_probe_teaches_the_planner_that_a_slow_wire_has_become_fast() -> None:
     assert min(predicted[2 : 2 * EXPLORE]) > 0.9 and predicted[-1] < 0.1
 
 
+def test_a_prefetch_of_many_windows_that_nobody_finishes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, store = words(8 * B), MemoryStore()
+    run([*prompt, 1], tiered(store))
+    monkeypatch.setattr(fetch_module, "AHEAD_BYTES", 1)
+    cache = tiered(store)
+    keys = cache.namespace.keys(prompt)
+    cache.prefetch(keys, ["store"] * len(keys))
+    for _ in range(500):
+        if len(cache.host) == len(keys):
+            break
+        threading.Event().wait(0.01)
+    assert all(key in cache.host for key in keys)
+
+
 def test_a_fetch_whose_engine_is_interrupted_keeps_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than there are readers, each with more windows than are fetched ahead."""
     prompt = words(8 * B)

@@ -57,21 +57,17 @@ def crossing(tokens: Sequence[int], seconds: Mapping[str, Sequence[float]], capt
     plots.show(fig, caption)
 
 
-def timeline(trace: Sequence[Span], computed: Sequence[tuple[float, float]] = ()) -> None:
-    """Show what each stage of a fetch did when, window by window, and what the engine computed beside it."""
-    begin = min([span.begin for span in trace] + [a for a, _ in computed])
+def timeline(trace: Sequence[Span]) -> None:
+    """Show what each stage of a fetch did when, window by window."""
+    begin = min(span.begin for span in trace)
     fig, ax = plots.new_figure("One fetch, in windows", "milliseconds", height=2.4)
-    rows = [*STAGES, "compute"] if computed else [*STAGES]
     for span in trace:
-        y = rows.index(span.stage)
-        colour = plots.OKABE_ITO[span.window % 6]
+        y = STAGES.index(span.stage)
         left, width = 1000 * (span.begin - begin), 1000 * (span.end - span.begin)
-        ax.barh(y, width, left=left, color=colour, edgecolor="white", height=0.7)
+        ax.barh(y, width, left=left, color=plots.OKABE_ITO[span.window % 6], edgecolor="white", height=0.7)
         if span.stage == "fetch":
             ax.text(left + width / 2, y, str(span.window + 1), ha="center", va="center", size=8)
-    for a, b in computed:
-        ax.barh(len(rows) - 1, 1000 * (b - a), left=1000 * (a - begin), color="grey", height=0.7)
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(STAGES)), STAGES)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     windows = 1 + max(span.window for span in trace)

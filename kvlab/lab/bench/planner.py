@@ -43,7 +43,8 @@ ABOUT = (
     "rows: by phase (0 as begun, 1 the wire ten times slower, 2 computing ten times slower as well), bandwidth and "
     "cached tokens: milliseconds of fetching all, of computing all, of the planner's plans (mean), of the best plan; "
     "regret = planned / best. The first 24 requests of a phase are not counted. peers: regret of rules that fetch if "
-    "at least so many tokens are cached, over the same cells"
+    "at least so many tokens are cached, over the same cells. timed: requests to the real engine over a real Redis "
+    "whose bandwidth a proxy limits; nothing without a redis-server"
 )
 PREFIXES = (128, 256, 512, 1024, 2048, 4096)
 GBPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # gigabytes a second
