@@ -20,7 +20,7 @@ from torch import Tensor
 from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.text import TextRecords
 from kvlab.core import record
-from kvlab.core.keys import KVSpec, Namespace
+from kvlab.core.keys import KVSpec, Namespace, element_bytes
 from kvlab.core.precisions import Array, Unholdable, to_parts
 from kvlab.core.record import BadRecord, Format
 from kvlab.core.seals import AesGcm, Xxh3
@@ -402,6 +402,7 @@ def _format(
             "expected encryption_keys= with encryption_key_id=; records are not encrypted without master keys"
         )
     codec = {True: "zstd", False: "raw"}[compress] if isinstance(compress, bool) else compress
+    element_bytes(_PRECISION_NAMES.get(precision, precision))  # a record may also be opaque, but not of a tensor
     seal = Xxh3() if keys is None else AesGcm(keys, salt, key_id)
     return Format(_PRECISION_NAMES.get(precision, precision), codec, seal)
 

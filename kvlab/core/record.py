@@ -5,15 +5,16 @@ A record is a header of 128 bytes and a payload. In version 1, all integers are 
     offset  size  field
     0       4     magic "KVL1"
     4       1     version = 1
-    5       1     kind: 1 block of tokens, 2 text prefix
+    5       1     kind: 1 block of tokens, 2 text prefix, 3 block of an engine, 4 description
     6       1     codec: 0 raw, 1 gzip, 2 zstd of byte planes
-    7       1     precision: 1 fp32, 2 fp16, 3 bf16, 4 int8, 5 int4
-    8       1     dtype of the tensor before encoding: 1 fp32, 2 fp16, 3 bf16
+    7       1     precision: 1 fp32, 2 fp16, 3 bf16, 4 int8, 5 int4, 6 opaque
+    8       1     dtype of the tensor before encoding: 1 fp32, 2 fp16, 3 bf16, 0 for opaque
     9       1     seal kind: 1 xxh3, 2 aes-gcm
     10      1     number of dims, at most 8
     11      1     zero; readers ignore it
     12      4     key id: the id of the master key, 0 for xxh3
-    16      32    dims, 8 x u32, unused ones zero; a block is [L, P, H, B, D]
+    16      32    dims, 8 x u32, unused ones zero; a block is [L, P, H, B, D], opaque
+                  elements have their width in bytes (1, 2 or 4) as the last dim
     48      8     payload length in bytes
     56      8     zero; readers ignore it
     64      32    the full cache key
@@ -22,6 +23,10 @@ A record is a header of 128 bytes and a payload. In version 1, all integers are 
                   data are the 96 bytes before
 
 `precisions` and `codecs` define the payload, and `seals` defines the seals.
+
+Kinds 1 and 2 hold a tensor. Kinds 3 and 4 hold opaque elements, which only the writer interprets: a block
+in the memory layout of an inference engine (`kvlab.connectors.vllm`), and the description of a namespace
+(`kvlab.connectors.describe`).
 
 `encode` returns the header and the payload in pieces. It does not copy a contiguous CPU tensor of
 the stored dtype if the payload is raw and not encrypted. `decode` returns a tensor only for an
@@ -36,8 +41,9 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +57,9 @@ MAGIC: Final = b"KVL1"
 VERSION: Final = 1
 KIND_BLOCK: Final = 1
 KIND_TEXT: Final = 2
+KIND_ENGINE: Final = 3
+KIND_DESCRIPTION: Final = 4
+OPAQUE: Final = "opaque"
 MAX_DIMS: Final = 8
 MAX_TENSOR_BYTES: Final = 1 << 30  # of a tensor as fp32; readers allocate at most this, so writers store at most this
 HEADER = struct.Struct("<4s8BI8IQQ32s32s")
@@ -58,9 +67,16 @@ HEADER_BYTES: Final = HEADER.size
 _UNSEALED_HEADER = struct.Struct("<4s8BI8IQQ32s")  # the header without the seal
 _SEAL_AT: Final = _UNSEALED_HEADER.size
 _PLANE_AXIS: Final = {KIND_BLOCK: 1, KIND_TEXT: 0}  # the axis of keys (0) and values (1)
+_PRECISION_IDS: Final = {**precisions.PRECISIONS, OPAQUE: 6}
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {  # opaque elements, by width
+    1: np.dtype(np.uint8),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+}
 
 DTYPES: Final = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
 _DTYPE_IDS: Final = {t: i for i, t in DTYPES.items()}
+_NO_DTYPE: Final = 0
 _XXH3: Final = Xxh3()
 
 
@@ -93,7 +109,7 @@ class Format:
     seal: Seal = _XXH3
 
     def __post_init__(self) -> None:
-        if self.precision not in precisions.PRECISIONS:
+        if self.precision not in _PRECISION_IDS:
             raise ConfigError(
                 f"expected one of the precisions {', '.join(precisions.PRECISIONS)}, got {self.precision!r}"
             )
@@ -117,8 +133,11 @@ def encode(tensor: Tensor, key: bytes, fmt: Format, kind: int = KIND_BLOCK) -> P
         Unholdable: a number is too large for the precision, is NaN or infinite at int8 or int4, or
             the tensor is larger than readers allocate.
     """
-    if tensor.dtype not in _DTYPE_IDS:
-        raise InputError(f"expected a tensor of float32, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.dtype not in _DTYPE_IDS or fmt.precision == OPAQUE:
+        raise InputError(
+            f"expected a tensor of float32, float16 or bfloat16 and a precision for it, got {tensor.dtype} and "
+            f"{fmt.precision}"
+        )
     if not 1 <= tensor.ndim <= MAX_DIMS or max(tensor.shape) >= 2**32:
         raise InputError(f"expected a tensor of 1 to {MAX_DIMS} dims, got {tuple(tensor.shape)}")
     if tensor.layout != torch.strided or tensor.is_meta:
@@ -138,9 +157,35 @@ def encode_parts(
     parts: list[Array], shape: Sequence[int], dtype: torch.dtype, key: bytes, fmt: Format, kind: int = KIND_BLOCK
 ) -> Pieces:
     """Encode the parts of a tensor of this shape and dtype, as `encode` does with the tensor itself."""
+    return _sealed(parts, shape, _DTYPE_IDS[dtype], key, fmt, kind)
+
+
+def encode_opaque(elements: Array, key: bytes, fmt: Format, kind: int = KIND_ENGINE) -> Pieces:
+    """Encode elements that only the writer interprets, as pieces, the header first.
+
+    Args:
+        elements: unsigned integers of 1, 2 or 4 bytes, up to 7 dims, contiguous. The width is that of the
+            numbers that they hold, so that zstd separates their bytes.
+        fmt: of the precision "opaque".
+
+    Raises:
+        InputError: the elements, the format or the cache key have another form.
+    """
+    width = elements.dtype.itemsize
+    if elements.dtype != _UNSIGNED.get(width) or not 1 <= elements.ndim < MAX_DIMS or fmt.precision != OPAQUE:
+        raise InputError(
+            f"expected opaque elements as unsigned integers of 1, 2 or 4 bytes in 1 to {MAX_DIMS - 1} dims, "
+            f"got {elements.dtype} in {elements.ndim} dims for the precision {fmt.precision}"
+        )
+    if len(key) != KEY_BYTES:
+        raise InputError(f"expected a cache key of {KEY_BYTES} bytes, got {len(key)}")
+    return _sealed([elements], (*elements.shape, width), _NO_DTYPE, key, fmt, kind)
+
+
+def _sealed(parts: list[Array], shape: Sequence[int], dtype: int, key: bytes, fmt: Format, kind: int) -> Pieces:
     payload = codecs.pack(parts, fmt.codec)
     dims = (*shape, *[0] * (MAX_DIMS - len(shape)))
-    ids = (codecs.CODECS[fmt.codec], precisions.PRECISIONS[fmt.precision], _DTYPE_IDS[dtype])
+    ids = (codecs.CODECS[fmt.codec], _PRECISION_IDS[fmt.precision], dtype)
     seal_ids, size = (fmt.seal.kind, len(shape), 0, fmt.seal.key_id), sum(map(len, payload))
     header = _UNSEALED_HEADER.pack(MAGIC, VERSION, kind, *ids, *seal_ids, *dims, size, 0, key)
     seal, payload = fmt.seal.close(header, payload)
@@ -149,7 +194,7 @@ def encode_parts(
 
 def max_record_bytes(fmt: Format, shape: Sequence[int], kind: int = KIND_BLOCK) -> int:
     """Return the size of a buffer for any intact record of this shape and precision. It is a multiple of 64."""
-    size = precisions.layout_bytes(precisions.layout(fmt.precision, tuple(shape), _PLANE_AXIS[kind]))
+    size = precisions.layout_bytes(_layout(fmt.precision, tuple(shape), kind))
     return -(-(HEADER_BYTES + size + size // 64 + 4096) // 64) * 64  # incompressible data grows by less
 
 
@@ -180,7 +225,7 @@ def decode(
         BadRecord: the record cannot be used, for this reason. The contents of `out` are then undefined.
     """
     parts, dims, dtype = decode_parts(value, key, fmt, shape, kind, MAX_TENSOR_BYTES if out is not None else max_bytes)
-    out = torch.empty(dims, dtype=dtype) if out is None else out
+    out = torch.empty(dims, dtype=DTYPES[dtype]) if out is None else out
     try:
         precisions.from_parts(parts, fmt.precision, _PLANE_AXIS[kind], out)
     except Unholdable:
@@ -195,12 +240,12 @@ def decode_parts(
     shape: Sequence[int] | None,
     kind: int = KIND_BLOCK,
     max_bytes: int = MAX_TENSOR_BYTES,
-) -> tuple[list[Array], tuple[int, ...], torch.dtype]:
+) -> tuple[list[Array], tuple[int, ...], int]:
     """Check and unpack a record, as `decode` does, but leave the numbers at the precision of the record.
 
     Returns:
-        The parts (see `precisions`), which may share memory with `value` and be read-only, and the shape and the
-        dtype of the tensor before encoding.
+        The parts (see `precisions`), which may share memory with `value` and be read-only, the shape, and the dtype
+        before encoding, a key of `DTYPES`.
 
     Raises:
         BadRecord: as in `decode`.
@@ -228,11 +273,12 @@ def decode_parts(
         raise BadRecord("kind")
     if got_key != key:
         raise BadRecord("key")
-    if precision != precisions.PRECISIONS[fmt.precision]:
+    if precision != _PRECISION_IDS[fmt.precision]:
         raise BadRecord("precision")
     if codec not in codecs.CODECS.values():
         raise BadRecord("codec")
-    if not 1 <= ndim <= MAX_DIMS or any(dims[ndim:]) or dtype not in DTYPES:
+    known = dtype == _NO_DTYPE if fmt.precision == OPAQUE else dtype in DTYPES
+    if not 1 <= ndim <= MAX_DIMS or any(dims[ndim:]) or not known:
         raise BadRecord("dims")
     dims = dims[:ndim]
     if shape is not None and dims != tuple(shape):
@@ -240,13 +286,45 @@ def decode_parts(
     if _tensor_bytes(dims) > max_bytes:
         raise BadRecord("overflow")
     try:
-        layout = precisions.layout(fmt.precision, dims, _PLANE_AXIS[kind])
+        layout = _layout(fmt.precision, dims, kind)
     except ValueError:
         raise BadRecord("dims") from None
     try:
-        return codecs.unpack(payload, codec, layout), dims, DTYPES[dtype]
+        return codecs.unpack(payload, codec, layout), dims, dtype
     except ValueError:
         raise BadRecord("codec") from None
+
+
+def decode_opaque(
+    value: bytes | bytearray | memoryview,
+    key: bytes,
+    fmt: Format,
+    shape: Sequence[int] | None,
+    kind: int = KIND_ENGINE,
+    max_bytes: int = MAX_TENSOR_BYTES,
+) -> Array:
+    """Return the elements of a record of `encode_opaque`, which may share memory with `value` and be read-only.
+
+    Args:
+        shape: the shape of the elements with their width in bytes as the last dim; None for every shape.
+
+    Raises:
+        BadRecord: as in `decode`.
+    """
+    return decode_parts(value, key, fmt, shape, kind, max_bytes)[0][0]
+
+
+def _layout(precision: str, dims: tuple[int, ...], kind: int) -> precisions.Layout:
+    """Return the dtype and the shape of each part.
+
+    Raises:
+        ValueError: there is no such tensor.
+    """
+    if precision != OPAQUE:
+        return precisions.layout(precision, dims, _PLANE_AXIS[kind])
+    if dims[-1] not in _UNSIGNED:
+        raise ValueError(f"expected a width of 1, 2 or 4 bytes, got {dims[-1]}")
+    return [(_UNSIGNED[dims[-1]], dims[:-1])]
 
 
 def _tensor_bytes(dims: Sequence[int]) -> int:

@@ -1,0 +1,100 @@
+"""The fingerprint of a model that another library runs.
+
+A plain Llama gets the fingerprint that `kvlab.model.fingerprint` gives it, so that both libraries share blocks.
+For every other model no list of the fields that change KV exists. All fields of its config therefore count,
+except those of `IRRELEVANT`: two configs may differ without need, but never agree by mistake.
+
+    fingerprint = SHA256( field("kvlab/1/fingerprint") field(config) field(weights digest)
+                          field(tokenizer digest) field(adapter digest or "")
+                          field(compute dtype) field(layout version as u32) )
+    config      = JSON of all fields with model_type, sorted, without those of IRRELEVANT
+    files       = SHA256( field("kvlab/1/files") field(e_1) … ), sorted: e = field(name) SHA256(content)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlab.core.keys import digest, field
+from kvlab.errors import ModelError
+from kvlab.model.fingerprint import LAYOUT_VERSION, fingerprint
+from kvlab.model.digests import FolderWeights
+from kvlab.model.files import ModelFolder, read_folder
+
+IRRELEVANT = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "_attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",  # the compute dtype is a field of its own
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+def foreign_fingerprint(
+    config: Mapping[str, Any], weights: bytes, tokenizer: bytes = b"", adapter: bytes = b"", dtype: str = "float32"
+) -> bytes:
+    """Return the fingerprint of a model of another library. 32 bytes.
+
+    Args:
+        config: all fields, for example of `model.config.to_dict()`, with `model_type`.
+        weights, tokenizer, adapter: digests, as in `kvlab.model.fingerprint.fingerprint`.
+        dtype: the compute dtype, torch's name for it.
+    """
+    if config.get("model_type") == "llama":
+        try:
+            return fingerprint(config, weights, tokenizer, adapter, dtype)
+        except ModelError:
+            pass  # a Llama with a feature that this package lacks
+    kept = {str(name): value for name, value in config.items() if name not in IRRELEVANT}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode()
+    version = struct.pack("<I", LAYOUT_VERSION)
+    return digest("kvlab/1/fingerprint", text, weights, tokenizer, adapter, dtype.encode(), version)
+
+
+def weights_of_folder(folder: str | Path, tied: bool = False) -> bytes:
+    """Return the digest of the safetensors files of any model folder. Unchanged files are hashed once.
+
+    Raises:
+        ModelError: there are no safetensors, or they are damaged. Pickled weights are not read.
+    """
+
+    def read(files: ModelFolder) -> bytes:
+        return FolderWeights(files, tied).digest()
+
+    return read_folder(folder, read)
+
+
+def files_digest(folder: str | Path) -> bytes:
+    """Return the digest of all files directly in a folder, such as that of a LoRA adapter.
+
+    Raises:
+        ModelError: the folder cannot be read, or has no files.
+    """
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        entries = [field(path.name.encode()) + hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    except OSError as error:
+        raise ModelError(f"{folder}: the files of an adapter cannot be read ({error})") from error
+    if not entries:
+        raise ModelError(f"{folder}: expected the files of an adapter, found none")
+    return digest("kvlab/1/files", *entries)
