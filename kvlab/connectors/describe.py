@@ -28,9 +28,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +47,7 @@ from kvlab.stores import Store
 FORMAT: Final = 1
 SLOTS: Final = 64
 MAX_BYTES: Final = 4096
+LONGEST_WAIT_S: Final = 3600.0
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,26 @@ def _checked(members: dict[str, Any]) -> Description | None:
     if type(number) is not int or not all(isinstance(value, str) for value in members.values()):
         return None
     return Description(block_tokens=number, **members)
+
+
+class Describer:
+    """Keeps a description in the store, in a thread of its own: it writes now, and again each quarter of the TTL."""
+
+    def __init__(
+        self, store: Store, seal: Seal, salt: bytes, description: Description, ttl_s: float | None = None
+    ) -> None:
+        self.store = store
+        self._write = partial(write, store, seal, salt, description)
+        self._every_s = min(LONGEST_WAIT_S, (ttl_s or math.inf) / 4)
+        self._ended = threading.Event()
+        threading.Thread(target=self._keep, name="kvlab-describe", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread and close the store."""
+        self._ended.set()
+        self.store.close()
+
+    def _keep(self) -> None:
+        self._write()
+        while not self._ended.wait(self._every_s):
+            self._write()

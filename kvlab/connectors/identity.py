@@ -22,9 +22,9 @@ from typing import Any
 
 from kvlab.core.keys import digest, field
 from kvlab.errors import ModelError
-from kvlab.model.fingerprint import LAYOUT_VERSION, fingerprint
 from kvlab.model.digests import FolderWeights
 from kvlab.model.files import ModelFolder, read_folder
+from kvlab.model.fingerprint import LAYOUT_VERSION, fingerprint
 
 IRRELEVANT = frozenset(
     (

@@ -1,0 +1,290 @@
+"""The scheduler's half: looks prompts up, and says which blocks the workers load, save and compare.
+
+A look-up is one round trip under a deadline, because it holds up the whole engine. After one that failed, none is
+made until the store answers a thread of its own again (`Gate`): a hung store costs one deadline.
+
+Loads are asynchronous: a request waits for its blocks while others run, and is only computed from blocks that were
+loaded and verified. So nothing is ever computed, and saved, on top of a failed load.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from kvlab.connectors.shadow import Shadow
+from kvlab.connectors.vllm.namespace import block_key
+from kvlab.connectors.vllm.protocol import Blocks, Failures, Work
+from kvlab.connectors.vllm.stats import Counters
+from kvlab.stores import Store
+from kvlab.stores.faults import Reason
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+LOOK_AGAIN_S = 1.0  # for a request that still waits for room
+GATE_S = 1.0
+REFUSED = frozenset(
+    (Reason.MAGIC, Reason.VERSION, Reason.KIND, Reason.LENGTH, Reason.KEY, Reason.KEY_ID, Reason.CHECKSUM,
+     Reason.FORGED, Reason.PRECISION, Reason.CODEC, Reason.DIMS, Reason.OVERFLOW, Reason.TOO_BIG)
+)  # fmt: skip
+"""The reasons that say something about a record, and nothing about the store."""
+logger = init_logger("vllm.kvlab.scheduler")  # vLLM shows the loggers below its own
+
+
+class Gate:
+    """Whether the store is asked. Closed by a fault, it opens when `works` says so, asked in a thread of its own."""
+
+    def __init__(self, works: Callable[[], bool], every_s: float = GATE_S) -> None:
+        self.open = True
+        self._works, self._every_s = works, every_s
+        self._ended = threading.Event()
+
+    def close(self) -> None:
+        """Ask nothing until the store works again."""
+        if self.open:
+            self.open = False
+            threading.Thread(target=self._wait, name="kvlab-gate", daemon=True).start()
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended.set()
+
+    def _wait(self) -> None:
+        while not self._ended.wait(self._every_s):
+            if self._works():
+                self.open = True
+                return
+
+
+@dataclass
+class Tracked:
+    """What the scheduler's half knows of a request.
+
+    Attributes:
+        present: which of its blocks, from the first one, the store had at the last look-up.
+        looked_at: when that was.
+        failed: the look-up had no answer.
+        asked: the first block and the number of blocks of the current load.
+        shadow: blocks that are compared instead of loaded.
+        saved: blocks before this one were saved, or were there.
+        no_load: a load failed; the request computes the rest.
+        counted: its outcome was counted.
+        stale: it was computed in an earlier epoch, and nothing of it is saved until it starts anew.
+    """
+
+    request: Request
+    adapter: bytes
+    present: list[bool] = field(default_factory=list)
+    looked_at: float = float("-inf")
+    failed: bool = False
+    asked: tuple[int, int] = (0, 0)
+    shadow: range | None = None
+    saved: int = 0
+    no_load: bool = False
+    counted: bool = False
+    stale: bool = False
+
+
+class SchedulerSide:
+    """See the text of this module.
+
+    Args:
+        store: for look-ups.
+        block_tokens: B.
+        shadow: chooses hits to compare.
+        adapter_digest: of the LoRA adapter of a request, or b"".
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        block_tokens: int,
+        shadow: Shadow,
+        adapter_digest: Callable[[Request], bytes],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self.block_tokens, self.shadow = store, block_tokens, shadow
+        self.space, self.ranks = b"", 0  # set when the workers have said hello
+        self.counters = Counters()
+        self.gate = Gate(lambda: store.health().ok)
+        self._adapter_digest, self._clock = adapter_digest, clock
+        self._tracked: dict[str, Tracked] = {}
+        self._loads: list[Blocks] = []
+
+    def enter(self, space: bytes, ranks: int) -> None:
+        """Use the keys of a namespace, for so many workers. What was computed before is not saved in it."""
+        self.space, self.ranks = space, ranks
+        for tracked in self._tracked.values():
+            tracked.present, tracked.looked_at, tracked.saved, tracked.stale = [], float("-inf"), 0, True
+
+    def close(self) -> None:
+        """Close the store and end the gate's thread."""
+        self.gate.end()
+        self.store.close()
+
+    # --- before a request is admitted -------------------------------------------------------------------------------
+    def matched(self, request: Request, computed: int) -> int:
+        """Return how many tokens beyond `computed` the store has, in whole blocks. One token is left to compute."""
+        tracked = self._track(request)
+        first, last = self._range(request, computed)
+        tracked.asked, tracked.stale = (first, 0), False
+        if last <= first or tracked.no_load or not self.space:
+            return 0
+        self._look_up(tracked)
+        count = _run(tracked.present, first, last)
+        tracked.asked = (first, count)
+        if count and tracked.shadow is None:
+            tracked.shadow = range(first, first + count) if self.shadow.chooses() else range(0)
+        return 0 if tracked.shadow else count * self.block_tokens
+
+    def admitted(self, request: Request, ids: Sequence[int], external_tokens: int) -> None:
+        """Plan the load into the blocks `ids` of an admitted request. Called again when the load has ended."""
+        tracked = self._track(request)
+        first, _ = tracked.asked
+        count = external_tokens // self.block_tokens
+        if count:
+            hashes = [bytes(h) for h in request.block_hashes[first : first + count]]
+            self._loads.append(Blocks(request.request_id, tracked.adapter, hashes, list(ids[first : first + count])))
+        elif not tracked.counted:
+            self._count(tracked, self._outcome(tracked), 0)
+
+    # --- each step --------------------------------------------------------------------------------------------------
+    def work(self, output: SchedulerOutput) -> Work:
+        """Return the work of the step: planned loads, and blocks that are whole when the step ends."""
+        work = Work(self.space, self._loads)
+        self._loads = []
+        if not self.gate.open or not self.space:
+            return work  # blocks that are not saved now are saved when the gate opens
+        cached = output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for name, tokens in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(name)
+            if tracked is None or tracked.stale:
+                continue
+            whole = min((computed[name] + tokens) // self.block_tokens, len(tracked.request.block_hashes))
+            if whole > tracked.saved:
+                table = output.kv_connector_block_state.get_block_ids(name)[0]
+                self._add_blocks(work, tracked, range(tracked.saved, whole), table)
+                tracked.saved = whole
+        return work
+
+    def _add_blocks(self, work: Work, tracked: Tracked, blocks: range, table: Sequence[int]) -> None:
+        shadow = tracked.shadow or range(0)
+        new = [i for i in blocks if i not in shadow and not (i < len(tracked.present) and tracked.present[i])]
+        for indices, target in ((new, work.saves), ([i for i in blocks if i in shadow], work.checks)):
+            if indices:
+                hashes = [bytes(tracked.request.block_hashes[i]) for i in indices]
+                name = tracked.request.request_id
+                target.append(Blocks(name, tracked.adapter, hashes, [table[i] for i in indices]))
+
+    def finished_loads(self, names: Sequence[str], failures: Failures | None) -> None:
+        """Take note of loads that ended, and of the blocks that failed: they are computed and saved again."""
+        failed = failures.blocks if failures else {}
+        for name, reasons in failed.items():
+            if not REFUSED.issuperset(reasons.values()) and set(reasons.values()) != {Reason.ABSENT}:
+                self.gate.close()
+            if (tracked := self._tracked.get(name)) is not None:
+                tracked.no_load = True
+                for i, block_hash in enumerate(tracked.request.block_hashes[: len(tracked.present)]):
+                    if bytes(block_hash) in reasons:
+                        tracked.present[i] = False
+        for name in names:
+            if (tracked := self._tracked.get(name)) is not None and not tracked.counted:
+                self._count_load(tracked, failed.get(name, {}))
+
+    def forget(self, request: Request) -> None:
+        """A request has ended."""
+        self._tracked.pop(request.request_id, None)
+
+    # --- look-ups ---------------------------------------------------------------------------------------------------
+    def _track(self, request: Request) -> Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = Tracked(request, self._adapter_digest(request))
+        return tracked
+
+    def _range(self, request: Request, computed: int) -> tuple[int, int]:
+        """The blocks to ask for: from the computed ones to the last whole one before the last token."""
+        last = min((request.num_tokens - 1) // self.block_tokens, len(request.block_hashes))
+        return computed // self.block_tokens, last
+
+    def _look_up(self, tracked: Tracked) -> None:
+        """Ask the store for all blocks of a request, and refresh their TTLs.
+
+        The blocks that the device has are asked for, too: those that the store lost are saved again, because later
+        blocks cannot be reached without them.
+        """
+        now = self._clock()
+        if now - tracked.looked_at < LOOK_AGAIN_S or not self.gate.open:
+            tracked.failed |= not self.gate.open
+            return
+        keys = [
+            block_key(self.space, block_hash, tracked.adapter, rank)
+            for block_hash in tracked.request.block_hashes
+            for rank in range(self.ranks)
+        ]
+        before = self.store.stats().faults.total()
+        there = self.store.touch_many(keys)
+        tracked.failed = self.store.stats().faults.total() > before
+        tracked.present = [all(there[i : i + self.ranks]) for i in range(0, len(there), self.ranks)]
+        tracked.looked_at = self._clock()
+        self.counters.add(lookup_seconds=tracked.looked_at - now)
+        if tracked.failed:
+            logger.warning("the store does not answer; prompts are computed until it does: %s", self.store)
+            self.gate.close()
+
+    # --- counters ---------------------------------------------------------------------------------------------------
+    def _outcome(self, tracked: Tracked) -> str:
+        first, _ = tracked.asked
+        if not tracked.request.num_tokens > self.block_tokens:
+            return "short"
+        if self._range(tracked.request, first * self.block_tokens)[1] <= first:
+            return "local"
+        if tracked.shadow:
+            return "shadow"
+        return "failed" if tracked.failed else "absent"
+
+    def _count_load(self, tracked: Tracked, failed: dict[bytes, str]) -> None:
+        first, count = tracked.asked
+        hashes = [bytes(h) for h in tracked.request.block_hashes[first : first + count]]
+        loaded = next((i for i, h in enumerate(hashes) if h in failed), count)
+        whole = self._range(tracked.request, 0)[1] - first
+        if loaded:
+            outcome = "hit" if loaded == whole else "partial"
+        else:
+            reason = failed[hashes[0]] if hashes else Reason.ABSENT
+            outcome = "absent" if reason == Reason.ABSENT else "refused" if reason in REFUSED else "failed"
+        self._count(tracked, outcome, loaded)
+
+    def _count(self, tracked: Tracked, outcome: str, loaded: int) -> None:
+        tracked.counted = True
+        if tracked.request.num_preemptions:
+            return  # its blocks were computed here before: no hit of a cache
+        first, _ = tracked.asked
+        self.counters.count("requests", outcome)
+        self.counters.add(
+            lookup_tokens=tracked.request.num_tokens,
+            local_tokens=first * self.block_tokens,
+            hit_tokens=loaded * self.block_tokens,
+        )
+        logger.debug(
+            "request %s: %s; %d of %d tokens from the device, %d from the store",
+            tracked.request.request_id, outcome, first * self.block_tokens, tracked.request.num_tokens,
+            loaded * self.block_tokens,
+        )  # fmt: skip
+
+
+def _run(present: Sequence[bool], first: int, last: int) -> int:
+    """Return how many blocks from `first` on are present without a gap."""
+    return next(
+        (i - first for i in range(first, min(last, len(present))) if not present[i]),
+        max(0, min(last, len(present)) - first),
+    )

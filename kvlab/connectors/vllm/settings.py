@@ -1,0 +1,123 @@
+"""The settings of the connector, from `kv_connector_extra_config` and, for secrets, from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlab.core.codecs import CODECS
+from kvlab.core.record import OPAQUE, Format
+from kvlab.core.seals import AesGcm, Seal, Xxh3
+from kvlab.errors import ConfigError
+from kvlab.stores import RedisStore, Store, WriteBehind
+from kvlab.stores.base import check_number, check_ttl
+
+DAY_S = 86400.0
+IN_PROCESS = ("memory://", "fakeredis://")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the connector stores blocks.
+
+    Attributes:
+        store: URL of a Redis, see `kvlab.stores.RedisStore`. vLLM writes its config to its log, so a URL with a
+            password belongs in the environment: KVLAB_STORE.
+        ttl_seconds: lifetime of a block after its last use; None leaves it to the server.
+        compress: lossless compression: False, True or "zstd", "gzip".
+        shadow: the share of hits that are computed and compared with the store (`kvlab.connectors.shadow`).
+        deadline_s: the most seconds that a look-up holds up the engine.
+        queue_bytes: the most bytes that wait to be written; more blocks are dropped.
+        salt: KVLAB_SALT in the environment: the secret that separates tenants.
+        keys: KVLAB_KEYS in the environment: master keys of the records, "1:<64 hexadecimal digits>,2:…".
+
+    Raises:
+        ConfigError: a setting is missing, unknown or invalid.
+    """
+
+    store: str = field(repr=False)
+    ttl_seconds: float | None = DAY_S
+    compress: bool | str = False
+    shadow: float = 0.0
+    deadline_s: float = 0.25
+    queue_bytes: int = 256 << 20
+    salt: bytes = field(default=b"", repr=False)
+    keys: Mapping[int, bytes] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.store, str) or self.store.startswith(IN_PROCESS):
+            raise ConfigError(
+                "expected store as the URL of a Redis, which scheduler and workers share, such as "
+                "redis://127.0.0.1:6379; an in-process store is seen by one of them only"
+            )
+        check_ttl(self.ttl_seconds)
+        if self.shadow != 0:
+            check_number("shadow", self.shadow, 0, 1)
+        check_number("queue_bytes", self.queue_bytes, 0, 1 << 40, "bytes", whole=True)
+        if self.compress not in (True, False, *CODECS):
+            raise ConfigError(f"expected compress as true, false or one of {', '.join(CODECS)}")
+        self.open_store().close()  # checks the URL and the deadline; nothing is connected
+        _ = self.seal
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
+        """Return the settings in `kv_connector_extra_config`, and the secrets in the environment."""
+        environment = os.environ if environment is None else environment
+        given = dict(extra)
+        allowed = {"store", "ttl_seconds", "compress", "shadow", "deadline_s", "queue_bytes"}
+        if unknown := sorted(given.keys() - allowed):
+            hint = (
+                "; the salt and the keys belong in KVLAB_SALT and KVLAB_KEYS" if {"salt", "keys"} & set(unknown) else ""
+            )
+            raise ConfigError(
+                f"expected kv_connector_extra_config with {', '.join(sorted(allowed))}, got {', '.join(unknown)}{hint}"
+            )
+        store = given.pop("store", None) or environment.get("KVLAB_STORE")
+        if not store:
+            raise ConfigError(
+                'expected the URL of a Redis, in kv_connector_extra_config={"store": "redis://127.0.0.1:6379"} '
+                "or in the environment as KVLAB_STORE"
+            )
+        keys = environment.get("KVLAB_KEYS")
+        return cls(
+            store,
+            **given,
+            salt=environment.get("KVLAB_SALT", "").encode(),
+            keys=_master_keys(keys) if keys else None,
+        )
+
+    @property
+    def seal(self) -> Seal:
+        """What closes and opens records."""
+        return Xxh3() if self.keys is None else AesGcm(self.keys, self.salt)
+
+    @property
+    def format(self) -> Format:
+        """How blocks are written."""
+        codec = {True: "zstd", False: "raw"}[self.compress] if isinstance(self.compress, bool) else self.compress
+        return Format(OPAQUE, codec, self.seal)
+
+    def open_store(self) -> RedisStore:
+        """Create a store. Nothing is connected before the first call."""
+        return RedisStore(self.store, ttl_s=self.ttl_seconds, deadline_s=self.deadline_s)
+
+    def open_queue(self, store: Store) -> WriteBehind:
+        """Put a queue in front of a store, so that writes happen in the background."""
+        return WriteBehind(store, max_bytes=self.queue_bytes)
+
+
+def _master_keys(text: str) -> dict[int, bytes]:
+    """Parse "1:<hex>,2:<hex>". No message contains a part of a key."""
+    keys: dict[int, bytes] = {}
+    for part in text.split(","):
+        number, _, key = part.strip().partition(":")
+        try:
+            keys[int(number)] = bytes.fromhex(key)
+        except ValueError:
+            raise ConfigError(
+                "expected KVLAB_KEYS as id:key,id:key with keys of 64 hexadecimal digits; "
+                "python -c 'import os; print(os.urandom(32).hex())' makes one"
+            ) from None
+    return keys
