@@ -2,6 +2,7 @@
 # Make the course's environment in .venv; do nothing if the environment is up to date.
 #
 #   sh scripts/setup.sh              make the environment
+#   sh scripts/setup.sh --engines    make another one with vLLM, in .venv-engines (Linux, about 3 GB)
 #   sh scripts/setup.sh --copy DIR   copy the notebooks to DIR; existing files do not change
 #
 # PYTHON             Python to use; default: the first usable one of python3.13, 3.12, 3.11, python3
@@ -9,7 +10,12 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-log=.venv/setup.log # of the last pip command
+venv=.venv lock=requirements.lock no_deps=
+if [ "${1-}" = --engines ]; then
+    # vLLM's own requirements would replace torch and add gigabytes, so its lock file is all that is installed
+    venv=.venv-engines lock=requirements-engines.lock no_deps=--no-deps
+fi
+log=$venv/setup.log # of the last pip command
 torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
 say() { printf '%s\n' "$1"; }
@@ -21,12 +27,12 @@ fail() {
 # --- is the environment up to date ------------------------------------------------------------
 # The state contains a checksum, because a checkout changes dates, and the folder, because environments cannot be moved.
 state() {
-    cat requirements.lock pyproject.toml scripts/setup.sh | cksum
+    cat $lock pyproject.toml scripts/setup.sh | cksum
     pwd -P
 }
 
 up_to_date() {
-    [ "$(cat .venv/.ready 2>/dev/null)" = "$(state)" ] && .venv/bin/python -c '' 2>/dev/null
+    [ "$(cat $venv/.ready 2>/dev/null)" = "$(state)" ] && $venv/bin/python -c '' 2>/dev/null
 }
 
 # --- Python -----------------------------------------------------------------------------------
@@ -58,16 +64,16 @@ find_python() {
 
 # A working environment is kept. A moved or copied environment would install packages in another folder.
 has_environment() {
-    usable .venv/bin/python || return 1
-    case $(.venv/bin/pip --version 2>/dev/null) in
-        *" from $(pwd -P)/.venv/"*) ;;
+    usable $venv/bin/python || return 1
+    case $($venv/bin/pip --version 2>/dev/null) in
+        *" from $(pwd -P)/$venv/"*) ;;
         *) return 1 ;;
     esac
 }
 
 # --- pip --------------------------------------------------------------------------------------
 # PIP_USER=0, because --user installs outside the environment. All other pip settings apply.
-pip() { PIP_USER=0 .venv/bin/python -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1; }
+pip() { PIP_USER=0 $venv/bin/python -m pip --disable-pip-version-check --no-input "$@" >"$log" 2>&1; }
 
 explain_pip() {
     if grep -q 'No space left on device' "$log"; then
@@ -90,7 +96,7 @@ needs_space() { # in GB
 # from PyTorch's index. If no CPU build is available, the default build is installed, after a message about
 # its size. On macOS the default build is the CPU build.
 install_torch() {
-    torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)
+    torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $lock)
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
         pip install --no-deps --timeout 15 --retries 1 ${torch_index:+--extra-index-url "$torch_index"} "$torch+cpu" && return
         pip install --dry-run "$torch" || explain_pip
@@ -106,23 +112,23 @@ install_torch() {
 set_up() {
     up_to_date && return
     [ -w . ] || fail "$(pwd -P) cannot be written to; copy the project to a folder of your own and run the command there"
-    rm -f .venv/.ready # an interrupted set-up starts again
+    rm -f $venv/.ready # an interrupted set-up starts again
     if has_environment; then
-        say "[1/3] .venv exists"
+        say "[1/3] $venv exists"
     else
         needs_space 3
         find_python
-        say "[1/3] making .venv with $("$python" --version)"
-        "$python" -m venv --clear .venv || fail "cannot make .venv in $(pwd -P); the reason is above"
+        say "[1/3] making $venv with $("$python" --version)"
+        "$python" -m venv --clear $venv || fail "cannot make $venv in $(pwd -P); the reason is above"
     fi
     say "[2/3] installing PyTorch (about 200 MB; minutes on a slow connection)"
     install_torch
-    say "[3/3] installing JupyterLab and the other packages of requirements.lock (about 150 MB)"
-    pip install -r requirements.lock || explain_pip
+    say "[3/3] installing the other packages of $lock"
+    pip install $no_deps -r $lock || explain_pip
     # compat: a path entry. With the default finder, Python would import a folder kvlab in the current directory.
     pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e . || explain_pip
-    state >.venv/.ready
-    say "ready: .venv"
+    state >$venv/.ready
+    say "ready: $venv"
 }
 
 copy_notebooks() {
@@ -142,7 +148,7 @@ copy_notebooks() {
 }
 
 case ${1-} in
-    '') set_up ;;
+    '' | --engines) set_up ;;
     --copy) copy_notebooks "${2:?usage: setup.sh --copy DIR}" ;;
     *) fail "unknown option $1; the first lines of scripts/setup.sh list the options" ;;
 esac

@@ -68,7 +68,9 @@ def ask(
     """Answer prompts greedily. `after` is called after each step of the engine."""
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     for i, prompt in enumerate(prompts):
-        llm.llm_engine.add_request(str(i), prompt if isinstance(prompt, str | dict) else {"prompt_token_ids": prompt}, params)
+        llm.llm_engine.add_request(
+            str(i), prompt if isinstance(prompt, str | dict) else {"prompt_token_ids": prompt}, params
+        )
     done: dict[str, Any] = {}
     step = 0
     while llm.llm_engine.has_unfinished_requests():

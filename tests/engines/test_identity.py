@@ -45,7 +45,9 @@ def test_another_model_under_the_same_name_has_no_hits(redis_server: RedisServer
     assert ours.tokens != right.tokens, "the models answer differently, so a shared block would show"
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"block_size": 64}, {"prefix_caching_hash_algo": "sha256_cbor"}])
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"block_size": 64}, {"prefix_caching_hash_algo": "sha256_cbor"}]
+)
 def test_other_settings_have_no_hits(redis_server: RedisServer, settings: dict[str, Any]) -> None:
     with engine(transfer(redis_server.url)) as llm:
         ask(llm)

@@ -20,7 +20,19 @@ import pytest
 
 from kvlab.testbed.server import valkey_program
 
-LANES = ("units", "doctests", "contracts", "notebooks", "redis", "faults", "cluster", "valkey", "browser", "hf", "engines")
+LANES = (
+    "units",
+    "doctests",
+    "contracts",
+    "notebooks",
+    "redis",
+    "faults",
+    "cluster",
+    "valkey",
+    "browser",
+    "hf",
+    "engines",
+)
 FOLDERS = {
     "kvlab": "doctests",
     "notebooks": "notebooks",

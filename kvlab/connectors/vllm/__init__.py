@@ -164,12 +164,14 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
         from vllm.distributed import get_pp_group, get_tp_group
 
         tensor_rank, size, stage = get_tp_group().rank_in_group, get_tp_group().world_size, get_pp_group().rank_in_group
-        layout = namespace.layout_of(self._vllm_config, self._kv_cache_config, kv_caches)
+        names = sorted(kv_caches)
+        tensors = [namespace.blocks_of(kv_caches[name], self._kv_cache_config.num_blocks) for name in names]
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        layout = namespace.layout_of(self._vllm_config, spec, tensors, names[0])
         rank = stage * size + tensor_rank
         self._hello = Hello(layout, namespace.model_fingerprint(self._vllm_config) if rank == 0 else b"")
         store = self._settings.open_store()
         queue = self._settings.open_queue(self._settings.open_store())
-        tensors = [kv_caches[name] for name, _ in layout.layers]
         self._worker = WorkerSide(store, queue, self._settings.format, layout, tensors, rank, self._shadow())
 
     def get_handshake_metadata(self) -> Hello | None:

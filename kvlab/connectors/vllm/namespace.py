@@ -17,10 +17,11 @@ makes a random one, after which nothing that was stored before is read.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class Layout:
         device, isa: where the kernels run, and which instructions they were written for.
         backend: the attention backend.
         dtype: of the numbers, torch's name for it.
-        layers: the name and the shape of one block, per layer, in the order of the record.
+        layers: the shape of a block in each layer, in the order of the record: that of the layers' names.
     """
 
     engine: str
@@ -58,15 +59,12 @@ class Layout:
     dtype: str
     block_tokens: int
     hashes: str
-    layers: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: tuple[tuple[int, ...], ...]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The dims of a record: layers, elements of a layer, bytes of an element."""
-        elements = 1
-        for n in self.layers[0][1]:
-            elements *= n
-        return len(self.layers), elements, getattr(torch, self.dtype).itemsize
+        return len(self.layers), math.prod(self.layers[0]), getattr(torch, self.dtype).itemsize
 
 
 def layout_digest(layouts: Sequence[Layout]) -> bytes:
@@ -100,30 +98,42 @@ def check_config(config: VllmConfig) -> None:
     """Refuse a set-up in which a hit could be wrong, or a failed load would fail a request.
 
     Raises:
-        ConfigError: what is set, and what to set instead.
+        ConfigError: the first of `problems`.
     """
+    for problem in problems(config):
+        raise ConfigError(problem)
+
+
+def problems(config: VllmConfig) -> Iterator[str]:
+    """Yield what is set wrongly for this connector, and what to set instead."""
     transfer, parallel, cache = config.kv_transfer_config, config.parallel_config, config.cache_config
     if transfer.kv_role != "kv_both":
-        raise ConfigError(f'expected kv_role "kv_both", got {transfer.kv_role!r}: a cache is read and written')
+        yield f'expected kv_role "kv_both", got {transfer.kv_role!r}: a cache is read and written'
     if transfer.kv_load_failure_policy != "recompute":
-        raise ConfigError(
+        yield (
             f'expected kv_load_failure_policy "recompute", got {transfer.kv_load_failure_policy!r}, '
             "vLLM's default, with which a block that cannot be loaded fails its request"
         )
     if config.speculative_config is not None:
-        raise ConfigError("expected no speculative decoding: KV of draft tokens that were not accepted would be stored")
+        yield "expected no speculative decoding: KV of draft tokens that were not accepted would be stored"
     if cache.prefix_caching_hash_algo not in HASHES:
-        raise ConfigError(
+        yield (
             f"expected --prefix-caching-hash-algo {' or '.join(HASHES)}, got {cache.prefix_caching_hash_algo}: "
             "its hashes can be forged, and differ between processes"
         )
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ConfigError(f"expected --kv-cache-dtype auto, got {cache.cache_dtype}: scaled KV is not supported")
+        yield f"expected --kv-cache-dtype auto, got {cache.cache_dtype}: scaled KV is not supported"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
-            raise ConfigError(f"expected {name} 1, got {getattr(parallel, name)}: its blocks are split between workers")
+            yield f"expected {name} 1, got {getattr(parallel, name)}: its blocks are split between workers"
     if config.load_config.load_format == "dummy":
-        raise ConfigError("expected weights from files, got load_format dummy: random weights have no fingerprint")
+        yield "expected weights from files, got load_format dummy: random weights have no fingerprint"
+    model = config.model_config
+    if model.is_hybrid or model.use_mla or model.get_sliding_window() is not None or model.is_encoder_decoder:
+        yield (
+            f"expected a model with plain keys and values of all tokens, got {model.hf_config.model_type}: sliding "
+            "windows, hybrid models, MLA and encoders are not supported"
+        )
 
 
 def check_cache(cache: KVCacheConfig) -> None:
@@ -183,36 +193,46 @@ def model_folder(name: str, revision: str | None = None, cache: str | None = Non
         ) from error
 
 
-def layout_of(config: VllmConfig, cache: KVCacheConfig, tensors: Mapping[str, torch.Tensor]) -> Layout:
-    """Return the layout of the KV tensors that the engine registered.
+def blocks_of(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a view of a layer's KV, [count, …]. Kernels may divide a block into several rows of the first axis.
 
     Raises:
-        ConfigError: the first axis of a tensor is not that of blocks, or layers differ in size.
+        ConfigError: the first axis is not that of blocks.
+    """
+    if tensor.ndim < 2 or tensor.shape[0] % count:
+        raise ConfigError(f"expected the KV of {count} blocks along the first axis, got {tuple(tensor.shape)}")
+    return tensor if tensor.shape[0] == count else tensor.unflatten(0, (count, -1))
+
+
+def layout_of(config: VllmConfig, spec: Any, tensors: Sequence[torch.Tensor], layer: str) -> Layout:
+    """Return the layout of KV in this engine.
+
+    Args:
+        spec: of the KV cache group.
+        tensors: of each layer, [blocks, …]; their contents do not matter.
+        layer: the name of one layer, whose attention backend is that of all.
+
+    Raises:
+        ConfigError: layers differ in size.
     """
     import vllm
 
-    names = sorted(tensors)
-    first = tensors[names[0]]
-    for name in names:
-        tensor = tensors[name]
-        if tensor.shape[0] != cache.num_blocks or tensor.numel() != first.numel() or tensor.dtype != first.dtype:
-            raise ConfigError(
-                f"expected KV tensors of {cache.num_blocks} equal blocks, got {name} of shape {tuple(tensor.shape)}"
-            )
-    block_tokens = config.cache_config.block_size
+    first = tensors[0]
+    if any(tensor.shape[1:].numel() != first.shape[1:].numel() or tensor.dtype != first.dtype for tensor in tensors):
+        raise ConfigError("expected layers with KV of the same size and dtype, got different ones")
     return Layout(
         f"vllm {vllm.__version__}",
         first.device.type,
-        _isa(first, block_tokens, cache),
-        _backend(config, names[0]),
+        _isa(first, spec),
+        _backend(config, layer, spec),
         str(first.dtype).removeprefix("torch."),
-        block_tokens,
+        config.cache_config.block_size,
         config.cache_config.prefix_caching_hash_algo,
-        tuple((name, tuple(tensors[name].shape[1:])) for name in names),
+        tuple(tuple(tensor.shape[1:]) for tensor in tensors),
     )
 
 
-def _isa(tensor: torch.Tensor, block_tokens: int, cache: KVCacheConfig) -> str:
+def _isa(tensor: torch.Tensor, spec: Any) -> str:
     """The instruction set that determines how the CPU kernels of vLLM arrange a block; "" on other devices."""
     if tensor.device.type != "cpu":
         return ""
@@ -220,14 +240,18 @@ def _isa(tensor: torch.Tensor, block_tokens: int, cache: KVCacheConfig) -> str:
     try:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-        spec = cache.kv_cache_groups[0].kv_cache_spec
-        return f"{_get_attn_isa(tensor.dtype, block_tokens, spec.head_size)} {flags}"
+        return f"{_get_attn_isa(tensor.dtype, spec.block_size, spec.head_size)} {flags}"
     except (ImportError, TypeError):
         return flags
 
 
-def _backend(config: VllmConfig, layer: str) -> str:
-    """The name of the attention backend of a layer."""
-    context: Mapping[str, Any] = config.compilation_config.static_forward_context
-    backend = getattr(context.get(layer), "attn_backend", None)
-    return "" if backend is None else str(backend.get_name())
+def _backend(config: VllmConfig, layer: str, spec: Any) -> str:
+    """The name of the attention backend: that of a layer, or before there are layers, the one that vLLM selects."""
+    backend = getattr(config.compilation_config.static_forward_context.get(layer), "attn_backend", None)
+    if backend is None:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.attention.selector import get_attn_backend
+
+        with set_current_vllm_config(config):
+            backend = get_attn_backend(spec.head_size, spec.dtype, config.cache_config.cache_dtype)
+    return str(backend.get_name())
