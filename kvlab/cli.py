@@ -131,10 +131,25 @@ def _default_store() -> str:
     return os.environ.get("KVLAB_STORE") or "fakeredis://"
 
 
-def _doctor() -> int:
+def _doctor(engine: str | None, store: str | None, arguments: Sequence[str]) -> int:
+    if engine is not None:
+        return _engine_doctor(engine, arguments, store)
+    if arguments or store is not None:
+        raise InputError("expected --engine with a store and arguments, for example: doctor --engine vllm -- MODEL")
     from kvlab.course import doctor
 
     return doctor.run()
+
+
+def _engine_doctor(engine: str, arguments: Sequence[str], store: str | None) -> int:
+    from kvlab.connectors import doctor
+
+    problems = 0
+    for line in doctor.lines(engine, arguments, store):
+        print(_one_line(str(line)), flush=True)
+        problems += line.status == doctor.PROBLEM
+    print(f"problems: {problems}" if problems else "ready")
+    return FAILURE if problems else SUCCESS
 
 
 def _bench(module: str) -> Callable[..., int]:
@@ -166,6 +181,14 @@ STORE = Option(
     "--store", "URL of a store, for example redis://localhost:6379 (default: KVLAB_STORE, if set)", {"metavar": "URL"}
 )
 IMPL = Option("--impl", "use the functions in this file, for example work/mykv.py", {"metavar": "FILE"})
+ENGINE = Option(
+    "--engine", "the engine whose connector is checked", {"choices": ["vllm", "transformers"], "metavar": "NAME"}
+)
+ARGUMENTS = Option(
+    "arguments",
+    "after --engine NAME --: for vllm the arguments of vllm serve, for transformers the folder of a model",
+    {"nargs": "*", "metavar": "ARGUMENT"},
+)
 JSON = Option("--json", "print one JSON object and nothing else", {"action": "store_true"})
 WINDOWS = Option("--windows", "text windows for the quality measurement (default 96)", {"type": _count, "default": 96})
 CASES = Option("--n", "number of cases (default 100,000)", {"type": _count, "default": 100_000})
@@ -175,7 +198,12 @@ TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {
 COMMANDS = (
     Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
     Command("progress", "show which exercises of the course are solved in work/mykv.py", _progress, (IMPL,)),
-    Command("doctor", "check this machine; exit with status 1 on a problem", _doctor),
+    Command(
+        "doctor",
+        "check this machine, or with --engine the set-up of a connector; exit with status 1 on a problem",
+        _doctor,
+        (ENGINE, STORE, ARGUMENTS),
+    ),
     Command(
         "bench gpu",
         "prefill, copies and time to first token on a GPU; without one, the same steps on the CPU",
