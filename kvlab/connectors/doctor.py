@@ -106,8 +106,8 @@ def _engine_config(arguments: Sequence[str]) -> Any:
         if parsed.model_tag:
             parsed.model = parsed.model_tag
         return AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
-    except (SystemExit, ValueError, OSError) as error:
-        raise ConfigError(f"vLLM refuses its arguments: {str(error).splitlines()[0]}") from error
+    except (Exception, SystemExit) as error:  # whatever it is, the reader needs a line
+        raise ConfigError(f"vLLM refuses its arguments: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _blocks(config: Any, settings: Settings) -> Iterator[Line]:
