@@ -1,9 +1,10 @@
-"""vLLM reads these variables when it is imported."""
+"""Where vLLM is installed, its environment is set before a test module imports it."""
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_HOST_IP="127.0.0.1", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1"
-)
+from kvlab.lab.engines import prepare
+
+if find_spec("vllm") is not None:
+    prepare()

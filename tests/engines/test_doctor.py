@@ -15,7 +15,7 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from tests.engines.kit import MODEL, connector, engine, transfer
+from kvlab.lab.engines import MODEL, engine, scheduler_of, transfer
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
@@ -44,7 +44,7 @@ def test_a_good_set_up(redis_server: RedisServer, capsys: pytest.CaptureFixture[
     assert "a prompt of 33 tokens" in text and "records of 196,608 bytes" in text and "problem" not in text
     namespace = re.search(r"namespace +(\w+)", text)
     with engine(transfer(redis_server.url)) as llm:
-        assert namespace is not None and connector(llm).scheduler.space.hex().startswith(namespace[1])
+        assert namespace is not None and scheduler_of(llm).space.hex().startswith(namespace[1])
 
 
 def test_planted_faults_are_named(

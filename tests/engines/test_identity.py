@@ -16,7 +16,8 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from tests.engines.kit import MODEL, PROMPTS, ask, connector, counted, engine, transfer
+from kvlab.lab.engines import MODEL, ask, counted, engine, scheduler_of, transfer
+from tests.engines.kit import PROMPTS
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
@@ -35,12 +36,12 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_another_model_under_the_same_name_has_no_hits(redis_server: RedisServer, other_weights: Path) -> None:
     with engine(model=str(other_weights)) as llm:
-        right = ask(llm)
+        right = ask(llm, PROMPTS)
     with engine(transfer(redis_server.url)) as llm:
-        ours = ask(llm)
+        ours = ask(llm, PROMPTS)
     for cached in (False, True):
         with engine(transfer(redis_server.url), model=str(other_weights)) as llm:
-            answers = ask(llm)
+            answers = ask(llm, PROMPTS)
         assert answers.tokens == right.tokens and (sum(answers.cached) > 900) == cached
     assert ours.tokens != right.tokens, "the models answer differently, so a shared block would show"
 
@@ -50,9 +51,9 @@ def test_another_model_under_the_same_name_has_no_hits(redis_server: RedisServer
 )
 def test_other_settings_have_no_hits(redis_server: RedisServer, settings: dict[str, Any]) -> None:
     with engine(transfer(redis_server.url)) as llm:
-        ask(llm)
+        ask(llm, PROMPTS)
     with engine(transfer(redis_server.url), **settings) as llm:
-        ask(llm)
+        ask(llm, PROMPTS)
         assert counted("hit_tokens") == 0 and counted("requests", outcome="absent") == 3
 
 
@@ -61,9 +62,9 @@ def test_salts_share_nothing(redis_server: RedisServer, monkeypatch: pytest.Monk
     for salt in ("one", "two", "one"):
         monkeypatch.setenv("KVLAB_SALT", salt)
         with engine(transfer(redis_server.url)) as llm:
-            ask(llm)
+            ask(llm, PROMPTS)
             hits.append(counted("hit_tokens"))
-            assert salt not in repr(connector(llm)._settings)
+            assert salt not in repr(vars(scheduler_of(llm)))
     assert hits[0] == hits[1] == 0 and hits[2] > 900
 
 
@@ -73,7 +74,7 @@ def test_encrypted_records(redis_server: RedisServer, monkeypatch: pytest.Monkey
     for keys in ("1:" + "11" * 32, "1:" + "11" * 32, "1:" + "22" * 32, "1:" + "11" * 32):
         monkeypatch.setenv("KVLAB_KEYS", keys)
         with engine(transfer(redis_server.url, compress=True)) as llm:
-            answers.append(ask(llm).tokens)
+            answers.append(ask(llm, PROMPTS).tokens)
             outcomes.append((counted("requests", outcome="hit"), counted("failed_blocks", reason="forged") > 0))
     assert answers == answers[:1] * 4
     assert outcomes[:3] == [(0, False), (3, False), (0, True)]
@@ -81,20 +82,20 @@ def test_encrypted_records(redis_server: RedisServer, monkeypatch: pytest.Monkey
 
 def test_a_reset_of_the_connector_reads_nothing_that_is_older(redis_server: RedisServer) -> None:
     with engine(transfer(redis_server.url)) as llm:
-        first = ask(llm)
+        first = ask(llm, PROMPTS)
         assert llm.llm_engine.reset_prefix_cache(reset_connector=True)
-        assert ask(llm).tokens == first.tokens and counted("hit_tokens") == 0
+        assert ask(llm, PROMPTS).tokens == first.tokens and counted("hit_tokens") == 0
         assert llm.llm_engine.reset_prefix_cache()
-        assert ask(llm).tokens == first.tokens and counted("hit_tokens") > 900, "without the reset it hits"
+        assert ask(llm, PROMPTS).tokens == first.tokens and counted("hit_tokens") > 900, "without the reset it hits"
     with engine(transfer(redis_server.url)) as llm:
-        assert sum(ask(llm).cached) > 900, "a new engine starts in the first epoch"
+        assert sum(ask(llm, PROMPTS).cached) > 900, "a new engine starts in the first epoch"
 
 
 def test_the_namespace_is_described_in_the_store(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLAB_SALT", "tenant")
     with engine(transfer(redis_server.url)) as llm:
         ask(llm, PROMPTS[:1])
-        space = connector(llm).scheduler.space
+        space = scheduler_of(llm).space
     with open_store(redis_server.url) as store:
         (found,) = describe.read_all(store, Xxh3(), b"tenant")
         assert describe.read_all(store, Xxh3(), b"") == []

@@ -13,12 +13,13 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from tests.engines.kit import TEXT, Answers, ask, engine, transfer
+from kvlab.lab.engines import Answers, ask, engine, transfer
+from tests.engines.kit import TEXT
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
 SHORT, LONG = [TEXT[:1000]], [TEXT[:2000]]
-NAIVE = {"name": "NaiveConnector", "module": "tests.engines.naive"}
+NAIVE = {"name": "NaiveConnector", "module": "kvlab.lab.naive_connector"}
 CONNECTORS = {"naive": NAIVE, "kvlab": {}}
 
 

@@ -13,7 +13,8 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from tests.engines.kit import PROMPTS, TEXT, ask, connector, counted, engine, transfer
+from kvlab.lab.engines import ask, counted, engine, scheduler_of, transfer
+from tests.engines.kit import PROMPTS, TEXT
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
@@ -44,7 +45,7 @@ def test_intact_blocks_raise_no_alarm(redis_server: RedisServer, dtype: str) -> 
 
 def test_one_wrong_number_is_found(redis_server: RedisServer) -> None:
     with engine(transfer(redis_server.url)) as llm:
-        right = ask(llm)
+        right = ask(llm, PROMPTS)
     client, fmt = redis_server.client(), Format("opaque")
     name = max(client.scan_iter("kv:*", count=1000), key=client.strlen)
     elements = record.decode_opaque(client.get(name), name[3:], fmt, None).copy()
@@ -52,10 +53,10 @@ def test_one_wrong_number_is_found(redis_server: RedisServer) -> None:
     numbers[2, 1234] += np.abs(numbers[2]).max() / 20
     client.set(name, b"".join(record.encode_opaque(elements, name[3:], fmt)))
     with engine(transfer(redis_server.url, shadow=1.0)) as llm:
-        answers = ask(llm)
+        answers = ask(llm, PROMPTS)
         assert compared(llm) > 30 and counted("shadow_different") == 1
         assert answers.tokens == right.tokens, "what was compared was not loaded"
-        assert connector(llm).scheduler.shadow.share == 1.0
+        assert scheduler_of(llm).shadow.share == 1.0
     assert client.get(name) is not None, "the record stays, to be looked at"
 
 
@@ -63,9 +64,8 @@ def test_the_share_is_kept(redis_server: RedisServer) -> None:
     with engine(transfer(redis_server.url), kv_cache_memory_bytes=128 << 20) as llm:
         ask(llm, MANY)
     with engine(transfer(redis_server.url, shadow=0.3), kv_cache_memory_bytes=128 << 20) as llm:
-        connector(llm).scheduler.shadow._random.seed(1)
+        scheduler_of(llm).shadow._random.seed(1)
         for i in range(0, len(MANY), 2):
             ask(llm, MANY[i : i + 2])
         assert 1 <= counted("requests", outcome="shadow") < len(MANY)
         assert counted("requests", outcome="hit") == len(MANY) - counted("requests", outcome="shadow")
-    assert len(PROMPTS) == 3

@@ -13,7 +13,8 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from tests.engines.kit import PROMPTS, Answers, ask, connector, counted, engine, transfer
+from kvlab.lab.engines import Answers, ask, counted, engine, scheduler_of, transfer
+from tests.engines.kit import PROMPTS
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.redis]
 def plain() -> Answers:
     """What the engine answers without a connector."""
     with engine() as llm:
-        answers = ask(llm)
+        answers = ask(llm, PROMPTS)
     assert len({tuple(tokens) for tokens in answers.tokens}) == len(PROMPTS), "the answers depend on the prompts"
     return answers
 
@@ -31,7 +32,7 @@ def plain() -> Answers:
 def stored(redis_server: RedisServer, plain: Answers) -> RedisServer:
     """A store that a first engine has filled."""
     with engine(transfer(redis_server.url)) as llm:
-        assert ask(llm).tokens == plain.tokens
+        assert ask(llm, PROMPTS).tokens == plain.tokens
         assert counted("requests", outcome="absent") == 3 and counted("hit_tokens") == 0
     return redis_server
 
@@ -49,13 +50,13 @@ def intact(key: bytes, value: bytes) -> bool:
 
 def test_a_fresh_engine_answers_from_what_another_stored(stored: RedisServer, plain: Answers) -> None:
     with engine(transfer(stored.url)) as llm:
-        answers = ask(llm)
+        answers = ask(llm, PROMPTS)
         assert answers.tokens == plain.tokens
         assert all(n >= 12 * 32 for n in answers.cached), answers.cached
         assert counted("requests", outcome="hit") == 3
         assert counted("hit_tokens") == sum(answers.cached)
         assert counted("loaded_blocks") == sum(answers.cached) // 32 and counted("failed_blocks") == 0
-        again = ask(llm)
+        again = ask(llm, PROMPTS)
         assert again.tokens == plain.tokens
         assert counted("requests", outcome="local") == 3, "the device has these blocks now"
         assert counted("hit_tokens") == sum(answers.cached), "they are not hits of the store"
@@ -69,7 +70,7 @@ def test_loaded_bytes_are_used(stored: RedisServer, plain: Answers) -> None:
     for name, value in zip(names, values[1:] + values[:1], strict=True):
         client.set(name, b"".join(record.encode_opaque(value, name[3:], fmt)))
     with engine(transfer(stored.url)) as llm:
-        answers = ask(llm)
+        answers = ask(llm, PROMPTS)
         assert answers.tokens != plain.tokens and counted("failed_blocks") == 0
 
 
@@ -83,7 +84,7 @@ def test_damaged_records_are_computed_and_repaired(stored: RedisServer, plain: A
         client.set(name, value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :])
     for turn in range(2):
         with engine(transfer(stored.url)) as llm:
-            answers = ask(llm)
+            answers = ask(llm, PROMPTS)
             assert answers.tokens == plain.tokens
             if turn == 0:
                 assert counted("failed_blocks", reason="checksum") > 30 and counted("hit_tokens") == 0
@@ -96,7 +97,7 @@ def test_damaged_records_are_computed_and_repaired(stored: RedisServer, plain: A
 @pytest.mark.parametrize("which", ["first", "middle", "last"])
 def test_one_damaged_block_of_a_prompt(stored: RedisServer, plain: Answers, which: str) -> None:
     with engine(transfer(stored.url)) as llm:
-        side = connector(llm).scheduler
+        side = scheduler_of(llm)
         seen: list[bytes] = []
         original = side.store.touch_many
         side.store.touch_many = lambda keys: (seen.extend(keys), original(keys))[1]
@@ -115,7 +116,7 @@ def test_one_damaged_block_of_a_prompt(stored: RedisServer, plain: Answers, whic
 
 def test_a_store_that_never_answers(plain: Answers) -> None:
     with engine(transfer("redis://127.0.0.1:9")) as llm:
-        assert ask(llm).tokens == plain.tokens
+        assert ask(llm, PROMPTS).tokens == plain.tokens
         assert counted("requests", outcome="failed") == 3 and counted("hit_tokens") == 0
         assert ask(llm, [p[1:] for p in PROMPTS]).cached == plain.cached
 
@@ -123,17 +124,17 @@ def test_a_store_that_never_answers(plain: Answers) -> None:
 def test_a_store_that_is_killed_while_requests_run(stored: RedisServer, plain: Answers) -> None:
     with RedisServer() as server:
         with engine(transfer(server.url)) as llm:
-            assert ask(llm).tokens == plain.tokens
+            assert ask(llm, PROMPTS).tokens == plain.tokens
         with engine(transfer(server.url)) as llm:
-            answers = ask(llm, after=lambda step: server.kill() if step == 1 else None)
+            answers = ask(llm, PROMPTS, after=lambda step: server.kill() if step == 1 else None)
             assert answers.tokens == plain.tokens
 
 
 def test_a_hung_store_costs_one_deadline(stored: RedisServer, plain: Answers) -> None:
     with engine(transfer(stored.url)) as llm:
-        side = connector(llm).scheduler
+        side = scheduler_of(llm)
         with stored.paused():
-            assert ask(llm).tokens == plain.tokens
+            assert ask(llm, PROMPTS).tokens == plain.tokens
             first = counted("lookup_seconds")
             assert not side.gate.open
             assert ask(llm, [p[1:] for p in PROMPTS]).cached == plain.cached
@@ -145,7 +146,7 @@ def test_a_hung_store_costs_one_deadline(stored: RedisServer, plain: Answers) ->
 
 def test_a_hang_between_look_up_and_load(stored: RedisServer, plain: Answers) -> None:
     with engine(transfer(stored.url)) as llm:
-        side = connector(llm).scheduler
+        side = scheduler_of(llm)
         original = side.admitted
 
         def hang_then_admit(*arguments: Any) -> None:
@@ -154,7 +155,7 @@ def test_a_hang_between_look_up_and_load(stored: RedisServer, plain: Answers) ->
 
         side.admitted = hang_then_admit
         try:
-            assert ask(llm).tokens == plain.tokens
+            assert ask(llm, PROMPTS).tokens == plain.tokens
         finally:
             stored.cont()
         assert counted("failed_blocks", reason="timeout") > 0 and not side.gate.open
@@ -176,7 +177,7 @@ def test_other_settings(redis_server: RedisServer, plain: Answers, settings: dic
     answers = []
     for _ in range(2):
         with engine(transfer(redis_server.url), **settings) as llm:
-            answers.append(ask(llm))
+            answers.append(ask(llm, PROMPTS))
             assert counted("failed_blocks") == counted("dropped_blocks") == 0
     assert [a.tokens for a in answers] == [plain.tokens] * 2
     assert sum(answers[1].cached) >= 3 * 384 - 3 * 128
