@@ -48,6 +48,7 @@ FORMAT: Final = 1
 SLOTS: Final = 64
 MAX_BYTES: Final = 4096
 LONGEST_WAIT_S: Final = 3600.0
+MAX_NAME: Final = 128  # characters, each of which takes at most 12 bytes in JSON
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Description:
     layout: str = ""
 
     def to_bytes(self) -> bytes:
-        """Return the JSON. A name that makes it too long is cut."""
+        """Return the JSON. Names are cut after MAX_NAME characters."""
         members = {"format": FORMAT, **asdict(self)}
         for name in ("model", "engine"):
-            members[name] = members[name][:256]
+            members[name] = members[name][:MAX_NAME]
         return json.dumps(members, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -16,9 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from kvlab.core.keys import digest, field
 from kvlab.errors import ModelError
@@ -69,6 +72,21 @@ def foreign_fingerprint(
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode()
     version = struct.pack("<I", LAYOUT_VERSION)
     return digest("kvlab/1/fingerprint", text, weights, tokenizer, adapter, dtype.encode(), version)
+
+
+def as_stored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a loaded model as its file has them, for `digest_tensors`.
+
+    A file of fp16 or bf16 weights is often loaded as fp32. If all weights are fp32 and one of these dtypes holds them
+    exactly, they are yielded in it. Equal digests still mean equal numbers.
+    """
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = None
+    if all(tensor.dtype == torch.float32 for tensor in floats):
+        narrow = (torch.bfloat16, torch.float16)  # weights of fp16 hardly ever fit in bf16; the reverse is common
+        dtype = next((d for d in narrow if all(torch.equal(t.to(d).float(), t) for t in floats)), None)
+    for name, tensor in tensors.items():
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def weights_of_folder(folder: str | Path, tied: bool = False) -> bytes:

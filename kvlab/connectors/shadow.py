@@ -2,8 +2,9 @@
 
 A checksum proves that a record is what was written, not that what was written is the KV of these tokens. Shadow
 mode proves that, on the traffic of a deployment. Two correct computations of the same KV differ by rounding,
-because prompts are cut into chunks and batches differently. Numbers therefore count as different only if they are
-further apart than TOLERANCE times the largest magnitude in their row, which is one token of one layer.
+because prompts are cut into chunks and batches differently, and because a block may have been computed from earlier
+blocks that a coarse precision had rounded. Numbers therefore count as different only if they are further apart than
+TOLERANCE times the largest magnitude in their row, which is one token of one head: D numbers.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from torch import Tensor
 from kvlab.stores.base import check_number
 
 TOLERANCE: Final = {
-    "fp32": 1e-3,
+    "fp32": 1e-4,
     "fp16": 2e-2,
     "bf16": 1e-1,
-    "int8": 1e-1,
-    "int4": 4e-1,
+    "int8": 2e-1,
+    "int4": 1.0,
 }
-"""By the coarser of the precision of the store and of the compute dtype."""
+"""By the coarser of the precision of the store and of the compute dtype.
+
+The largest differences of the shipped model, over 6 x 1024 tokens of held-out text in one chunk, in chunks of 64 and
+17, and token by token, were 3e-6, 3e-3, 2e-2, 4e-2 and 2e-1. The margin is about five, and more for fp32, whose
+differences grow with the depth of a model. Models with large random weights enlarge every rounding. They reached 6e-6,
+7e-3, 5e-2, 1.4e-1 and 1.8, so only their int4 raises false alarms. KV of other tokens differs by 1 to 2.
+"""
 log = logging.getLogger("kvlab")
 
 
@@ -42,7 +49,7 @@ class Shadow:
     """
 
     def __init__(self, share: float, precision: str, seed: int | None = None) -> None:
-        if share:
+        if share != 0:
             check_number("shadow", share, 0, 1)
         self.share, self.precision = share, precision
         self.blocks = self.different = 0
