@@ -90,13 +90,48 @@ def fingerprint(model: Any, tokenizer: bytes, adapter: bytes, dtype: torch.dtype
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     config = model.config.to_dict()
-    if kind != PLAIN_LLAMA:  # other code may compute other KV from the same weights
-        config["model_type"] = kind
+    changed = _changed_buffers(model)
+    if kind != PLAIN_LLAMA or changed:  # other code may compute other KV from the same weights
+        config["model_type"] = f"{kind} {changed}".rstrip()
     try:
         weights = digest_tensors(as_stored(model.state_dict()))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"expected weights whose bytes can be read, got {error}") from error
     return foreign_fingerprint(config, weights, tokenizer, adapter, str(dtype).removeprefix("torch."))
+
+
+def _changed_buffers(model: Any) -> str:
+    """Return the digest of the numbers that are in no file and not what the config says, or "".
+
+    `model.to(torch.bfloat16)` also rounds the frequencies of RoPE, `from_pretrained(dtype=torch.bfloat16)` does not,
+    and `model.bfloat16().float()` leaves them rounded: the same weights then give other keys.
+    """
+    found = []
+    for path, module in model.named_modules():
+        buffers = {name: getattr(module, name) for name in sorted(module._non_persistent_buffers_set)}
+        expected = _new_buffers(module) if buffers else {}
+        for name, buffer in buffers.items():
+            fresh = expected.get(name)
+            if buffer is None or not buffer.is_floating_point() or (fresh is not None and _close(buffer, fresh)):
+                continue
+            found.append((f"{path}.{name} {name}", buffer))  # the digest leaves names of RoPE buffers out
+    return digest_tensors(found).hex() if found else ""
+
+
+def _new_buffers(module: Any) -> dict[str, Tensor]:
+    """Return the buffers of a new module of RoPE; nothing of other modules, which need more than a config."""
+    if "inv_freq" not in module._non_persistent_buffers_set or not hasattr(module, "config"):
+        return {}
+    try:
+        return dict(type(module)(module.config).named_buffers())
+    except (TypeError, ValueError, AttributeError):  # of another signature
+        return {}
+
+
+def _close(buffer: Tensor, fresh: Tensor) -> bool:
+    """Whether two buffers are the same up to the last bits, which differ between devices."""
+    same = buffer.dtype == fresh.dtype and buffer.shape == fresh.shape
+    return same and torch.allclose(buffer.cpu(), fresh.cpu(), rtol=1e-5, atol=0)
 
 
 def adapter_digest(model: Any) -> bytes:
@@ -112,7 +147,7 @@ def adapter_digest(model: Any) -> bytes:
 
 
 def stamp(model: Any) -> tuple[object, ...]:
-    """Return what changes when weights, adapters or devices change, without reading all weights.
+    """Return what changes when weights, adapters, config or devices change, without reading all weights.
 
     Fused optimizers and writes through `.data` change neither address nor version, so some numbers count as well.
     """
@@ -121,7 +156,7 @@ def stamp(model: Any) -> tuple[object, ...]:
         (name, t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.shape, t.device)
         for name, t in tensors.items()
     ]
-    return places, _samples(tensors.values()), adapter_digest(model)
+    return places, _samples(tensors.values()), adapter_digest(model), model.config.to_dict()
 
 
 def _samples(tensors: Any) -> dict[tuple[torch.device, torch.dtype], bytes]:
@@ -137,6 +172,12 @@ def _check_config(model: Any) -> None:
     if not all(hasattr(model, name) for name in ("config", "generate", "generation_config", "state_dict")):
         raise ConfigError(f"expected a causal LM of transformers, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None):
+            raise ConfigError(
+                f"expected adapters that change weights only, got {type(adapter).__name__}, which adds virtual tokens "
+                "or waits for invocation tokens"
+            )
     if model.config.is_encoder_decoder:
         raise ConfigError("expected a decoder-only model, got an encoder-decoder")
     if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values()):

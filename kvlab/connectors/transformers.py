@@ -97,9 +97,9 @@ class CachedModel:
     Blocks are shared with every process that runs the same model with the same precision, salt and block size. For a
     plain Llama this includes `kvlab.generate`. One call at a time.
 
-    Weights are hashed at construction. Every call checks whether they, the adapters or their device changed: address,
-    version, dtype, shape and 16 numbers of each tensor. If so, they are hashed again. Call `refresh` after writes
-    through `.data` to single numbers, which this check may miss.
+    Weights are hashed at construction. Every call checks whether they, the adapters, the config or the device changed:
+    address, version, dtype, shape and 16 numbers of each tensor. If so, they are hashed again. Call `refresh` after
+    writes through `.data` to single numbers, which this check may miss.
 
     Args:
         model: in evaluation mode. It may be a PEFT model.
@@ -167,6 +167,7 @@ class CachedModel:
             InputError: the prompt is empty or padded; the model is in training mode or under autocast; or a setting
                 asks for several beams, for assisted decoding, for another cache, or gives the model an input that
                 the block keys do not cover.
+            ConfigError: the model was changed to one that the constructor refuses.
         """
         self._check(input_ids, settings)
         cache = self._current()

@@ -219,6 +219,47 @@ def test_a_change_of_the_weights_is_noticed(change: str) -> None:
     assert len(describe.read_all(store, Xxh3(), b"")) == 2
 
 
+def test_frequencies_that_a_cast_rounded_are_another_identity() -> None:
+    """The weights are the same, bit by bit, and the keys are not."""
+    import transformers
+
+    exact = tiny().to(torch.bfloat16).float().state_dict()  # numbers that bf16 holds
+    model = tiny()
+    model.load_state_dict(exact)
+    wrapped = cached(model)
+    check(wrapped, TEXT, 0, "absent")
+    before = last_keys(model)
+    model.to(torch.bfloat16).float()
+    assert all(torch.equal(weight, exact[name]) for name, weight in model.state_dict().items())
+    assert not torch.allclose(last_keys(model), before, rtol=0, atol=1e-3)
+    check(wrapped, TEXT, 0, "absent")
+
+    cast = tiny().to(torch.bfloat16)
+    made = transformers.LlamaForCausalLM._from_config(cast.config, dtype=torch.bfloat16).eval()
+    made.load_state_dict(cast.state_dict())
+    assert made.dtype == cast.dtype and made.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert cached(made)._cache.namespace.fingerprint != cached(cast)._cache.namespace.fingerprint
+
+
+def last_keys(model: Any) -> Tensor:
+    """The keys of the last layer."""
+    with torch.no_grad():
+        output = model(input_ids=ids_of(TEXT), use_cache=True)
+    cache: Any = output.cache if "cache" in output else output.past_key_values
+    return cache.layers[-1].keys.clone()
+
+
+def test_a_config_that_stops_to_fit_is_refused_at_the_next_call() -> None:
+    model = tiny()
+    wrapped = cached(model)
+    check(wrapped, TEXT, 0, "absent")
+    model.config.is_causal = False
+    with pytest.raises(ConfigError, match="bidirectional"):
+        answer(wrapped, TEXT)
+    model.config.is_causal = True
+    check(wrapped, TEXT, 47, "")
+
+
 def test_what_changes_no_weight_keeps_the_blocks() -> None:
     model = tiny()
     wrapped = cached(model)
@@ -429,6 +470,7 @@ def test_a_second_adapter_of_peft() -> None:
 def test_prefix_tuning_is_refused() -> None:
     """Its virtual tokens are in the cache and not in the prompt."""
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ConfigError, match="expected"):
-        cached(peft.get_peft_model(tiny(), config).eval())
+    for kind in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        with pytest.raises(ConfigError, match="virtual tokens"):
+            cached(peft.get_peft_model(tiny(), config).eval())

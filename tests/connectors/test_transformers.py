@@ -607,6 +607,9 @@ def test_blocks_are_shared_with_this_package_both_ways(kind: str, random_folder:
         for text in texts:
             for who in (first, "both"):
                 check_tokens(kind, ours, wrapped, cache, text, who, first)
+        shadow = cached(theirs, store, tokenizer=tokenizer, block_tokens=None, shadow=1.0)
+        answer(shadow, texts[0], 1)
+        assert (shadow.shadow.blocks, shadow.shadow.different) == (2, 0)  # whoever saved them
 
 
 def check_tokens(
