@@ -1,6 +1,7 @@
 """Connectors: the same records, stores and counters in inference engines of others.
 
     transformers   `generate` of Hugging Face models with plain keys and values
+    hf_models      which of these models are accepted, and their identity
     vllm           a KV connector for vLLM
     identity       the fingerprint of a model that this package does not run itself
     describe       the descriptions of namespaces that connectors leave in the store

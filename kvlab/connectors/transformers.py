@@ -38,7 +38,7 @@ try:
     import transformers
     from transformers import DynamicCache, GenerationConfig
 except ImportError as error:
-    raise ImportError('kvlab.connectors.transformers needs transformers: pip install "kvlab[hf]"') from error
+    raise ImportError(f'kvlab.connectors.transformers needs transformers ({error}): pip install "kvlab[hf]"') from error
 
 from kvlab.connectors import hf_models  # imports transformers
 
@@ -177,9 +177,8 @@ class CachedModel:
         shadow = found > 0 and self.shadow.chooses()
         past = DynamicCache(config=self.model.config)
         got = found if shadow else self._load(cache, rows, found, past, T - 1)
-        reason = (
-            "" if shadow else _reason(T // cache.block_tokens * cache.block_tokens, got, self._misses(cache) - before)
-        )
+        full = T // cache.block_tokens * cache.block_tokens
+        reason = "" if shadow else _reason(full, got, self._misses(cache) - before)
         output = self._run(input_ids, past, settings)
         rows = (output if isinstance(output, Tensor) else output.sequences).tolist()
         if shadow:
@@ -300,7 +299,7 @@ class CachedModel:
         fit, got = self._fit, found
         kv = torch.empty(fit.layers, 2, len(rows), fit.heads, found, fit.head_dim, dtype=fit.dtype)
         for n, row in enumerate(rows):
-            got = min(got, cache.load(row, 0, got, kv[:, :, n, :, :got]))
+            got = cache.load(row, 0, got, kv[:, :, n, :, :got])  # of the next rows no more is of use
         if used := min(got, most):
             for layer, (planes, device) in enumerate(zip(kv[..., :used, :], fit.devices, strict=True)):
                 past.update(planes[0].to(device), planes[1].to(device), layer)

@@ -1,4 +1,4 @@
-"""Small Hugging Face models with random weights, and what `generate` gives without a cache."""
+"""Small Hugging Face models with random weights, what `generate` gives without a cache, and checks of one with it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlab.model import PRETRAINED
 from kvlab.stores import MemoryStore
 from tests.harness.helpers import SpyStore
 
 VOCAB = 97
 B = 16
+NEW = 12
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma")
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -59,9 +62,19 @@ def tiny(kind: str = "llama", **changes: Any) -> Any:
     return model
 
 
+def shipped(dtype: torch.dtype = torch.float32) -> Any:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=dtype, local_files_only=True)
+    return model.requires_grad_(False).eval()
+
+
 def prompt(count: int, seed: int = 0) -> list[int]:
     """Tokens without the token 0, which is Gemma's padding."""
     return random.Random(seed).choices(range(1, VOCAB), k=count)
+
+
+TEXT = prompt(48)
 
 
 def ids_of(*rows: list[int]) -> Tensor:
@@ -73,6 +86,37 @@ def plain(model: Any, input_ids: Tensor, new: int = 12, **settings: Any) -> list
     mask = torch.ones_like(input_ids)
     settings = {"do_sample": False, "max_new_tokens": new, "use_cache": False, **settings}
     return list(model.generate(input_ids=input_ids, attention_mask=mask, **settings).tolist())
+
+
+def cached(model: Any, store: Any = None, **options: Any) -> Any:
+    from kvlab.connectors.transformers import CachedModel
+
+    return CachedModel(model, store or MemoryStore(), **{"block_tokens": B, **options})
+
+
+def answer(wrapped: Any, rows: list[int] | Tensor, new: int = NEW, **settings: Any) -> list[list[int]]:
+    ids = rows if isinstance(rows, Tensor) else ids_of(rows)
+    return list(wrapped.generate(ids, max_new_tokens=new, do_sample=False, **settings).tolist())
+
+
+def check(wrapped: Any, rows: list[int] | Tensor, cached_tokens: int, reason: str, new: int = NEW) -> list[list[int]]:
+    """The tokens are those of no cache, and the report is as expected."""
+    ids = rows if isinstance(rows, Tensor) else ids_of(rows)
+    got = answer(wrapped, ids, new)
+    assert got == plain(wrapped.model, ids, new)
+    last = wrapped.last
+    assert (last.prompt_tokens, last.cached_tokens, last.reason) == (ids.shape[1], cached_tokens, reason)
+    wrapped.stats().check()
+    return got
+
+
+def rewrite(wrapped: Any, tokens: list[int], block: int, change: Callable[[Tensor], Any]) -> None:
+    """Replace one stored block by a correct record of changed numbers."""
+    cache = wrapped._cache
+    kv = torch.empty(*cache.block_shape[:3], len(tokens) // B * B, cache.block_shape[4])
+    assert cache.load(tokens, 0, kv.shape[3], kv) == kv.shape[3]
+    change(part := kv[:, :, :, block * B : (block + 1) * B].clone())
+    assert cache.write([cache.namespace.keys(tokens)[block]], [cache.parts_of(part)]) == 1
 
 
 class EventStore(SpyStore):

@@ -13,11 +13,9 @@ from kvlab import MemoryStore
 from kvlab.connectors import describe
 from kvlab.core.seals import Xxh3
 from kvlab.errors import ConfigError
-from tests.connectors.models import NO_SPECIALS, SIZES, build, ids_of, plain, prompt, tiny
-from tests.connectors.test_transformers import answer, cached, check
+from tests.connectors.models import NO_SPECIALS, SIZES, TEXT, answer, build, cached, check, ids_of, plain, prompt, tiny
 
 pytestmark = pytest.mark.hf
-TEXT = prompt(48)
 
 
 def fit(model: Any) -> Any:

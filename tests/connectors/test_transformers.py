@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,32 @@ import torch
 from torch import Tensor
 
 import kvlab
-from kvlab import DistributedKVCache, MemoryStore
+from kvlab import MemoryStore
 from kvlab.connectors import describe
 from kvlab.core.seals import Xxh3
 from kvlab.errors import ConfigError, InputError
-from kvlab.model import PRETRAINED, Llama, load_model
+from kvlab.model import PRETRAINED
 from kvlab.testbed.server import RedisServer
-from tests.connectors.models import KINDS, B, EventStore, ids_of, plain, prompt, tiny
-from tests.model.test_against_transformers import saved
+from tests.connectors.models import (
+    GREEDY,
+    KINDS,
+    NEW,
+    TEXT,
+    B,
+    EventStore,
+    answer,
+    cached,
+    check,
+    ids_of,
+    plain,
+    prompt,
+    rewrite,
+    shipped,
+    tiny,
+)
 
 pytestmark = pytest.mark.hf
-NEW = 12
 FAULTS = {"conn", "timeout", "breaker", "error"}
-
-
-def cached(model: Any, store: Any = None, **options: Any) -> Any:
-    from kvlab.connectors.transformers import CachedModel
-
-    return CachedModel(model, store or MemoryStore(), **{"block_tokens": B, **options})
-
-
-def answer(wrapped: Any, rows: list[int] | Tensor, new: int = NEW, **settings: Any) -> list[list[int]]:
-    ids = rows if isinstance(rows, Tensor) else ids_of(rows)
-    return list(wrapped.generate(ids, max_new_tokens=new, do_sample=False, **settings).tolist())
-
-
-def check(wrapped: Any, rows: list[int] | Tensor, cached_tokens: int, reason: str, new: int = NEW) -> list[list[int]]:
-    """The tokens are those of no cache, and the report is as expected."""
-    ids = rows if isinstance(rows, Tensor) else ids_of(rows)
-    got = answer(wrapped, ids, new)
-    assert got == plain(wrapped.model, ids, new)
-    last = wrapped.last
-    assert (last.prompt_tokens, last.cached_tokens, last.reason) == (ids.shape[1], cached_tokens, reason)
-    wrapped.stats().check()
-    return got
-
-
-def rewrite(wrapped: Any, tokens: list[int], block: int, change: Callable[[Tensor], Any]) -> None:
-    """Replace one stored block by a correct record of changed numbers."""
-    cache = wrapped._cache
-    kv = torch.empty(*cache.block_shape[:3], len(tokens) // B * B, cache.block_shape[4])
-    assert cache.load(tokens, 0, kv.shape[3], kv) == kv.shape[3]
-    change(part := kv[:, :, :, block * B : (block + 1) * B].clone())
-    assert cache.write([cache.namespace.keys(tokens)[block]], [cache.parts_of(part)]) == 1
 
 
 # --- the oracle -----------------------------------------------------------------------------------
@@ -141,13 +123,6 @@ def test_the_shipped_model_in_all_states(sample: list[int]) -> None:
     check(wrapped, torch.tensor([sample[:100], sample[300:400]]), 64, "")
 
 
-def shipped(dtype: torch.dtype = torch.float32) -> Any:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(PRETRAINED, dtype=dtype, local_files_only=True)
-    return model.requires_grad_(False).eval()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_a_lossy_store_gives_what_it_was_asked_for(precision: str) -> None:
     """The KV in the cache of the model is the KV that was computed, rounded."""
@@ -169,109 +144,6 @@ def test_half_precision_is_stored_without_loss(dtype: torch.dtype) -> None:
     for old, new in zip(first.layers, again.layers, strict=True):
         assert new.keys.dtype == dtype and torch.equal(old.keys[..., :47, :], new.keys[..., :47, :])
         assert torch.equal(old.values[..., :47, :], new.values[..., :47, :])
-
-
-# --- what goes wrong without a word when a cache is given by hand ------------------------------------
-def kv_of(model: Any, tokens: list[int]) -> Any:
-    """A cache of transformers with the KV of the tokens."""
-    from transformers import DynamicCache
-
-    past = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids=ids_of(tokens), use_cache=True, **{name(): past})
-    return past
-
-
-def name() -> str:
-    from kvlab.connectors.hf_models import CACHE_NAME
-
-    return CACHE_NAME
-
-
-def is_wrong(call: Callable[[], Any], want: list[int]) -> bool:
-    """Whether a call gives other tokens, or an error of transformers or torch."""
-    try:
-        return bool(call()[0, -len(want) :].tolist() != want)
-    except (ValueError, RuntimeError, IndexError):
-        return True
-
-
-TEXT = prompt(48)
-SUFFIX = ids_of(TEXT[32:])
-
-
-def with_mask_of_suffix(model: Any) -> Any:
-    return model.generate(SUFFIX, attention_mask=torch.ones_like(SUFFIX), **{name(): kv_of(model, TEXT[:32])}, **GREEDY)
-
-
-def without_mask(model: Any) -> Any:
-    return model.generate(SUFFIX, **{name(): kv_of(model, TEXT[:32])}, **GREEDY)
-
-
-def with_positions_from_zero(model: Any) -> Any:
-    places, mask = torch.arange(16)[None], torch.ones(1, 48, dtype=torch.long)
-    past = {name(): kv_of(model, TEXT[:32])}
-    return model.generate(SUFFIX, attention_mask=mask, position_ids=places, **past, **GREEDY)
-
-
-def with_all_of_the_prompt(model: Any) -> Any:
-    ids = ids_of(TEXT)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{name(): kv_of(model, TEXT)}, **GREEDY)
-
-
-def with_more_than_the_prompt(model: Any) -> Any:
-    ids, longer = ids_of(TEXT), kv_of(model, TEXT + prompt(16, 1))
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{name(): longer}, **GREEDY)
-
-
-def with_use_cache_off(model: Any) -> Any:
-    model.generation_config.use_cache = False  # as a config saved by training has it
-    ids = ids_of(TEXT)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{name(): kv_of(model, TEXT[:32])}, **GREEDY)
-
-
-def with_a_block_of_another_position(model: Any) -> Any:
-    """The tokens 16 to 32 of the text, as they are stored where they begin a text."""
-    from transformers import DynamicCache
-
-    parts = [kv_of(model, TEXT[:16]), kv_of(model, TEXT[16:32])]
-    past = DynamicCache(config=model.config)
-    for i in range(len(parts[0].layers)):
-        both = [torch.cat([getattr(p.layers[i], plane) for p in parts], 2) for plane in ("keys", "values")]
-        past.update(*both, i)
-    ids = ids_of(TEXT)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{name(): past}, **GREEDY)
-
-
-GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-NAIVE = [
-    with_mask_of_suffix,
-    without_mask,
-    with_positions_from_zero,
-    with_all_of_the_prompt,
-    with_more_than_the_prompt,
-    with_use_cache_off,
-    with_a_block_of_another_position,
-]
-
-
-@pytest.mark.parametrize("naive", NAIVE, ids=lambda f: f.__name__)
-def test_right_where_a_cache_given_by_hand_is_wrong(naive: Callable[[Any], Any]) -> None:
-    model = tiny()
-    want = plain(model, ids_of(TEXT))[0][48:]
-    assert is_wrong(lambda: naive(model), want)
-    wrapped = cached(model)
-    for stored in (TEXT[16:32], TEXT + prompt(16, 1), TEXT[:32], TEXT):
-        wrapped.generate(ids_of(stored), **GREEDY)
-    assert answer(wrapped, TEXT)[0][48:] == want and wrapped.last.cached_tokens == 47
-
-
-def test_a_cache_given_by_hand_may_be_right() -> None:
-    """The cases above are wrong because of what they do, not because of how they are called."""
-    model, ids = tiny(), ids_of(TEXT)
-    past = {name(): kv_of(model, TEXT[:32])}
-    got = model.generate(ids, attention_mask=torch.ones_like(ids), **past, **GREEDY)
-    assert got.tolist() == plain(model, ids)
 
 
 @pytest.mark.parametrize("where", ["model", "config", "call"])
@@ -538,6 +410,16 @@ def test_a_damaged_record_is_a_miss_and_is_written_again() -> None:
     check(wrapped, TEXT, 47, "")
 
 
+def test_the_reason_is_that_of_the_first_block_and_never_a_gap() -> None:
+    wrapped = cached(tiny())
+    check(wrapped, TEXT, 0, "absent")
+    keys = wrapped._cache.namespace.keys(TEXT)
+    wrapped.store.put_many(keys[:1], [b"?"])
+    check(wrapped, TEXT, 0, "length")
+    wrapped.store.put_many(keys[1:2], [b"?" * 500])
+    check(wrapped, TEXT, 16, "magic")
+
+
 def test_rows_of_a_batch_of_which_one_is_damaged() -> None:
     wrapped, (a, b) = cached(tiny()), (prompt(48, seed) for seed in (1, 2))
     check(wrapped, ids_of(a, b), 0, "absent")
@@ -581,52 +463,6 @@ def test_inference_mode_and_weights_made_in_it() -> None:
         for cached_tokens in (0, 47):
             assert answer(wrapped, TEXT) == want and wrapped.last.cached_tokens == cached_tokens
     assert answer(wrapped, TEXT) == want
-
-
-# --- the same blocks as kvlab.generate ----------------------------------------------------------------
-@pytest.fixture(scope="module")
-def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.mark.parametrize("kind", ["shipped fp32", "shipped fp16", "random"])
-def test_blocks_are_shared_with_this_package_both_ways(kind: str, random_folder: Path, sample: list[int]) -> None:
-    import transformers
-
-    folder = random_folder if kind == "random" else PRETRAINED
-    dtype = torch.float16 if kind == "shipped fp16" else torch.float32
-    ours = load_model(folder, dtype=dtype)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    tokenizer = None if kind == "random" else folder
-    texts = [[token % 131 if kind == "random" else token for token in sample[at : at + 150]] for at in (0, 3000)]
-    for first in ("ours", "theirs"):
-        store, precision = MemoryStore(), "fp16" if dtype == torch.float16 else "fp32"
-        cache = DistributedKVCache(store=store, model=ours, precision=precision)
-        wrapped = cached(theirs, store, tokenizer=tokenizer, block_tokens=None)
-        assert wrapped._cache.namespace == cache.namespace
-        for text in texts:
-            for who in (first, "both"):
-                check_tokens(kind, ours, wrapped, cache, text, who, first)
-        shadow = cached(theirs, store, tokenizer=tokenizer, block_tokens=None, shadow=1.0)
-        answer(shadow, texts[0], 1)
-        assert (shadow.shadow.blocks, shadow.shadow.different) == (2, 0)  # whoever saved them
-
-
-def check_tokens(
-    kind: str, ours: Llama, wrapped: Any, cache: DistributedKVCache, text: list[int], who: str, first: str
-) -> None:
-    """Whoever is first saves; then the other one loads. In fp32 the tokens are the same."""
-    if who != first:
-        who = "theirs" if first == "ours" else "ours"
-    if who == "ours":
-        done = kvlab.generate(ours, text, 8, cache, stop_at_eos=False)
-        tokens, hit = done.tokens, done.cached_tokens
-    else:
-        tokens = answer(wrapped, text, 8, eos_token_id=None)[0][150:]
-        hit = wrapped.last.cached_tokens
-    assert hit == (0 if who == first else 128)
-    if "fp16" not in kind:
-        assert tokens == kvlab.generate(ours, text, 8, stop_at_eos=False).tokens
 
 
 # --- shadow mode and descriptions ---------------------------------------------------------------------
