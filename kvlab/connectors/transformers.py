@@ -220,21 +220,22 @@ class CachedModel:
         return self._cache
 
     def _bind(self, fit: hf_models.Fit) -> None:
-        """Make a cache of the present fingerprint, unless there is one."""
-        self._stamp = hf_models.stamp(self.model)  # first, so that a change during the hashing is noticed
-        self._fit, self._adapter = fit, hf_models.adapter_digest(self.model)
+        """Make a cache of the present fingerprint, unless there is one. Nothing changes if that is refused."""
+        stamp = hf_models.stamp(self.model)  # first, so that a change during the hashing is noticed
+        adapter = hf_models.adapter_digest(self.model)
         if fit.dtype not in PRECISION_OF:
             raise ConfigError(f"expected a model of float32, float16 or bfloat16, got KV of {fit.dtype}")
         computed = PRECISION_OF[fit.dtype]
         precision = self._precision or computed
-        fingerprint = hf_models.fingerprint(self.model, self._tokenizer, self._adapter, fit.dtype)
-        if self._cache is not None and self._cache.namespace.fingerprint == fingerprint:
-            return
-        spec = KVSpec(fit.layers, fit.heads, fit.head_dim, fit.dtype, fingerprint)
-        cache = DistributedKVCache(store=self.store, model=spec, precision=precision, **self._options)
-        self.shadow.precision = max(cache.precision, computed, key=TOLERANCE.__getitem__)
-        self._earlier, self._cache = self.stats(), cache
-        self._describe(cache)
+        fingerprint = hf_models.fingerprint(self.model, self._tokenizer, adapter, fit.dtype)
+        cache = self._cache
+        if cache is None or cache.namespace.fingerprint != fingerprint:
+            spec = KVSpec(fit.layers, fit.heads, fit.head_dim, fit.dtype, fingerprint)
+            cache = DistributedKVCache(store=self.store, model=spec, precision=precision, **self._options)
+            self.shadow.precision = max(cache.precision, computed, key=TOLERANCE.__getitem__)
+            self._earlier, self._cache, self._adapter = self.stats(), cache, adapter
+            self._describe(cache)
+        self._stamp, self._fit = stamp, fit
 
     def _describe(self, cache: DistributedKVCache) -> None:
         names, name = cache.namespace, str(getattr(self.model.config, "_name_or_path", "")) or type(self.model).__name__

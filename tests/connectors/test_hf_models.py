@@ -256,6 +256,12 @@ def test_a_config_that_stops_to_fit_is_refused_at_the_next_call() -> None:
         answer(wrapped, TEXT)
     model.config.is_causal = True
     check(wrapped, TEXT, 47, "")
+    model.double()
+    for _ in range(2):  # a refusal is no news that the second call may forget
+        with pytest.raises(ConfigError, match="float64"):
+            answer(wrapped, TEXT)
+    model.float()
+    check(wrapped, TEXT, 47, "")
 
 
 def test_what_changes_no_weight_keeps_the_blocks() -> None:
