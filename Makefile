@@ -30,7 +30,7 @@ demo: setup ## the whole system in a minute
 test: setup ## lint and types, then every test and every notebook, and a table of what became of them
 	@$(PY) -m tests.harness.run
 
-test-engines: ## vLLM with the connector, in an environment of its own (.venv-engines, Linux, about 3 GB)
+test-engines: setup ## vLLM with the connector, in an environment of its own (.venv-engines, Linux, about 3 GB)
 	@sh scripts/test_engines.sh
 
 check: setup ## while you change code: lint, types, units and contracts, in under three minutes

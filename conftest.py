@@ -21,8 +21,11 @@ from kvlab.course.kernel import kernel_environment
 
 ROOT = Path(__file__).parent
 SANITIZE = ROOT / "notebooks" / "sanitize.cfg"
-WITHOUT_TRANSFORMERS = ["kvlab/connectors/hf_models.py", "kvlab/connectors/transformers.py"]
-collect_ignore = [] if find_spec("transformers") else WITHOUT_TRANSFORMERS  # for doctests, pytest imports every module
+NEEDS = {  # for doctests, pytest imports every module; these cannot be imported without their engine
+    "transformers": ["kvlab/connectors/hf_models.py", "kvlab/connectors/transformers.py"],
+    "vllm": ["kvlab/connectors/vllm", "kvlab/lab/naive_connector.py"],
+}
+collect_ignore = [path for engine, paths in NEEDS.items() if not find_spec(engine) for path in paths]
 FAILED = pytest.StashKey[str]()  # the name of a notebook's first failing cell
 REBUILD = "if the new outputs are correct, run: python scripts/build_notebooks.py"
 

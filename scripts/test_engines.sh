@@ -1,10 +1,14 @@
 #!/bin/sh
-# Make the environment with vLLM and run the engines lane in it, then the tests of transformers on its newest version.
+# Test the connectors with engines that the course's environment does not have: vLLM, in an environment of its own,
+# and the newest transformers with PEFT, in a folder beside it.
 #
 # Where the environment cannot be made, the reason is printed and nothing is tested: that is a success, unless
 # KVLAB_REQUIRE names engines.
 set -eu
 cd "$(dirname "$0")/.."
+
+newest='transformers==5.24.0 peft==0.21.2 accelerate==1.15.0'
+folder=.venv-engines/newest
 
 began=$(date +%s)
 if ! said=$(sh scripts/setup.sh --engines 2>&1); then
@@ -12,6 +16,14 @@ if ! said=$(sh scripts/setup.sh --engines 2>&1); then
     case ",${KVLAB_REQUIRE:-}," in *,engines,*) exit 1 ;; esac
     exit 0
 fi
+if [ "$(cat $folder/.ready 2>/dev/null)" != "$newest" ]; then
+    rm -rf $folder
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $folder $newest
+    echo "$newest" >$folder/.ready
+fi
 made=$(date +%s)
 KVLAB_REQUIRE=engines .venv-engines/bin/python -m pytest tests/engines -q "$@"
-printf 'minutes: engines %s, of these set-up: %s\n' "$((($(date +%s) - began) / 60))" "$(((made - began) / 60))"
+tested=$(date +%s)
+KVLAB_REQUIRE=hf PYTHONPATH=$folder .venv/bin/python -m pytest tests/connectors -m hf -q "$@"
+printf 'minutes: set-up %s, vLLM %s, newest transformers %s\n' \
+    "$(((made - began) / 60))" "$(((tested - made) / 60))" "$((($(date +%s) - tested) / 60))"

@@ -9,7 +9,6 @@ Each check yields a line. Nothing is loaded for vLLM but its config; for transfo
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,15 +166,13 @@ def _transformers(arguments: Sequence[str], store: str | None) -> Iterator[Line]
         yield Line("model", str(error).splitlines()[0], PROBLEM)
         return
     with CachedModel(model, url or "fakeredis://") as cached:
-        spec, B = cached.cache.spec, cached.cache.block_tokens
-        yield Line("model", f"{type(model).__name__}: L {spec.layers}, H {spec.heads}, D {spec.head_dim}, {spec.dtype}")
-        yield Line(
-            "blocks",
-            f"{B} tokens of {spec.kv_bytes_per_token(cached.cache.precision):,} bytes at {cached.cache.precision}",
-        )
+        names, (L, _, H, B, D) = cached.cache.namespace, cached.cache.block_shape
+        record_bytes = cached.cache.record_bytes
+        yield Line("model", f"{type(model).__name__}: L {L}, H {H}, D {D}, {model.dtype}")
+        yield Line("blocks", f"{B} tokens at {names.precision}: records of about {record_bytes:,} bytes")
         yield Line("smallest hit", f"a prompt of {B} tokens: one whole block; its last token is always computed")
-        yield Line("fingerprint", f"{spec.fingerprint.hex()[:16]} of {json.dumps(arguments[0])}")
-        yield Line("namespace", cached.cache.namespace.root.hex()[:16])
+        yield Line("fingerprint", f"{names.fingerprint.hex()[:16]} of {arguments[0]}")
+        yield Line("namespace", names.root.hex()[:16])
 
 
 def _version(*names: str) -> str | None:

@@ -187,6 +187,12 @@ class CachedModel:
         self.last = Request(T, 0 if shadow else min(got, T - 1), saved, shadow, reason)
         return output
 
+    @property
+    def cache(self) -> DistributedKVCache:
+        """The cache of the fingerprint that the model had at the last call."""
+        assert self._cache is not None, "`__init__` sets it"
+        return self._cache
+
     def refresh(self) -> None:
         """Hash the weights again. `generate` does so by itself when it notices a change (see the class)."""
         self._bind(hf_models.fit(self.model))
@@ -214,10 +220,9 @@ class CachedModel:
         """Return the cache of the fingerprint that the model has now."""
         if hf_models.stamp(self.model) != self._stamp:
             self.refresh()
-        assert self._cache is not None, "`__init__` sets it"
         if time.monotonic() - self._described_at >= self._describe_every_s:
-            self._describe(self._cache)
-        return self._cache
+            self._describe(self.cache)
+        return self.cache
 
     def _bind(self, fit: hf_models.Fit) -> None:
         """Make a cache of the present fingerprint, unless there is one. Nothing changes if that is refused."""

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def block(start: str) -> str:
     """The code block of the README that contains `start`."""
     (found,) = [
-        b for b in re.findall(r"```(?:sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if start in b
+        b for b in re.findall(r"```(?:sh|python3)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if start in b
     ]
     return found
 
