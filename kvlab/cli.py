@@ -253,6 +253,12 @@ COMMANDS = (
         (STORE, JSON),
     ),
     Command(
+        "bench engines",
+        "vLLM with the connector: the same tokens, time to first token, faults (needs vLLM: make test-engines)",
+        _bench("kvlab.lab.bench.engines"),
+        (JSON,),
+    ),
+    Command(
         "bench wire",
         "GB/s to and from a local Redis or the one at --store (about 300 MB are written and deleted)",
         _bench("kvlab.lab.bench.wire"),

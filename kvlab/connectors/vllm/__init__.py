@@ -194,7 +194,7 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Copy what was fetched, and return the requests that can run."""
-        return None, self.worker.finished() or None
+        return None, self.worker.finished(self._work.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks whose load failed."""

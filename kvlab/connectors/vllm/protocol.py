@@ -39,12 +39,17 @@ class Blocks:
 
 @dataclass
 class Work(KVConnectorMetadata):  # type: ignore[misc]
-    """To all workers, for one step: what to load, to save, and to compare with the store."""
+    """To all workers, for one step: what to load, to save, and to compare with the store.
+
+    Attributes:
+        idle: no request runs in this step, so that the engine would only ask again and again whether loads ended.
+    """
 
     space: bytes
     loads: list[Blocks] = field(default_factory=list)
     saves: list[Blocks] = field(default_factory=list)
     checks: list[Blocks] = field(default_factory=list)
+    idle: bool = False
 
 
 @dataclass

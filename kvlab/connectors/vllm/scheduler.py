@@ -162,7 +162,7 @@ class SchedulerSide:
     # --- each step --------------------------------------------------------------------------------------------------
     def work(self, output: SchedulerOutput) -> Work:
         """Return the work of the step: planned loads, and blocks that are whole when the step ends."""
-        work = Work(self.space, self._loads)
+        work = Work(self.space, self._loads, idle=not output.num_scheduled_tokens)
         self._loads = []
         if not self.gate.open or not self.space:
             return work  # blocks that are not saved now are saved when the gate opens

@@ -30,10 +30,11 @@ from kvlab.stores import Store
 from kvlab.stores.faults import Reason
 from kvlab.stores.workers import Workers
 
-WINDOW_BYTES = 16 << 20  # of the records that one call fetches
+WINDOW_BYTES = 4 << 20  # of the records that one call fetches; several calls run at the same time
 THREADS = 4
 FETCHED_BYTES = 256 << 20  # of records that were fetched and not copied yet
 COUNT_EVERY_S = 1.0
+IDLE_S = 0.005  # that a step without requests waits for blocks; a busy engine would keep the threads from running
 logger = init_logger("vllm.kvlab.worker")
 _SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}  # torch has few operations for unsigned integers
 
@@ -47,6 +48,7 @@ class Window:
         elements, reasons: of each block, the verified elements, or the reason why there are none.
         compared, different: the results of shadow mode, in blocks.
         seconds: what fetching and verifying took.
+        room: the buffer that the elements are in.
     """
 
     space: bytes
@@ -57,6 +59,7 @@ class Window:
     compared: int = 0
     different: int = 0
     seconds: float = 0.0
+    room: bytearray = field(default_factory=bytearray)
 
 
 class WorkerSide:
@@ -94,7 +97,8 @@ class WorkerSide:
         self._window = max(1, WINDOW_BYTES // record_bytes)
         self._record_bytes = record_bytes
         self._threads = Workers(THREADS, "kvlab-load")
-        self._room = threading.BoundedSemaphore(max(1, FETCHED_BYTES // (self._window * record_bytes)))
+        self._rooms = threading.BoundedSemaphore(max(1, FETCHED_BYTES // (self._window * record_bytes)))
+        self._free: list[bytearray] = []  # buffers of a window; new memory causes page faults
         self._fetched: SimpleQueue[Window] = SimpleQueue()
         self._pending: Counter[str] = Counter()  # windows by request
         self._bad_ids: set[int] = set()
@@ -127,24 +131,30 @@ class WorkerSide:
                 self._start(Window(work.space, part, self._copy_out(part.ids)))
         self.counters.add(copy_seconds=time.perf_counter() - begin)
 
-    def finished(self) -> set[str]:
-        """Copy what was fetched into the KV cache. Return the requests whose blocks have all come, or failed."""
+    def finished(self, idle: bool = False) -> set[str]:
+        """Copy what was fetched into the KV cache. Return the requests whose blocks have all come, or failed.
+
+        Args:
+            idle: wait a moment for the next blocks, because the engine has nothing else to do.
+        """
         done: set[str] = set()
         while True:
             try:
-                window = self._fetched.get_nowait()
+                wait = idle and self._pending and not done
+                window = self._fetched.get(timeout=IDLE_S) if wait else self._fetched.get_nowait()
             except Empty:
                 return done
-            self._room.release()
+            name = window.blocks.request
             if window.computed is not None:
                 self.counters.add(shadow_blocks=window.compared, shadow_different=window.different)
-                continue
-            self._copy_in(window)
-            name = window.blocks.request
-            self._pending[name] -= 1
-            if not self._pending[name]:
-                del self._pending[name]
-                done.add(name)
+            else:
+                self._copy_in(window)
+                self._pending[name] -= 1
+                if not self._pending[name]:
+                    del self._pending[name]
+                    done.add(name)
+            self._free.append(window.room)
+            self._rooms.release()
 
     def take_bad_ids(self) -> set[int]:
         """Return the blocks of the KV cache that were not loaded, since the last call."""
@@ -175,7 +185,7 @@ class WorkerSide:
         self._threads.submit(lambda: self._fetch(window))
 
     def _fetch(self, window: Window) -> None:
-        self._room.acquire()
+        self._rooms.acquire()
         begin = time.perf_counter()
         try:
             self._fetch_verified(window)
@@ -183,6 +193,7 @@ class WorkerSide:
                 self._compare(window)
         except Exception:  # a request must not wait for ever because a thread ended
             logger.exception("a load failed")
+            window.room = window.room or bytearray(self._window * self._record_bytes)
             window.elements = [None] * len(window.blocks.ids)
             window.reasons = [Reason.ERROR] * len(window.blocks.ids)
         window.seconds = time.perf_counter() - begin
@@ -192,7 +203,11 @@ class WorkerSide:
         keys = self._keys(window.space, window.blocks)
         size = self._record_bytes
         reasons: list[str] = []
-        room = memoryview(bytearray(size * len(keys)))
+        try:
+            window.room = self._free.pop()
+        except IndexError:
+            window.room = bytearray(self._window * size)
+        room = memoryview(window.room)
         values = self.store.get_many(keys, [room[i * size : (i + 1) * size] for i in range(len(keys))], reasons)
         elements_of: list[Array | None] = []
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
