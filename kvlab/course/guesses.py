@@ -66,6 +66,12 @@ QUESTIONS = {
             "times",
             "06",
         ),
+        Question(
+            "vllm_ttft",
+            "How much sooner does vLLM's first token come if 1,504 of 1,536 tokens are in Redis?",
+            "times",
+            "09",
+        ),
         Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent", "07"),
     )
 }

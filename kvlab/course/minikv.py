@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 
@@ -358,6 +359,34 @@ class MiniPlanner:
         self.computed += [(computed, compute_s)] if computed else []
 
 
+# --- inside an engine: lesson 09 ----------------------------------------------------------------
+def usable_tokens(present: list[bool], prompt_tokens: int, block_tokens: int) -> int:
+    """How many leading tokens of a prompt to load, if these of its blocks are stored. One is left to compute."""
+    blocks = [*present, False].index(False)
+    return min(blocks, (prompt_tokens - 1) // block_tokens) * block_tokens
+
+
+def next_inputs(tokens: list[int], cached: int) -> dict[str, list[int]]:
+    """The inputs of a call whose cache has the KV of the first tokens."""
+    start = min(cached, len(tokens) - 1)  # the last token gives the logits
+    return {
+        "ids": tokens[start:],
+        "positions": list(range(start, len(tokens))),
+        "mask": [1] * len(tokens),
+    }
+
+
+def blocks_to_save(computed: int, scheduled: int, saved: int, present: list[bool], block_tokens: int) -> list[int]:
+    """The blocks that are whole after a step, were not saved before, and are not in the store."""
+    whole = (computed + scheduled) // block_tokens
+    return [i for i in range(saved, whole) if i >= len(present) or not present[i]]
+
+
+def trusted_blocks(filled: list[int], failed: list[int]) -> list[int]:
+    """The blocks of a step that may be saved if some loads of it failed."""
+    return [i for i in filled if i < min(failed, default=math.inf)]
+
+
 # --- the cache around them ----------------------------------------------------------------------
 class MiniCache(KVCache):
     """KV of token prefixes, block by block, in any store with `get_many`, `put_many` and `probe`."""
@@ -432,3 +461,32 @@ class MiniCache(KVCache):
     def close(self) -> None:
         """Close the store."""
         self.store.close()
+
+
+class MiniConnector:
+    """What a connector does for an engine that computes a prompt in steps, over a `MiniCache`."""
+
+    def __init__(self, cache: MiniCache) -> None:
+        self.cache = cache
+        self.present: list[bool] = []
+        self.saved = 0
+
+    def look_up(self, tokens: list[int]) -> int:
+        """Before a request: how many of its tokens can be loaded."""
+        self.present = [value is not None for value in self.cache.store.get_many(self.cache.keys(tokens))]
+        self.saved = 0
+        return usable_tokens(self.present, len(tokens), self.cache.B)
+
+    def after_step(self, tokens: list[int], kv: Tensor, computed: int, scheduled: int, failed: list[int]) -> list[int]:
+        """After a step: save the blocks that it filled; return their numbers. The KV of failed blocks is not there."""
+        blocks = blocks_to_save(computed, scheduled, self.saved, self.present, self.cache.B)
+        chosen, whole = trusted_blocks(blocks, failed), (computed + scheduled) // self.cache.B
+        self.present += [False] * (whole - len(self.present))
+        for i in chosen:
+            stop = (i + 1) * self.cache.B
+            self.cache.save(tokens[:stop], kv[:, :, :, :stop], i * self.cache.B)
+            self.present[i] = True
+        for i in failed:
+            self.present[i] = False  # it is computed and saved again
+        self.saved = min([whole, *failed])
+        return chosen

@@ -139,7 +139,10 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     if own.has("causal_attention"):
         model.attend = own.module.causal_attention
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
-    parts_right = [part(own, model, sample, say) for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner)]
+    parts_right = [
+        part(own, model, sample, say)
+        for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner, _run_connector)
+    ]
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
         say(f"cache:   {type(cache).__name__} over {shown(store)}, blocks of {cache.block_tokens} tokens")
@@ -261,6 +264,47 @@ def _run_planner(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         f"best choices, kvlab's {ours:.2f} times"
     )
     return yours < 1.5
+
+
+def _run_connector(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Let the learner's connector serve a small engine, with a block that is lost between look-up and load.
+
+    Returns:
+        Whether what the engine stores afterwards gives the tokens of a run without a cache.
+    """
+    made: Any = getattr(own.module, "MiniConnector", None)
+    if made is None:
+        return True
+    cache_of: Any = cache_class(own.module)
+    cache: Any = cache_of(own.module.MiniRedis(fakeredis.FakeRedis()), spec_of(model), salt=os.urandom(16))
+    prompt = sample[:400]
+    generate(model, prompt[:256], 1, cache)  # four blocks
+    connector, found = made(cache), []
+    for lost in ([cache.keys(prompt)[0]], [], []):
+        found.append(connector.look_up(prompt))
+        for key in lost:
+            cache.store.client.delete(b"kv:" + key)
+        _engine_step(model, cache, connector, prompt, found[-1])
+    stored, computed = (model.new_kv(384)[:, :, 0] for _ in range(2))
+    model(torch.tensor([prompt[:384]]), computed.unsqueeze(2), last_only=True)
+    right = cache.load(prompt, 0, 384, stored) == 384 and torch.allclose(stored, computed, atol=1e-3)
+    say(
+        f"lesson 09: your connector finds {found} of {len(prompt)} tokens for an engine whose first load fails; what "
+        f"it stored is right: {right}"
+    )
+    return right and found == [256, 384, 384]
+
+
+def _engine_step(model: Llama, cache: Any, connector: Any, prompt: list[int], promised: int) -> None:
+    """Load what was promised and compute the rest, as an engine does that does not stop when a load fails."""
+    kv, B = model.new_kv(len(prompt)), cache.block_tokens
+    loaded = cache.load(prompt, 0, promised, kv[:, :, 0, :, :promised])
+    failed = list(range(loaded // B, promised // B))
+    model(torch.tensor([prompt[promised:]]), kv, promised, last_only=True)
+    connector.after_step(prompt, kv[:, :, 0], promised, len(prompt) - promised, failed)
+    if failed:  # the engine computes the request again
+        model(torch.tensor([prompt[loaded:]]), kv, loaded, last_only=True)
+        connector.after_step(prompt, kv[:, :, 0], loaded, len(prompt) - loaded, [])
 
 
 def _measure(model: Llama, prompt: list[int], cache: KVCache, rate_of: Callable[..., float]) -> dict[str, Any]:

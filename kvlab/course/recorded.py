@@ -23,10 +23,13 @@ RECORDED = Path(__file__).parent / "recorded"
 Result = dict[str, Any]
 
 
-def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-server") -> Result:
+def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-server", called: str = "") -> Result:
     """The result of `run()` if the program `needs` is installed, else the recording called `name`.
 
     Prints one line with the source of the result. Both sources give the same structure.
+
+    Args:
+        called: what the line calls the program, if not `needs`. Its recording is made elsewhere.
 
     Raises:
         ConfigError: the program is missing and there is no such recording.
@@ -34,12 +37,12 @@ def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-s
     accept_any_text()  # a machine's name may contain special characters
     if shutil.which(needs):
         result = run()
-        if os.environ.get("KVLAB_RECORD"):
+        if os.environ.get("KVLAB_RECORD") and not called:
             save_recording(name, result)
         print("source: measured on this machine")
         return result
     result, machine = load_recording(name)
-    print(f"source: recorded on {machine} ({needs} is not installed here)")
+    print(f"source: recorded on {machine} ({called or needs} is not installed here)")
     return result
 
 

@@ -26,7 +26,7 @@ PARTS = tuple(
     if isinstance(value, FunctionType) and value.__module__ == minikv.__name__
 )
 """The functions that the cache is built from, in the order of the course."""
-CLASSES = ("MiniTable", "MiniLayer", "MiniPool", "MiniRedis", "MiniTiers", "MiniPlanner", "MiniCache")
+CLASSES = ("MiniTable", "MiniLayer", "MiniPool", "MiniRedis", "MiniTiers", "MiniPlanner", "MiniCache", "MiniConnector")
 
 HEADER = '''"""My distributed KV cache. The course writes each answer here once it passes; change what you like.
 

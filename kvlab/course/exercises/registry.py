@@ -21,6 +21,7 @@ from kvlab.course.exercises import (
     lesson_05,
     lesson_06,
     lesson_07,
+    lesson_09,
 )
 from kvlab.course.exercises.engine import Exercise
 from kvlab.errors import InputError
@@ -36,6 +37,7 @@ LESSONS = (
     lesson_05,
     lesson_06,
     lesson_07,
+    lesson_09,
 )
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
 """The exercises by the constants that hold them: what `exercises.HIT_RATE` means in a notebook."""

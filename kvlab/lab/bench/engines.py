@@ -182,14 +182,14 @@ def _layout(server: RedisServer) -> dict[str, Any]:
         salad = ask(llm, prompt)
     with engine(transfer(server.url), block_size=64) as llm:
         refused = ask(llm, prompt)
-    tokenizer = Tokenizer()
+    answers = {"computed": right, "same keys": salad, "other keys": refused}
     return {
-        "answers": {
-            n: tokenizer.decode(a.tokens[0])
-            for n, a in (("right", right), ("same keys", salad), ("other keys", refused))
-        },
-        "cached": {"right": right.cached, "same keys": salad.cached, "other keys": refused.cached},
-        "right": {"same keys": salad.tokens == right.tokens, "other keys": refused.tokens == right.tokens},
+        name: {
+            "cached": answer.cached[0],
+            "right": answer.tokens == right.tokens,
+            "text": Tokenizer().decode(answer.tokens[0]),
+        }
+        for name, answer in answers.items()
     }
 
 

@@ -1,0 +1,42 @@
+"""vLLM for notebook 09: run in its own environment where there is one, else from a recording."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from kvlab.course.recorded import RECORDED, Result, live_or_recorded, load_recording
+from kvlab.lab.streams import accept_any_text
+
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-engines" / "bin" / "python"
+NAME = "09_vllm"
+ROUNDS = 3
+
+
+def cache_argument() -> str:
+    """The name of the cache argument of transformers' models: "cache" since 5.24, "past_key_values" before."""
+    from kvlab.connectors.hf_models import CACHE_NAME
+
+    return CACHE_NAME
+
+
+def vllm(*parts: str) -> Result:
+    """Parts of `kvlab.lab.bench.engines`, measured where `make test-engines` has made an environment, else recorded."""
+    return live_or_recorded(NAME, lambda: _measured(parts), needs=str(PYTHON), called="vLLM")
+
+
+def recorded_vllm() -> Result:
+    """The recording of all parts. `.venv-engines/bin/python -m kvlab bench engines` measures them again."""
+    accept_any_text()
+    result, machine = load_recording(NAME)
+    print(f"source: recorded on {machine}")
+    return result
+
+
+def _measured(parts: tuple[str, ...]) -> dict[str, Any]:
+    program = f"import json; from kvlab.lab.bench import engines; print(json.dumps(engines.run({parts!r}, {ROUNDS})))"
+    done = subprocess.run([str(PYTHON), "-c", program], check=True, capture_output=True, text=True, cwd=RECORDED)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
