@@ -17,6 +17,15 @@ SEAMS = Flow(
     ],
     columns=4,
 )
+GENERATE = Flow(
+    [
+        Step("look up", "which blocks are stored?"),
+        Step("load", "into a DynamicCache", marked=True),
+        Step("generate", "all ids, a mask of ones"),
+        Step("save", "new whole blocks", marked=True),
+    ],
+    columns=4,
+)
 CALLS = Flow(
     [
         Step("look up", "scheduler: what is stored?", marked=True),
