@@ -284,7 +284,7 @@ def _run_connector(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         found.append(connector.look_up(prompt))
         for key in lost:
             cache.store.client.delete(b"kv:" + key)
-        _engine_step(model, cache, connector, prompt, found[-1])
+        _engine_step(own, model, cache, connector, prompt, found[-1])
     stored, computed = (model.new_kv(384)[:, :, 0] for _ in range(2))
     model(torch.tensor([prompt[:384]]), computed.unsqueeze(2), last_only=True)
     right = cache.load(prompt, 0, 384, stored) == 384 and torch.allclose(stored, computed, atol=1e-3)
@@ -295,12 +295,13 @@ def _run_connector(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
     return right and found == [256, 384, 384]
 
 
-def _engine_step(model: Llama, cache: Any, connector: Any, prompt: list[int], promised: int) -> None:
+def _engine_step(own: Own, model: Llama, cache: Any, connector: Any, prompt: list[int], promised: int) -> None:
     """Load what was promised and compute the rest, as an engine does that does not stop when a load fails."""
     kv, B = model.new_kv(len(prompt)), cache.block_tokens
     loaded = cache.load(prompt, 0, promised, kv[:, :, 0, :, :promised])
     failed = list(range(loaded // B, promised // B))
-    model(torch.tensor([prompt[promised:]]), kv, promised, last_only=True)
+    inputs = own.module.next_inputs(prompt, promised)
+    model(torch.tensor([inputs["ids"]]), kv, inputs["positions"][0], last_only=True)
     connector.after_step(prompt, kv[:, :, 0], promised, len(prompt) - promised, failed)
     if failed:  # the engine computes the request again
         model(torch.tensor([prompt[loaded:]]), kv, loaded, last_only=True)

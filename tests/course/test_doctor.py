@@ -96,7 +96,7 @@ def test_a_missing_extra_is_optional(pretend):
     pretend(transformers=None)
     check = found("extra hf")
     assert check.status == MISSING
-    assert "transformers is missing" in check.detail and check.fix.endswith("'transformers<6,>=5'")
+    assert "transformers is missing" in check.detail and check.fix.endswith("'transformers<6,>=5.23'")
     assert run(lambda _: None) == 0
 
 
