@@ -14,6 +14,7 @@ venv=.venv lock=requirements.lock no_deps=
 if [ "${1-}" = --engines ]; then
     # vLLM's own requirements would replace torch and add gigabytes, so its lock file is all that is installed
     venv=.venv-engines lock=requirements-engines.lock no_deps=--no-deps
+    PYTHON=${PYTHON:-python3.11} # the lock file is for this version
 fi
 log=$venv/setup.log # of the last pip command
 torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}

@@ -95,14 +95,14 @@ def _engine_config(arguments: Sequence[str]) -> Any:
         ConfigError: vLLM refuses them.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser()
-    parser.add_argument("model_tag", nargs="?")
-    AsyncEngineArgs.add_cli_args(parser)
     try:
-        parsed, _ = parser.parse_known_args(list(arguments))
-        if parsed.model_tag:
+        parsed, unknown = make_arg_parser(FlexibleArgumentParser()).parse_known_args(list(arguments))
+        if unknown:
+            raise ConfigError(f"it does not know {' '.join(unknown)}")
+        if getattr(parsed, "model_tag", None):
             parsed.model = parsed.model_tag
         return AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
     except (Exception, SystemExit) as error:  # whatever it is, the reader needs a line
@@ -117,14 +117,15 @@ def _blocks(config: Any, settings: Settings) -> Iterator[Line]:
     from kvlab.connectors.vllm import namespace
 
     model, parallel, B = config.model_config, config.parallel_config, config.cache_config.block_size
+    dtype = getattr(torch, config.cache_config.cache_dtype, model.dtype)  # "auto" is the model's
     spec = FullAttentionSpec(
-        block_size=B, num_kv_heads=model.get_num_kv_heads(parallel), head_size=model.get_head_size(), dtype=model.dtype
+        block_size=B, num_kv_heads=model.get_num_kv_heads(parallel), head_size=model.get_head_size(), dtype=dtype
     )
     count, (rows, heads, tokens, row_bytes) = (
         model.get_num_layers(parallel),
         compute_layer_kv_cache_shape_bytes(spec, 1),
     )
-    shape = (rows, heads, tokens, row_bytes // model.dtype.itemsize)
+    shape = (rows, heads, tokens, row_bytes // dtype.itemsize)
     device = str(config.device_config.device_type)
     record_bytes = count * rows * heads * tokens * row_bytes
     status = OK if record_bytes <= MAX_VALUE_BYTES else PROBLEM
@@ -132,7 +133,7 @@ def _blocks(config: Any, settings: Settings) -> Iterator[Line]:
     yield Line("smallest hit", f"a prompt of {B + 1} tokens: one whole block, and one token that is always computed")
     fingerprint = namespace.model_fingerprint(config)
     yield Line("fingerprint", f"{fingerprint.hex()[:16]} of {model.model}, {model.dtype}")
-    tensors = [torch.empty(shape, dtype=model.dtype, device="meta" if device != "cpu" else "cpu")] * count
+    tensors = [torch.empty(shape, dtype=dtype, device="meta" if device != "cpu" else "cpu")] * count
     layout = namespace.layout_of(config, spec, tensors, "")
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     yield Line("layout", f"{layout.backend} {layout.isa}".strip() + f", {ranks} worker{'s' * (ranks > 1)}")

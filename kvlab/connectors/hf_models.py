@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-from kvlab.connectors.identity import as_stored, foreign_fingerprint
+from kvlab.connectors.identity import LENGTH_DEPENDENT_ROPE, as_stored, foreign_fingerprint, rope_types
 from kvlab.connectors.shadow import different_elements
 from kvlab.core.keys import digest
 from kvlab.errors import ConfigError
@@ -26,7 +25,7 @@ from kvlab.model.fingerprint import digest_tensors
 # transformers 5.24 renamed the argument; the old name warns there, and is the only one before.
 _PARAMETERS: Final = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME: Final = "cache" if "cache" in _PARAMETERS else "past_key_values"
-LENGTH_DEPENDENT_ROPE: Final = frozenset(("dynamic", "longrope"))  # they rotate early keys by the length of the text
+KNOWN_HOOKS: Final = ("transformers.", "accelerate.", "peft.")  # they record, or move weights
 PLAIN_LLAMA: Final = "transformers.models.llama.modeling_llama.LlamaForCausalLM"
 SAMPLES: Final = 16  # numbers of each tensor that `stamp` looks at
 CAUSAL_TOLERANCE: Final = 0.25  # far above rounding, far below the effect of a token that should not be seen
@@ -78,6 +77,12 @@ def state_problem(model: Any) -> str:
         return "expected a model in evaluation mode, because dropout changes the KV; call model.eval()"
     if torch.is_autocast_enabled(model.device.type):
         return "expected no autocast, which the block keys do not cover; load the model in the dtype to compute in"
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not getattr(hook, "__module__", "").startswith(KNOWN_HOOKS):
+                return (
+                    f"expected a model without forward hooks, which may change its KV, got one at {name or 'the top'}"
+                )
     return ""
 
 
@@ -184,7 +189,7 @@ def _check_config(model: Any) -> None:
         raise ConfigError("expected all weights in memory, got some on the meta device (offloaded); load them first")
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         raise ConfigError("expected causal attention, got bidirectional, whose KV depends on later tokens")
-    if found := LENGTH_DEPENDENT_ROPE.intersection(_rope_types(model.config.to_dict())):
+    if found := LENGTH_DEPENDENT_ROPE.intersection(rope_types(model.config.to_dict())):
         raise ConfigError(f"expected RoPE that depends on the position only, got {', '.join(sorted(found))}")
     if (chosen := model.generation_config.cache_implementation) is not None:
         raise ConfigError(f"expected generation_config.cache_implementation=None, got {chosen!r}; unset it")
@@ -196,14 +201,6 @@ def _check_config(model: Any) -> None:
             f"expected plain keys and values in all layers, got {', '.join(sorted(kinds))}; models with sliding "
             "windows, linear attention or shared KV are not supported"
         )
-
-
-def _rope_types(config: Any) -> Iterator[str]:
-    """Yield the RoPE types anywhere in a config; newer models have one for each type of layer."""
-    if isinstance(config, Mapping):
-        yield from (str(config[name]) for name in ("rope_type", "type") if name in config)
-        for value in config.values():
-            yield from _rope_types(value)
 
 
 @torch.no_grad()

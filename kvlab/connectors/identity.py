@@ -26,7 +26,7 @@ from torch import Tensor
 from kvlab.core.keys import digest, field
 from kvlab.errors import ModelError
 from kvlab.model.digests import FolderWeights
-from kvlab.model.files import ModelFolder, read_folder
+from kvlab.model.files import INDEX, WEIGHTS, ModelFolder, read_folder
 from kvlab.model.fingerprint import LAYOUT_VERSION, fingerprint
 
 IRRELEVANT = frozenset(
@@ -51,6 +51,18 @@ IRRELEVANT = frozenset(
         "use_cache",
     )
 )
+
+
+LENGTH_DEPENDENT_ROPE = frozenset(("dynamic", "longrope"))
+"""RoPE that turns early keys by an angle that depends on the length of the text, or of the longest one allowed."""
+
+
+def rope_types(config: Any) -> Iterator[str]:
+    """Yield the RoPE types anywhere in a config; newer models have one for each type of layer."""
+    if isinstance(config, Mapping):
+        yield from (str(config[name]) for name in ("rope_type", "type") if name in config)
+        for value in config.values():
+            yield from rope_types(value)
 
 
 def foreign_fingerprint(
@@ -100,6 +112,16 @@ def weights_of_folder(folder: str | Path, tied: bool = False) -> bytes:
         return FolderWeights(files, tied).digest()
 
     return read_folder(folder, read)
+
+
+def safetensors_problem(folder: str | Path) -> str:
+    """Return why an engine may load other weights of a folder than `weights_of_folder` hashes, or ""."""
+    found = {path.name for path in Path(folder).glob("*.safetensors")}
+    indexed = (Path(folder) / INDEX).exists()
+    if WEIGHTS in found and (indexed or len(found) > 1):
+        others = sorted((found - {WEIGHTS}) | ({INDEX} if indexed else set()))
+        return f"expected {WEIGHTS} alone, or an index and its files, got also {', '.join(others)}; remove what is old"
+    return ""
 
 
 def files_digest(folder: str | Path) -> bytes:

@@ -5,8 +5,9 @@
 `CachedModel.generate` takes what `model.generate` takes and returns what it returns. Greedy tokens are the same
 with any contents of the store, if model and store use fp32.
 
-A block key covers the tokens, and the fingerprint the weights, the config and the adapters. Everything else that
-changes keys and values is refused: models at construction (`kvlab.connectors.hf_models`), inputs at each call.
+A block key covers the tokens, and the fingerprint the weights, the config and the adapters. Models whose KV depends
+on more are refused at construction (`kvlab.connectors.hf_models`), inputs and forward hooks at each call. What
+nothing shows is a number that was changed on a module by hand, such as `self_attn.scaling`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ ONE_ROW_EACH: Final[dict[str, tuple[object, ...]]] = {
     "assistant_early_exit": (None,),
     "cache_implementation": (None,),
     "num_beams": (None, 1),
+    "output_attentions": (None, False),  # their shape would tell how much was cached
+    "output_hidden_states": (None, False),
     "num_return_sequences": (None, 1),
     "prompt_lookup_num_tokens": (None,),
     "token_healing": (None, False),
@@ -183,6 +186,8 @@ class CachedModel:
         rows = (output if isinstance(output, Tensor) else output.sequences).tolist()
         if shadow:
             self._compare(cache, [row[:found] for row in rows], past)
+        if hf_models.stamp(self.model) != self._stamp:  # it changed while it generated
+            rows = []
         saved = sum(self._save(cache, row[: self._end(row, T, settings)], past, n, got) for n, row in enumerate(rows))
         self.last = Request(T, 0 if shadow else min(got, T - 1), saved, shadow, reason)
         return output

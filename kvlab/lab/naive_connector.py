@@ -15,7 +15,7 @@ from kvlab.connectors.vllm import KVLabConnector
 class NaiveConnector(KVLabConnector):
     """`KVLabConnector` with synchronous loads."""
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Promise the blocks for this step."""
         return super().get_num_new_matched_tokens(request, num_computed_tokens)[0], False
 

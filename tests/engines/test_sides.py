@@ -39,12 +39,12 @@ def hashes(count: int, name: str = "h") -> list[bytes]:
 
 
 def request(name: str, tokens: int, **members: Any) -> Any:
-    defaults = {"num_preemptions": 0, "lora_request": None}
+    defaults = {"num_preemptions": 0, "lora_request": None, "skip_reading_prefix_cache": False}
     return Fake(request_id=name, num_tokens=tokens, block_hashes=hashes(tokens // B), **{**defaults, **members})
 
 
 def scheduler(store: Any, ranks: int = 1, share: float = 0.0, clock: Any = time.monotonic) -> SchedulerSide:
-    side = SchedulerSide(store, B, Shadow(share, "fp32"), lambda _: b"", clock)
+    side = SchedulerSide(store, B, Shadow(share, "fp32"), lambda _: b"", clock, wait_s=20.0)
     side.enter(SPACE, ranks)
     return side
 
@@ -390,7 +390,7 @@ def config(**changes: Any) -> Any:
         "load_config": Fake(load_format="auto"),
         "model_config": Fake(
             is_hybrid=False, use_mla=False, get_sliding_window=lambda: None, is_encoder_decoder=False,
-            hf_config=Fake(model_type="llama"),
+            hf_config=Fake(model_type="llama", to_dict=dict),
         ),
         "speculative_config": None,
     }  # fmt: skip
@@ -413,6 +413,14 @@ def config(**changes: Any) -> Any:
         ({"cache_config__cache_dtype": "fp8"}, "kv-cache-dtype auto"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size 1"),
         ({"load_config__load_format": "dummy"}, "fingerprint"),
+        (
+            {
+                "model_config__hf_config": Fake(
+                    model_type="phi3", to_dict=lambda: {"rope_scaling": {"type": "longrope"}}
+                )
+            },
+            "RoPE",
+        ),
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__get_sliding_window": lambda: 4096}, "sliding"),
     ],
@@ -465,7 +473,7 @@ def test_settings() -> None:
         ({"store": URL, "ttl_seconds": -1}, {}, "TTL"),
         ({"store": URL, "shadow": 2}, {}, "shadow"),
         ({"store": URL, "shadow": "all"}, {}, "shadow"),
-        ({"store": URL, "compress": "lzma"}, {}, "compress"),
+        ({"store": URL, "compress": "gzip"}, {}, "compress"),
         ({"store": URL, "queue_bytes": 0}, {}, "queue_bytes"),
         ({"store": URL, "deadline_s": 0}, {}, "deadline_s"),
         ({"store": URL}, {"KVLAB_KEYS": "1:zz"}, "hexadecimal"),

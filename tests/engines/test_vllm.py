@@ -135,11 +135,11 @@ def test_a_hung_store_costs_one_deadline(stored: RedisServer, plain: Answers) ->
         side = scheduler_of(llm)
         with stored.paused():
             assert ask(llm, PROMPTS).tokens == plain.tokens
-            first = counted("lookup_seconds")
+            first = counted("held_seconds")
             assert not side.gate.open
             assert ask(llm, [p[1:] for p in PROMPTS]).cached == plain.cached
-            assert counted("lookup_seconds") == first, "nothing was asked again"
-            assert first < 10 * side.store.deadline_s
+            assert counted("held_seconds") == first, "nothing was asked again"
+            assert counted("lookup_seconds") >= side.store.deadline_s > 0
         wait_until(lambda: side.gate.open)
         assert ask(llm, [PROMPTS[1][3:], PROMPTS[0]]).tokens[1] == plain.tokens[0]
 

@@ -19,7 +19,6 @@ miss, never an error of a request.
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -28,13 +27,17 @@ from vllm.logger import init_logger
 
 from kvlab.connectors import describe
 from kvlab.connectors.identity import files_digest
-from kvlab.connectors.shadow import Shadow
+from kvlab.connectors.shadow import TOLERANCE, Shadow
 from kvlab.connectors.vllm import namespace
 from kvlab.connectors.vllm.protocol import Hello, Work
 from kvlab.connectors.vllm.scheduler import SchedulerSide
 from kvlab.connectors.vllm.settings import Settings
 from kvlab.connectors.vllm.stats import Counters, PromMetrics
 from kvlab.connectors.vllm.worker import WorkerSide
+from kvlab.core import record
+from kvlab.errors import ConfigError, KVLabError
+from kvlab.model.files import Stamp
+from kvlab.stores.base import MAX_VALUE_BYTES
 
 __all__ = ["KVLabConnector"]
 
@@ -74,11 +77,12 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             block_tokens = vllm_config.cache_config.block_size
             store = self._settings.open_store()
-            self._scheduler = SchedulerSide(store, block_tokens, self._shadow(), _adapter_digest)
+            self._scheduler = SchedulerSide(store, block_tokens, self._shadow(), Adapters().digest)
 
-    def _shadow(self) -> Shadow:
-        dtype = str(self._vllm_config.model_config.dtype).removeprefix("torch.")
-        return Shadow(self._settings.shadow, _PRECISIONS.get(dtype, "bf16"))
+    def _shadow(self, stored: str = "float32") -> Shadow:
+        computed = str(self._vllm_config.model_config.dtype).removeprefix("torch.")
+        coarser = max((_PRECISIONS[dtype] for dtype in (computed, stored)), key=TOLERANCE.__getitem__)
+        return Shadow(self._settings.shadow, coarser)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -95,6 +99,11 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Hello]) -> None:
         """Take the layouts of all workers, by pipeline and tensor rank."""
         hellos = [metadata[rank] for rank in sorted(metadata)]
+        if any(hello.check != self._settings.check for hello in hellos):
+            raise ConfigError(
+                "expected the same KVLAB_SALT and KVLAB_KEYS in all processes of the engine, got different ones; "
+                "executors that start workers elsewhere must be told to pass them on"
+            )
         self._layouts, self._fingerprint = [hello.layout for hello in hellos], hellos[0].fingerprint
         self._enter(b"")
         layout = self._layouts[0]
@@ -123,10 +132,10 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
         space = namespace.namespace(self._layouts, self._fingerprint, self._settings.salt, epoch)
         self.scheduler.enter(space, len(self._layouts))
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Look a prompt up. True: the blocks are loaded while other requests run."""
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Look a prompt up. None: ask again. True: the blocks are loaded while other requests run."""
         tokens = self.scheduler.matched(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Plan the load of an admitted request."""
@@ -150,6 +159,7 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def reset_cache(self) -> bool:
         """Read nothing any more that was stored before, for example after new weights were put into the engine."""
         self._enter(os.urandom(16))
+        logger.warning("the connector was reset: from now on this engine shares no blocks with any other")
         return True
 
     # --- in the process of a worker ---------------------------------------------------------------------------------
@@ -169,10 +179,17 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         layout = namespace.layout_of(self._vllm_config, spec, tensors, names[0])
         rank = stage * size + tensor_rank
-        self._hello = Hello(layout, namespace.model_fingerprint(self._vllm_config) if rank == 0 else b"")
+        nbytes = record.max_record_bytes(self._settings.format, layout.shape, record.KIND_ENGINE)
+        if nbytes > MAX_VALUE_BYTES:
+            limit = MAX_VALUE_BYTES >> 20
+            raise ConfigError(f"expected blocks of at most {limit} MiB, got {nbytes:,} bytes; lower --block-size")
+        fingerprint = namespace.model_fingerprint(self._vllm_config) if rank == 0 else b""
+        self._hello = Hello(layout, self._settings.check, fingerprint)
         store = self._settings.open_store()
         queue = self._settings.open_queue(self._settings.open_store())
-        self._worker = WorkerSide(store, queue, self._settings.format, layout, tensors, rank, self._shadow())
+        self._worker = WorkerSide(
+            store, queue, self._settings.format, layout, tensors, rank, self._shadow(layout.dtype)
+        )
 
     def get_handshake_metadata(self) -> Hello | None:
         """Return what the scheduler's half needs to know."""
@@ -243,12 +260,29 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._describer.close()
 
 
-def _adapter_digest(request: Request) -> bytes:
-    """Return the digest of the files of a request's LoRA adapter as they were when it was first used, or b""."""
-    lora = request.lora_request
-    return b"" if lora is None else _digest_of(lora.lora_int_id, lora.lora_path)
+class Adapters:
+    """The digests of LoRA adapters, by what their files were when an adapter was first used in this engine.
 
+    If the files are gone or have changed since, what the engine has loaded is not known: None.
+    """
 
-@cache
-def _digest_of(number: int, folder: str) -> bytes:
-    return files_digest(namespace.model_folder(folder))
+    def __init__(self) -> None:
+        self._first: dict[tuple[int, str], tuple[object, bytes | None]] = {}
+
+    def digest(self, request: Request) -> bytes | None:
+        """Return the digest of the adapter of a request, b"" without one."""
+        lora = request.lora_request
+        if lora is None:
+            return b""
+        name = (lora.lora_int_id, lora.lora_path)
+        stamps: object = None
+        try:
+            folder = namespace.model_folder(lora.lora_path)
+            files = sorted(path for path in folder.iterdir() if path.is_file())
+            stamps = [(path.name, *Stamp.of(path.stat())) for path in files]
+            if name not in self._first:
+                self._first[name] = (stamps, files_digest(folder))
+        except (OSError, KVLabError) as error:
+            logger.warning("nothing is cached for requests with the LoRA %s: %s", lora.lora_path, error)
+        first, digest = self._first.setdefault(name, (stamps, None))
+        return digest if stamps == first else None

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import struct
@@ -28,7 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvlab.connectors.identity import foreign_fingerprint, weights_of_folder
+from kvlab.connectors.identity import (
+    LENGTH_DEPENDENT_ROPE,
+    foreign_fingerprint,
+    rope_types,
+    safetensors_problem,
+    weights_of_folder,
+)
 from kvlab.core.keys import digest
 from kvlab.errors import ConfigError, ModelError
 
@@ -49,6 +56,7 @@ class Layout:
         device, isa: where the kernels run, and which instructions they were written for.
         backend: the attention backend.
         dtype: of the numbers, torch's name for it.
+        hashes: vLLM's hash function, and PYTHONHASHSEED, which vLLM begins its hashes with.
         layers: the shape of a block in each layer, in the order of the record: that of the layers' names.
     """
 
@@ -126,14 +134,19 @@ def problems(config: VllmConfig) -> Iterator[str]:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"expected {name} 1, got {getattr(parallel, name)}: its blocks are split between workers"
-    if config.load_config.load_format == "dummy":
-        yield "expected weights from files, got load_format dummy: random weights have no fingerprint"
+    if config.load_config.load_format not in ("auto", "hf", "safetensors"):
+        yield (
+            f"expected --load-format auto or safetensors, got {config.load_config.load_format}: the fingerprint is "
+            "that of the safetensors files"
+        )
     model = config.model_config
     if model.is_hybrid or model.use_mla or model.get_sliding_window() is not None or model.is_encoder_decoder:
         yield (
             f"expected a model with plain keys and values of all tokens, got {model.hf_config.model_type}: sliding "
             "windows, hybrid models, MLA and encoders are not supported"
         )
+    if found := LENGTH_DEPENDENT_ROPE.intersection(rope_types(model.hf_config.to_dict())):
+        yield f"expected RoPE that depends on the position only, got {', '.join(sorted(found))}"
 
 
 def check_cache(cache: KVCacheConfig) -> None:
@@ -166,13 +179,19 @@ def model_fingerprint(config: VllmConfig) -> bytes:
     """
     model = config.model_config
     folder = model_folder(model.model, model.revision, config.load_config.download_dir)
+    if problem := safetensors_problem(folder):
+        raise ConfigError(f"{folder}: {problem}")
     fields = model.hf_config.to_dict()
     try:
         weights = weights_of_folder(folder, bool(fields.get("tie_word_embeddings")))
-    except ModelError as error:
+        code = [path.read_bytes() for path in sorted(folder.glob("*.py"))] if model.trust_remote_code else []
+    except (ModelError, OSError) as error:
         raise ConfigError(f"the connector needs the weights of the model as safetensors: {error}") from error
-    how = f"quantisation {model.quantization}" if model.quantization else ""
-    return foreign_fingerprint(fields, weights, adapter=how.encode(), dtype=str(model.dtype).removeprefix("torch."))
+    # Not `model_type` alone: vLLM chooses its code by these, and a plain Llama shares nothing with kvlab here.
+    fields["model_type"] = f"vllm {fields.get('model_type')} {model.architectures} {model.model_impl}"
+    how = (str(model.quantization), str(getattr(model, "quantization_config", None)))
+    adapter = digest("kvlab/1/engine-model", *(part.encode() for part in how), *code)
+    return foreign_fingerprint(fields, weights, adapter=adapter, dtype=str(model.dtype).removeprefix("torch."))
 
 
 def model_folder(name: str, revision: str | None = None, cache: str | None = None) -> Path:
@@ -227,7 +246,7 @@ def layout_of(config: VllmConfig, spec: Any, tensors: Sequence[torch.Tensor], la
         _backend(config, layer, spec),
         str(first.dtype).removeprefix("torch."),
         config.cache_config.block_size,
-        config.cache_config.prefix_caching_hash_algo,
+        f"{config.cache_config.prefix_caching_hash_algo} {os.environ.get('PYTHONHASHSEED', '')}".rstrip(),
         tuple(tuple(tensor.shape[1:]) for tensor in tensors),
     )
 

@@ -15,9 +15,16 @@ from kvlab.connectors.vllm.namespace import Layout
 
 @dataclass
 class Hello(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """From each worker, once: the layout of its blocks; the first worker adds the fingerprint of the model."""
+    """From each worker, once.
+
+    Attributes:
+        layout: of its blocks.
+        check: a digest of its salt and master keys; every process has them from its own environment.
+        fingerprint: of the model, from the first worker.
+    """
 
     layout: Layout
+    check: bytes = b""
     fingerprint: bytes = b""
 
 
@@ -42,14 +49,20 @@ class Work(KVConnectorMetadata):  # type: ignore[misc]
     """To all workers, for one step: what to load, to save, and to compare with the store.
 
     Attributes:
+        space: what all keys are derived from. With it and known tokens, the keys of a tenant can be computed, so it
+            is in no dump.
         idle: no request runs in this step, so that the engine would only ask again and again whether loads ended.
     """
 
-    space: bytes
+    space: bytes = field(repr=False)
     loads: list[Blocks] = field(default_factory=list)
     saves: list[Blocks] = field(default_factory=list)
     checks: list[Blocks] = field(default_factory=list)
     idle: bool = False
+
+    def anon_repr(self) -> str:
+        """What vLLM writes into the log when its engine fails."""
+        return f"Work({len(self.loads)} loads, {len(self.saves)} saves, {len(self.checks)} checks)"
 
 
 @dataclass

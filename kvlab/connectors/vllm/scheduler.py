@@ -1,7 +1,8 @@
 """The scheduler's half: looks prompts up, and says which blocks the workers load, save and compare.
 
-A look-up is one round trip under a deadline, because it holds up the whole engine. After one that failed, none is
-made until the store answers a thread of its own again (`Gate`): a hung store costs one deadline.
+A look-up is one round trip in a thread. Its answer is awaited for `wait_s` in all look-ups of a step, because that
+holds up the whole engine; vLLM asks again in the next step for what did not come. After a look-up that failed, none is
+made until the store answers a thread of its own again (`Gate`).
 
 Loads are asynchronous: a request waits for its blocks while others run, and is only computed from blocks that were
 loaded and verified. So nothing is ever computed, and saved, on top of a failed load.
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -23,13 +25,17 @@ from kvlab.connectors.vllm.protocol import Blocks, Failures, Work
 from kvlab.connectors.vllm.stats import Counters
 from kvlab.stores import Store
 from kvlab.stores.faults import Reason
+from kvlab.stores.workers import Workers
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+WAIT_S = 0.005  # for the look-ups of a step
+LOOK_UPS = 4  # at the same time
 LOOK_AGAIN_S = 1.0  # for a request that still waits for room
-SAVED_S = 10.0  # in which a block that was handed to the queue is not saved again for another request
+SAVED_S = 10.0  # in which a block that was handed to the queue is not saved again, although a look-up missed it
+ANSWER_S = 600.0  # the same for blocks of answers, for which no look-up asks
 MOST_SAVED = 1 << 16  # blocks of which this is remembered
 GATE_S = 1.0
 REFUSED = frozenset(
@@ -73,6 +79,7 @@ class Tracked:
         present: which of its blocks, from the first one, the store had at the last look-up.
         looked_at: when that was.
         failed: the look-up had no answer.
+        found: the answer of a look-up, as it arrives from its thread: `present`, `failed`, and its seconds.
         asked: the first block and the number of blocks of the current load.
         shadow: blocks that are compared instead of loaded.
         saved: blocks before this one were saved, or were there.
@@ -82,10 +89,11 @@ class Tracked:
     """
 
     request: Request
-    adapter: bytes
+    adapter: bytes | None
     present: list[bool] = field(default_factory=list)
     looked_at: float = float("-inf")
     failed: bool = False
+    found: SimpleQueue[tuple[list[bool], bool, float]] | None = None
     asked: tuple[int, int] = (0, 0)
     shadow: range | None = None
     saved: int = 0
@@ -101,7 +109,9 @@ class SchedulerSide:
         store: for look-ups.
         block_tokens: B.
         shadow: chooses hits to compare.
-        adapter_digest: of the LoRA adapter of a request, or b"".
+        adapter_digest: of the LoRA adapter of a request, b"" without one; None if it is not known. Then nothing is
+            loaded or saved for the request.
+        wait_s: how long the look-ups of a step may hold up the engine.
     """
 
     def __init__(
@@ -109,14 +119,17 @@ class SchedulerSide:
         store: Store,
         block_tokens: int,
         shadow: Shadow,
-        adapter_digest: Callable[[Request], bytes],
+        adapter_digest: Callable[[Request], bytes | None],
         clock: Callable[[], float] = time.monotonic,
+        wait_s: float = WAIT_S,
     ) -> None:
         self.store, self.block_tokens, self.shadow = store, block_tokens, shadow
         self.space, self.ranks = b"", 0  # set when the workers have said hello
         self.counters = Counters()
         self.gate = Gate(lambda: store.health().ok)
         self._adapter_digest, self._clock = adapter_digest, clock
+        self._wait_s = self._left_s = wait_s
+        self._threads = Workers(LOOK_UPS, "kvlab-look-up")
         self._tracked: dict[str, Tracked] = {}
         self._loads: list[Blocks] = []
         self._saved_at: dict[tuple[bytes, bytes], float] = {}  # by block hash and adapter; oldest first
@@ -134,14 +147,21 @@ class SchedulerSide:
         self.store.close()
 
     # --- before a request is admitted -------------------------------------------------------------------------------
-    def matched(self, request: Request, computed: int) -> int:
-        """Return how many tokens beyond `computed` the store has, in whole blocks. One token is left to compute."""
+    def matched(self, request: Request, computed: int) -> int | None:
+        """Return how many tokens beyond `computed` the store has, in whole blocks. One token is left to compute.
+
+        Returns:
+            None if the answer of the store has not come yet.
+        """
         tracked = self._track(request)
         first, last = self._range(request, computed)
         tracked.asked, tracked.stale = (first, 0), False
-        if last <= first or tracked.no_load or not self.space:
+        if tracked.adapter is None or not request.block_hashes or not self.space:
             return 0
-        self._look_up(tracked)
+        if not self._look_up(tracked):
+            return None
+        if last <= first or tracked.no_load or request.skip_reading_prefix_cache:
+            return 0
         count = _run(tracked.present, first, last)
         tracked.asked = (first, count)
         if count and tracked.shadow is None:
@@ -153,7 +173,7 @@ class SchedulerSide:
         tracked = self._track(request)
         first, _ = tracked.asked
         count = external_tokens // self.block_tokens
-        if count:
+        if count and tracked.adapter is not None:
             hashes = [bytes(h) for h in request.block_hashes[first : first + count]]
             self._loads.append(Blocks(request.request_id, tracked.adapter, hashes, list(ids[first : first + count])))
         elif not tracked.counted:
@@ -163,7 +183,7 @@ class SchedulerSide:
     def work(self, output: SchedulerOutput) -> Work:
         """Return the work of the step: planned loads, and blocks that are whole when the step ends."""
         work = Work(self.space, self._loads, idle=not output.num_scheduled_tokens)
-        self._loads = []
+        self._loads, self._left_s = [], self._wait_s
         if not self.gate.open or not self.space:
             return work  # blocks that are not saved now are saved when the gate opens
         cached = output.scheduled_cached_reqs
@@ -171,7 +191,7 @@ class SchedulerSide:
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for name, tokens in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
-            if tracked is None or tracked.stale:
+            if tracked is None or tracked.stale or tracked.adapter is None:
                 continue
             whole = min((computed[name] + tokens) // self.block_tokens, len(tracked.request.block_hashes))
             if whole > tracked.saved:
@@ -181,6 +201,7 @@ class SchedulerSide:
         return work
 
     def _add_blocks(self, work: Work, tracked: Tracked, blocks: range, table: Sequence[int]) -> None:
+        assert tracked.adapter is not None
         shadow = tracked.shadow or range(0)
         new = [i for i in blocks if i not in shadow and self._is_new(tracked, i)]
         for indices, target in ((new, work.saves), ([i for i in blocks if i in shadow], work.checks)):
@@ -191,10 +212,11 @@ class SchedulerSide:
 
     def _is_new(self, tracked: Tracked, i: int) -> bool:
         """Whether a block is to be saved: the store does not have it, and it is not on its way there."""
-        if i < len(tracked.present) and tracked.present[i]:
+        looked_up = i < len(tracked.present)
+        if looked_up and tracked.present[i]:
             return False
-        name, now = (bytes(tracked.request.block_hashes[i]), tracked.adapter), self._clock()
-        if now - self._saved_at.get(name, float("-inf")) < SAVED_S:
+        name, now = (bytes(tracked.request.block_hashes[i]), tracked.adapter or b""), self._clock()
+        if now - self._saved_at.get(name, float("-inf")) < (SAVED_S if looked_up else ANSWER_S):
             return False
         self._saved_at.pop(name, None)  # so that the dict stays in the order of time
         self._saved_at[name] = now
@@ -206,21 +228,23 @@ class SchedulerSide:
         """Take note of loads that ended, and of the blocks that failed: they are computed and saved again."""
         failed = failures.blocks if failures else {}
         for name, reasons in failed.items():
-            if not REFUSED.issuperset(reasons.values()) and set(reasons.values()) != {Reason.ABSENT}:
+            if set(reasons.values()) - REFUSED - {Reason.ABSENT}:
                 self.gate.close()
             if (tracked := self._tracked.get(name)) is not None:
                 tracked.no_load = True
                 for i, block_hash in enumerate(tracked.request.block_hashes[: len(tracked.present)]):
                     if bytes(block_hash) in reasons:
                         tracked.present[i] = False
-                        self._saved_at.pop((bytes(block_hash), tracked.adapter), None)
+                        self._saved_at.pop((bytes(block_hash), tracked.adapter or b""), None)
         for name in names:
             if (tracked := self._tracked.get(name)) is not None and not tracked.counted:
                 self._count_load(tracked, failed.get(name, {}))
 
     def forget(self, request: Request) -> None:
         """A request has ended."""
-        self._tracked.pop(request.request_id, None)
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None and not tracked.counted and tracked.asked[1]:
+            self._count(tracked, "aborted", 0)
 
     # --- look-ups ---------------------------------------------------------------------------------------------------
     def _track(self, request: Request) -> Tracked:
@@ -234,38 +258,65 @@ class SchedulerSide:
         last = min((request.num_tokens - 1) // self.block_tokens, len(request.block_hashes))
         return computed // self.block_tokens, last
 
-    def _look_up(self, tracked: Tracked) -> None:
-        """Ask the store for all blocks of a request, and refresh their TTLs.
+    def _look_up(self, tracked: Tracked) -> bool:
+        """Ask the store for all blocks of a request, and refresh their TTLs. Return whether the answer is there.
 
         The blocks that the device has are asked for, too: those that the store lost are saved again, because later
-        blocks cannot be reached without them.
+        blocks cannot be reached without them, and the others are not.
         """
-        now = self._clock()
-        if now - tracked.looked_at < LOOK_AGAIN_S or not self.gate.open:
-            tracked.failed |= not self.gate.open
-            return
-        keys = [
-            block_key(self.space, block_hash, tracked.adapter, rank)
-            for block_hash in tracked.request.block_hashes
-            for rank in range(self.ranks)
-        ]
-        before = self.store.stats().faults.total()
-        there = self.store.touch_many(keys)
-        tracked.failed = self.store.stats().faults.total() > before
-        tracked.present = [all(there[i : i + self.ranks]) for i in range(0, len(there), self.ranks)]
-        tracked.looked_at = self._clock()
-        self.counters.add(lookup_seconds=tracked.looked_at - now)
-        if tracked.failed:
+        begin = time.monotonic()
+        if tracked.found is None:
+            if self._clock() - tracked.looked_at < LOOK_AGAIN_S:
+                return True
+            if not self.gate.open:
+                tracked.failed = True
+                return True
+            tracked.found = SimpleQueue()
+            keys = [
+                block_key(self.space, block_hash, tracked.adapter or b"", rank)
+                for block_hash in tracked.request.block_hashes
+                for rank in range(self.ranks)
+            ]
+            answer = tracked.found  # the thread does not know the request
+            self._threads.submit(lambda: answer.put(self._ask(keys)))
+        try:
+            present, failed, seconds = tracked.found.get(timeout=max(0.0, self._left_s))
+        except Empty:
+            return False
+        finally:
+            held = time.monotonic() - begin
+            self._left_s -= held
+            self.counters.add(held_seconds=held)
+        tracked.present, tracked.failed, tracked.found, tracked.looked_at = present, failed, None, self._clock()
+        self.counters.add(lookup_seconds=seconds)
+        if failed:
             logger.warning("the store does not answer; prompts are computed until it does: %s", self.store)
             self.gate.close()
+        return True
+
+    def _ask(self, keys: list[bytes]) -> tuple[list[bool], bool, float]:
+        """In a thread: which blocks are there at all ranks, whether the store failed, and the seconds that it took."""
+        begin, failed, there = time.monotonic(), True, [False] * len(keys)
+        try:
+            before = self.store.stats().faults.total()
+            there = self.store.touch_many(keys)
+            failed = self.store.stats().faults.total() > before
+        except Exception:  # a request must not wait for ever because a thread ended
+            logger.exception("a look-up failed")
+        present = [all(there[i : i + self.ranks]) for i in range(0, len(there), self.ranks)]
+        return present, failed, time.monotonic() - begin
 
     # --- counters ---------------------------------------------------------------------------------------------------
     def _outcome(self, tracked: Tracked) -> str:
         first, _ = tracked.asked
+        if tracked.adapter is None:
+            return "excluded"
         if not tracked.request.num_tokens > self.block_tokens:
             return "short"
         if self._range(tracked.request, first * self.block_tokens)[1] <= first:
             return "local"
+        if tracked.request.skip_reading_prefix_cache:
+            return "skipped"
         if tracked.shadow:
             return "shadow"
         return "failed" if tracked.failed else "absent"

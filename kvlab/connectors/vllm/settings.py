@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvlab.core.codecs import CODECS
+from kvlab.core.keys import digest
 from kvlab.core.record import OPAQUE, Format
 from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.errors import ConfigError
@@ -26,7 +27,7 @@ class Settings:
         store: URL of a Redis, see `kvlab.stores.RedisStore`. vLLM writes its config to its log, so a URL with a
             password belongs in the environment: KVLAB_STORE.
         ttl_seconds: lifetime of a block after its last use; None leaves it to the server.
-        compress: lossless compression: False, True or "zstd", "gzip".
+        compress: lossless compression by zstd, on the engine's thread.
         shadow: the share of hits that are computed and compared with the store (`kvlab.connectors.shadow`).
         deadline_s: the most seconds that a look-up holds up the engine.
         queue_bytes: the most bytes that wait to be written; more blocks are dropped.
@@ -39,7 +40,7 @@ class Settings:
 
     store: str = field(repr=False)
     ttl_seconds: float | None = DAY_S
-    compress: bool | str = False
+    compress: bool = False
     shadow: float = 0.0
     deadline_s: float = 0.25
     queue_bytes: int = 256 << 20
@@ -56,8 +57,8 @@ class Settings:
         if self.shadow != 0:
             check_number("shadow", self.shadow, 0, 1)
         check_number("queue_bytes", self.queue_bytes, 0, 1 << 40, "bytes", whole=True)
-        if self.compress not in (True, False, *CODECS):
-            raise ConfigError(f"expected compress as true, false or one of {', '.join(CODECS)}")
+        if not isinstance(self.compress, bool):
+            raise ConfigError("expected compress as true (zstd) or false")
         self.open_store().close()  # checks the URL and the deadline; nothing is connected
         _ = self.seal
 
@@ -84,7 +85,7 @@ class Settings:
         return cls(
             store,
             **given,
-            salt=environment.get("KVLAB_SALT", "").encode(),
+            salt=os.fsencode(environment.get("KVLAB_SALT", "")),
             keys=_master_keys(keys) if keys else None,
         )
 
@@ -96,8 +97,13 @@ class Settings:
     @property
     def format(self) -> Format:
         """How blocks are written."""
-        codec = {True: "zstd", False: "raw"}[self.compress] if isinstance(self.compress, bool) else self.compress
-        return Format(OPAQUE, codec, self.seal)
+        return Format(OPAQUE, "zstd" if self.compress else "raw", self.seal)
+
+    @property
+    def check(self) -> bytes:
+        """A digest of what all processes of an engine must agree on: the salt, and how records are sealed."""
+        keys = sorted((self.keys or {}).items())
+        return digest("kvlab/1/engine-settings", self.salt, *(struct.pack("<I", i) + key for i, key in keys))
 
     def open_store(self) -> RedisStore:
         """Create a store. Nothing is connected before the first call."""

@@ -7,9 +7,12 @@ Requests are counted by outcome, when they get their first blocks:
     local     none was asked for: the device had them
     short     the prompt has no whole block before its last token
     absent    the store has none of the blocks that are asked for
-    refused   the records were not usable: damaged, forged, or of another version; counted beside hit or partial
+    refused   the first record was not usable: damaged, forged, or of another version
     failed    the store did not answer
     shadow    the blocks were there, and are computed to be compared
+    skipped   vLLM reads no cache for this request, for example for the log-probabilities of its prompt
+    excluded  the content of its LoRA adapter is not known
+    aborted   it ended before its load did
 
 A request that continues after a preemption is not counted again: its blocks were computed before.
 """
@@ -24,7 +27,8 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 
 COUNTERS = {
     "requests": "Requests by outcome of the look-up.",
-    "lookup_seconds": "Time that look-ups held up the scheduler.",
+    "lookup_seconds": "Time that look-ups took, in threads.",
+    "held_seconds": "Time that look-ups held up the scheduler.",
     "lookup_tokens": "Prompt tokens of the requests that were looked up.",
     "local_tokens": "Prompt tokens whose KV was on the device.",
     "hit_tokens": "Prompt tokens whose KV was loaded from the store.",

@@ -97,7 +97,7 @@ class WorkerSide:
         self._window = max(1, WINDOW_BYTES // record_bytes)
         self._record_bytes = record_bytes
         self._threads = Workers(THREADS, "kvlab-load")
-        self._rooms = threading.BoundedSemaphore(max(1, FETCHED_BYTES // (self._window * record_bytes)))
+        self._rooms = threading.Semaphore(max(1, FETCHED_BYTES // (self._window * record_bytes)))
         self._free: list[bytearray] = []  # buffers of a window; new memory causes page faults
         self._fetched: SimpleQueue[Window] = SimpleQueue()
         self._pending: Counter[str] = Counter()  # windows by request
@@ -105,6 +105,7 @@ class WorkerSide:
         self._failures = Failures()
         self._drops: Counter[str] = Counter()
         self._counted_at = 0.0
+        self._closed = False
 
     # --- calls of the engine, in the order of a step ----------------------------------------------------------------
     def start_loads(self, work: Work) -> None:
@@ -147,6 +148,8 @@ class WorkerSide:
             name = window.blocks.request
             if window.computed is not None:
                 self.counters.add(shadow_blocks=window.compared, shadow_different=window.different)
+                for reason in filter(None, window.reasons):
+                    self.counters.count("failed_blocks", reason)
             else:
                 self._copy_in(window)
                 self._pending[name] -= 1
@@ -177,6 +180,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Write what is queued, and close the stores."""
+        self._closed = True
+        self._rooms.release(THREADS)  # no thread waits for a copy that never comes
         self.queue.close()
         self.store.close()
 
@@ -186,6 +191,9 @@ class WorkerSide:
 
     def _fetch(self, window: Window) -> None:
         self._rooms.acquire()
+        if self._closed:
+            self._rooms.release()
+            return
         begin = time.perf_counter()
         try:
             self._fetch_verified(window)
@@ -226,7 +234,10 @@ class WorkerSide:
         assert window.computed is not None
         dtype = getattr(torch, self.layout.dtype)
         for stored, computed, name in zip(window.elements, window.computed, window.blocks.hashes, strict=True):
-            if stored is not None:
+            if stored is None:  # it is missing or damaged, and what was computed is right
+                key = block_key(window.space, name, window.blocks.adapter, self.rank)
+                self.queue.put_many([key], [record.encode_opaque(computed, key, self.format)])
+            else:
                 one, other = [
                     torch.from_numpy(a.view(_SIGNED[a.itemsize]).copy()).view(dtype) for a in (stored, computed)
                 ]
