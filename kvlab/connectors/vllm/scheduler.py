@@ -140,6 +140,7 @@ class SchedulerSide:
         self._saved_at.clear()
         for tracked in self._tracked.values():
             tracked.present, tracked.looked_at, tracked.saved, tracked.stale = [], float("-inf"), 0, True
+            tracked.found = None  # an answer about the keys of before
 
     def close(self) -> None:
         """Close the store and end the gate's thread."""
