@@ -1,13 +1,13 @@
 #!/bin/sh
 # Test the connectors with engines that the course's environment does not have: vLLM, in an environment of its own,
-# and the newest transformers with PEFT, in a folder beside it.
+# and the newest transformers, in a folder beside it.
 #
 # Where the environment cannot be made, the reason is printed and nothing is tested: that is a success, unless
 # KVLAB_REQUIRE names engines.
 set -eu
 cd "$(dirname "$0")/.."
 
-newest='transformers==5.24.0 peft==0.21.2 accelerate==1.15.0'
+newest=transformers==5.24.0
 folder=.venv-engines/newest
 
 began=$(date +%s)

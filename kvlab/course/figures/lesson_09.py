@@ -8,12 +8,12 @@ from typing import Any
 from kvlab.course import plots
 from kvlab.course.pictures import Flow, Step
 
-SEAMS = Flow(
+SEAM = Flow(
     [
-        Step("transformers", "model(ids, cache)"),
+        Step("prompt", "token ids"),
+        Step("model(ids, cache)", "reads and extends the cache"),
         Step("cache object", "keys and values by layer", marked=True),
-        Step("vLLM", "scheduler and workers"),
-        Step("connector", "called at fixed moments", marked=True),
+        Step("next call", "passes it again"),
     ],
     columns=4,
 )

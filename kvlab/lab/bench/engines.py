@@ -58,11 +58,17 @@ def run(parts: Sequence[str] = ("identical", "ttft", "poison", "layout"), rounds
         "poison": _poison,
         "layout": _layout,
     }
-    results: dict[str, Any] = {"about": ABOUT}
+    results: dict[str, Any] = {}
     for part in parts:
         with RedisServer() as server:
             results["rows" if part == "ttft" else part] = work[part](server)
-    return {**results, "threads": torch.get_num_threads(), "machine": describe_machine(), "versions": versions()}
+    return {
+        "about": ABOUT,
+        **results,
+        "threads": torch.get_num_threads(),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
 
 
 def _prompts() -> list[list[int]]:
@@ -84,7 +90,7 @@ def _identical(server: RedisServer) -> dict[str, Any]:
 
 # --- time to first token ----------------------------------------------------------------------------------------------
 def _ttft(server: RedisServer, model: Path, rounds: int) -> dict[str, Any]:
-    text, config = held_out_tokens(Tokenizer()), json.loads((model / "config.json").read_text())
+    text, config = held_out_tokens(Tokenizer()), json.loads((model / "config.json").read_text("utf-8"))
     cold, loaded, cached = [], [], []
     counted: dict[str, list[float]] = {}
     settings = {"model": str(model), "max_model_len": TOKENS + 64, "max_num_batched_tokens": TOKENS + 64}
@@ -123,8 +129,8 @@ def _larger() -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="kvlab-")) / "random x4"
     shutil.copytree(engines.MODEL, folder)
-    config = {**json.loads((folder / "config.json").read_text()), **LARGER}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {**json.loads((folder / "config.json").read_text("utf-8")), **LARGER}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     torch.manual_seed(0)
     H, D, F = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     heads, kv = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
