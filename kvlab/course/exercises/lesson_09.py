@@ -42,6 +42,8 @@ USABLE_TOKENS = Exercise(
         ([], 40, 64),
         ([F, T], 200, 64),
         ([T] * 5, 96, 16),
+        ([T], 65, 64),
+        ([T, T], 129, 64),
     ),
     wrong=(
         Wrong(_usable_counts_all, "a block behind a gap is of no use: count from the first block to the first gap"),
@@ -87,6 +89,19 @@ def _inputs_empty(tokens: list[int], cached: int) -> dict[str, list[int]]:
     }
 
 
+def _inputs_grown_mask(tokens: list[int], cached: int) -> dict[str, list[int]]:
+    right = next_inputs(tokens, cached)
+    return {**right, "mask": [1] * (cached + len(right["ids"]))}
+
+
+def _inputs_only_mask(tokens: list[int], cached: int) -> dict[str, list[int]]:
+    return {**first_next_inputs(tokens, cached), "mask": [1] * len(tokens)}
+
+
+def _inputs_only_positions(tokens: list[int], cached: int) -> dict[str, list[int]]:
+    return {**first_next_inputs(tokens, cached), "positions": list(range(cached, len(tokens)))}
+
+
 def _inputs_always_one_more(tokens: list[int], cached: int) -> dict[str, list[int]]:
     start = max(0, cached - 1)
     return {"ids": tokens[start:], "positions": list(range(start, len(tokens))), "mask": [1] * len(tokens)}
@@ -113,6 +128,9 @@ NEXT_INPUTS = Exercise(
         Wrong(
             _inputs_empty, "with everything in the cache there is no input and there are no logits: feed the last token"
         ),
+        Wrong(_inputs_only_mask, "the mask is right; do the positions go on where the cache ends?"),
+        Wrong(_inputs_only_positions, "the positions are right; the mask is over the cached tokens too"),
+        Wrong(_inputs_grown_mask, "the caller takes the last token out of a full cache: the mask has len(tokens) ones"),
         Wrong(_inputs_always_one_more, "step back one token only if the cache has all of them"),
     ),
     hint="ids and positions from min(cached, len(tokens) - 1) on; the mask has a 1 for each token of the prompt",
