@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvlab.connectors.vllm.settings import Settings
 
 OK, PROBLEM = "ok", "problem"
-ENGINES = ("vllm", "transformers")
+OLDEST = (5, 23)  # of transformers
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def lines(engine: str, arguments: Sequence[str], store: str | None) -> Iterator[
         arguments: see the text of this module.
         store: the URL of the store, for transformers. vLLM's is in its arguments, or in KVLAB_STORE.
     """
+    if engine == "vllm" and store is not None:
+        yield Line(
+            "store", "--store is for transformers; vLLM's store is in --kv-transfer-config or KVLAB_STORE", PROBLEM
+        )
     try:
         yield from _vllm(arguments) if engine == "vllm" else _transformers(arguments, store)
     except KVLabError as error:
@@ -148,7 +152,8 @@ def _transformers(arguments: Sequence[str], store: str | None) -> Iterator[Line]
     if version is None:
         yield Line("transformers", 'is not installed: pip install "kvlab[hf]"', PROBLEM)
         return
-    yield Line("transformers", version)
+    good = tuple(int(n) for n in version.split(".")[:2]) >= OLDEST
+    yield Line("transformers", version if good else f"expected 5.23 or newer, got {version}", OK if good else PROBLEM)
     if len(arguments) != 1:
         yield Line("arguments", f"expected the folder of one model, got {len(arguments)} arguments", PROBLEM)
         return
