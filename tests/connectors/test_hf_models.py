@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvlab import MemoryStore
 from kvlab.connectors import describe
 from kvlab.core.seals import Xxh3
-from kvlab.errors import ConfigError
+from kvlab.errors import ConfigError, InputError
 from tests.connectors.models import NO_SPECIALS, SIZES, TEXT, answer, build, cached, check, ids_of, plain, prompt, tiny
 
 pytestmark = pytest.mark.hf
@@ -478,3 +478,36 @@ def test_prefix_tuning_is_refused() -> None:
         config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
         with pytest.raises(ConfigError, match="virtual tokens"):
             cached(peft.get_peft_model(tiny(), config).eval())
+
+
+# --- what nothing in the fingerprint shows ---------------------------------------------------------------
+def test_forward_hooks_are_refused_while_they_are_there() -> None:
+    """A steering hook changes KV, and neither the weights nor the config show it."""
+    model, text = tiny(), prompt(50)
+    wrapped = cached(model)
+    want = answer(wrapped, text)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model.model.layers[0], register)(lambda *_: None)
+        with pytest.raises(InputError, match="forward hooks"):
+            answer(wrapped, text)
+        with pytest.raises(ConfigError, match="forward hooks"):
+            cached(model)
+        handle.remove()
+        assert answer(wrapped, text) == want and wrapped.last.cached_tokens == 48
+
+
+def test_what_a_changed_model_computes_is_not_saved_under_the_old_fingerprint() -> None:
+    """The weights change while the answer is generated."""
+    model, text = tiny(), prompt(50)
+    wrapped = cached(model)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+
+    def change(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            weight.mul_(-1)
+        return scores
+
+    answer(wrapped, text, logits_processor=[change])
+    assert wrapped.last.saved_blocks == 0
+    answer(wrapped, text)
+    assert wrapped.last.cached_tokens == 0 and wrapped.last.saved_blocks == 3

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from kvlab.connectors.identity import IRRELEVANT, as_stored, files_digest, foreign_fingerprint, weights_of_folder
+from kvlab.connectors.identity import (
+    IRRELEVANT,
+    as_stored,
+    files_digest,
+    foreign_fingerprint,
+    rope_types,
+    safetensors_problem,
+    weights_of_folder,
+)
 from kvlab.core.keys import field
 from kvlab.errors import KVLabError, ModelError
 from kvlab.model import PRETRAINED, load_model
@@ -153,3 +161,27 @@ def test_an_adapter_without_files_is_refused(tmp_path: Path) -> None:
         files_digest(tmp_path)
     with pytest.raises(ModelError, match="cannot be read"):
         files_digest(tmp_path / "nothing")
+
+
+# --- what an engine may read otherwise ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("files", "fits"),
+    [
+        (["model.safetensors"], True),
+        (["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"], True),
+        (["model-1.safetensors", "model.safetensors.index.json", "consolidated.safetensors"], True),
+        (["model.safetensors", "z-finetuned.safetensors"], False),
+        (["model.safetensors", "model-1.safetensors", "model.safetensors.index.json"], False),
+        (["model.safetensors", "model.safetensors.index.json"], False),
+    ],
+)
+def test_folders_that_engines_read_differently_are_noticed(tmp_path: Path, files: list[str], fits: bool) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    problem = safetensors_problem(tmp_path)
+    assert (problem == "") == fits and (fits or "model.safetensors alone" in problem)
+
+
+def test_rope_types_are_found_wherever_they_are() -> None:
+    nested = {"rope_parameters": {"full": {"rope_type": "default"}, "sliding": {"type": "longrope"}}, "type": "x"}
+    assert set(rope_types(nested)) == {"default", "longrope", "x"} and not list(rope_types({"a": [1]}))

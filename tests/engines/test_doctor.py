@@ -15,7 +15,7 @@ from kvlab.testbed.server import RedisServer
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 
-from kvlab.lab.engines import MODEL, engine, scheduler_of, transfer
+from kvlab.lab.engines import MODEL, engine, scheduler_of, transfer, worker_of_this_process
 
 pytestmark = [pytest.mark.engines, pytest.mark.redis]
 
@@ -47,6 +47,20 @@ def test_a_good_set_up(redis_server: RedisServer, capsys: pytest.CaptureFixture[
         assert namespace is not None and scheduler_of(llm).space.hex().startswith(namespace[1])
 
 
+def test_the_dtype_of_the_cache_counts(redis_server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = told(capsys, redis_server.url, "--kv-cache-dtype", "bfloat16")
+    namespace = re.search(r"namespace +(\w+)", text)
+    assert status == 0 and "records of 98,304 bytes" in text
+    with engine(transfer(redis_server.url, shadow=1.0), kv_cache_dtype="bfloat16") as llm:
+        assert namespace is not None and scheduler_of(llm).space.hex().startswith(namespace[1])
+        assert worker_of_this_process().shadow.precision == "bf16"
+
+
+def test_a_store_beside_the_arguments_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--engine", "vllm", "--store", "redis://127.0.0.1:9", "--", str(MODEL)]) == 1
+    assert "--store is for transformers" in capsys.readouterr().out
+
+
 def test_planted_faults_are_named(
     redis_server: RedisServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -72,6 +86,7 @@ def test_planted_faults_are_named(
         "got exampleconnector": told(capsys, url, kv_connector="ExampleConnector", kv_connector_module_path=None),
         "class typo not found": told(capsys, url, kv_connector="Typo"),
         "vllm refuses its arguments": told(capsys, url, "--dtype", "float33"),
+        "it does not know --no-such-flag": told(capsys, url, "--no-such-flag"),
     }.items():
         status, text = status_text
         assert status == 1 and says in text.lower(), f"{says}:\n{text}"

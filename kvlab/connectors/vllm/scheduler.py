@@ -270,7 +270,7 @@ class SchedulerSide:
             if self._clock() - tracked.looked_at < LOOK_AGAIN_S:
                 return True
             if not self.gate.open:
-                tracked.failed = True
+                tracked.present, tracked.failed = [], True  # what an earlier look-up found cannot be loaded now
                 return True
             tracked.found = SimpleQueue()
             keys = [

@@ -29,7 +29,7 @@ class Settings:
         ttl_seconds: lifetime of a block after its last use; None leaves it to the server.
         compress: lossless compression by zstd, on the engine's thread.
         shadow: the share of hits that are computed and compared with the store (`kvlab.connectors.shadow`).
-        deadline_s: the most seconds that a look-up holds up the engine.
+        deadline_s: after so many seconds, and more for large values, a call of the store has failed.
         queue_bytes: the most bytes that wait to be written; more blocks are dropped.
         salt: KVLAB_SALT in the environment: the secret that separates tenants.
         keys: KVLAB_KEYS in the environment: master keys of the records, "1:<64 hexadecimal digits>,2:…".

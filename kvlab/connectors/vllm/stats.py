@@ -33,7 +33,7 @@ COUNTERS = {
     "local_tokens": "Prompt tokens whose KV was on the device.",
     "hit_tokens": "Prompt tokens whose KV was loaded from the store.",
     "loaded_blocks": "Blocks that were loaded and verified, of all workers.",
-    "loaded_bytes": "Bytes of the loaded records.",
+    "loaded_bytes": "Bytes of the fetched records, unusable ones included.",
     "load_seconds": "Time from the request for blocks until they were fetched and verified, in the background.",
     "copy_seconds": "Time that copies to and from the KV cache held up the worker.",
     "failed_blocks": "Blocks that could not be loaded, by reason; their requests computed them.",

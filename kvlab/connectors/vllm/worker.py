@@ -47,6 +47,7 @@ class Window:
         computed: in shadow mode, the elements to compare with; nothing is loaded.
         elements, reasons: of each block, the verified elements, or the reason why there are none.
         compared, different: the results of shadow mode, in blocks.
+        nbytes: of the fetched records.
         seconds: what fetching and verifying took.
         room: the buffer that the elements are in.
     """
@@ -58,6 +59,7 @@ class Window:
     reasons: list[str] = field(default_factory=list)
     compared: int = 0
     different: int = 0
+    nbytes: int = 0
     seconds: float = 0.0
     room: bytearray = field(default_factory=bytearray)
 
@@ -83,14 +85,8 @@ class WorkerSide:
         rank: int,
         shadow: Shadow,
     ) -> None:
-        self.store, self.queue, self.format, self.layout, self.rank, self.shadow = (
-            store,
-            queue,
-            fmt,
-            layout,
-            rank,
-            shadow,
-        )
+        self.store, self.queue, self.shadow = store, queue, shadow
+        self.format, self.layout, self.rank = fmt, layout, rank
         self.counters = Counters()
         self._tensors = list(tensors)
         record_bytes = record.max_record_bytes(fmt, layout.shape, record.KIND_ENGINE)
@@ -221,6 +217,7 @@ class WorkerSide:
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
             elements = None
             if value is not None:
+                window.nbytes += len(value)
                 try:
                     elements = record.decode_opaque(value, key, self.format, self.layout.shape)
                 except BadRecord as error:
@@ -276,7 +273,7 @@ class WorkerSide:
                 self.counters.count("failed_blocks", reason)
         self.counters.add(
             loaded_blocks=len(good),
-            loaded_bytes=len(good) * self._record_bytes,
+            loaded_bytes=window.nbytes,
             load_seconds=window.seconds,
             copy_seconds=time.perf_counter() - begin,
         )

@@ -54,7 +54,7 @@ def run(parts: Sequence[str] = ("identical", "ttft", "poison", "layout"), rounds
     engines.prepare()
     work: dict[str, Callable[[RedisServer], Any]] = {
         "identical": _identical,
-        "ttft": lambda server: [_ttft(server, model, rounds) for model in (engines.MODEL, _larger())],
+        "ttft": lambda server: _ttfts(server, rounds),
         "poison": _poison,
         "layout": _layout,
     }
@@ -89,6 +89,12 @@ def _identical(server: RedisServer) -> dict[str, Any]:
 
 
 # --- time to first token ----------------------------------------------------------------------------------------------
+def _ttfts(server: RedisServer, rounds: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
+        models = (engines.MODEL, _larger(Path(folder) / "random x4"))
+        return [_ttft(server, model, rounds) for model in models]
+
+
 def _ttft(server: RedisServer, model: Path, rounds: int) -> dict[str, Any]:
     text, config = held_out_tokens(Tokenizer()), json.loads((model / "config.json").read_text("utf-8"))
     cold, loaded, cached = [], [], []
@@ -123,11 +129,10 @@ def _ttft(server: RedisServer, model: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _larger() -> Path:
+def _larger(folder: Path) -> Path:
     """A Llama of four times the shipped model's size with random weights, whose time does not depend on them."""
     from safetensors.torch import save_file
 
-    folder = Path(tempfile.mkdtemp(prefix="kvlab-")) / "random x4"
     shutil.copytree(engines.MODEL, folder)
     config = {**json.loads((folder / "config.json").read_text("utf-8")), **LARGER}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
