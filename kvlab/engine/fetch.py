@@ -149,6 +149,7 @@ class Fetch:
         self._room = [Latch() for _ in self._windows]  # set when the engine is done with a window
         self._received: list[int] = []  # blocks that were unpacked, by window; appending is a single step
         self._received_s = 0.0  # when the last window was unpacked
+        self._copied = 0  # windows
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
         self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
@@ -176,24 +177,41 @@ class Fetch:
 
         Whatever `wait_s` says, a load of many windows has the deadline of one call of the store.
         """
-        limit = min(self.limit_s, math.inf if wait_s is None else wait_s)
         try:
-            for _ in self._windows if not self._ended else ():
-                remaining = limit - (self._outer.clock() - self._begin)
-                timeout = None if limit == math.inf else max(0.0, remaining)
+            while not self._ended and self._copied < len(self._windows):
+                remaining = self._remaining_s(wait_s)
                 try:
-                    window, blocks, buffers = self._unpacked.get(timeout=timeout)
+                    item = self._unpacked.get(timeout=None if remaining == math.inf else max(0.0, remaining))
                 except Empty:
                     return self.filled
-                self._copy(window, blocks)
-                self._outer.buffers.put(buffers)
-                self._room[window].set()
+                self._take(*item)
             if not self._ended:
                 copies = [span for span in self.trace if span.stage == "copy" and span.window >= 0]
                 self._measure(sum(span.end - span.begin for span in copies))
         finally:
             self.end()
         return self.filled
+
+    def poll(self, wait_s: float | None = None) -> bool:
+        """Copy what has come, without waiting; return whether `finish` would not wait either."""
+        while not self._ended and self._copied < len(self._windows):
+            try:
+                self._take(*self._unpacked.get_nowait())
+            except Empty:
+                return self._remaining_s(wait_s) <= 0
+        return True
+
+    def _remaining_s(self, wait_s: float | None) -> float:
+        """Seconds until it is too late."""
+        limit = min(self.limit_s, math.inf if wait_s is None else wait_s)
+        return limit if limit == math.inf else limit - (self._outer.clock() - self._begin)
+
+    def _take(self, window: int, blocks: list[Parts], buffers: list[memoryview]) -> None:
+        """Copy a window that was unpacked."""
+        self._copy(window, blocks)
+        self._outer.buffers.put(buffers)
+        self._room[window].set()
+        self._copied += 1
 
     def end(self) -> None:
         """Wait for nothing more. A window that is on its way goes into host memory; later ones are not fetched."""

@@ -18,6 +18,7 @@ A pool is not thread-safe: its engine calls it from one thread, or holds a lock.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,7 @@ class PagePool:
     Attributes:
         data: [L, P, H, pages, page_tokens, D].
         refs: for each page the number of tables that have it, plus 1 if it is in the index.
+        owner: the scheduler that the pool belongs to, if there is one.
         counts: blocks looked for ("requested") and found ("hits"), and pages copied on a write ("copied").
 
     Raises:
@@ -147,6 +149,7 @@ class PagePool:
         self.refs = [0] * pages
         self.index = PrefixIndex(pages, policy)
         self.tables: set[BlockTable] = set()
+        self.owner: weakref.ref[object] | None = None
         self.counts: Counter[str] = Counter()
 
     def keys(self, tokens: Sequence[int]) -> list[bytes]:
@@ -154,10 +157,13 @@ class PagePool:
         return [] if self.namespace is None else self.namespace.keys(tokens)
 
     # --- tables ---------------------------------------------------------------------------------
-    def new_table(self, keys: Sequence[bytes] = (), capacity: int = 0) -> BlockTable:
+    def new_table(self, keys: Sequence[bytes] = (), capacity: int = 0, counts: bool = True) -> BlockTable:
         """Return a new table with the pages of the longest prefix in the index, and room for `capacity` tokens.
 
         The pages of the prefix are shared, not copied. `table.keys` are the blocks that were found.
+
+        Args:
+            counts: whether `PagePool.counts` takes note of them; not when a request is tried a second time.
 
         Raises:
             PoolExhausted: there is no room; no table was opened.
@@ -168,7 +174,8 @@ class PagePool:
             table.keys.append(key)
             table.pages += self.index.hold(key)
         self._use(table.pages)
-        self.counts += Counter(requested=len(keys), hits=len(table.keys))
+        if counts:
+            self.counts += Counter(requested=len(keys), hits=len(table.keys))
         try:
             self.grow(table, capacity)
         except PoolExhausted:
@@ -205,17 +212,22 @@ class PagePool:
             finally:
                 self._give_up(pages)
 
-    def fork(self, table: BlockTable) -> BlockTable:
+    def fork(self, table: BlockTable, blocks: int | None = None) -> BlockTable:
         """Return a second table with the same pages, for another continuation. A write copies a page that both have.
 
+        Args:
+            blocks: only the pages of so many leading blocks, all of them in the index; None for all pages.
+
         Raises:
-            InputError: the table is closed.
+            InputError: the table is closed, or has fewer blocks.
         """
         self._check_open(table)
-        copy = BlockTable(self, list(table.pages))
+        if blocks is not None and not 0 <= blocks <= len(table.keys):
+            raise InputError(f"expected 0 … {len(table.keys)} blocks, got {blocks}")
+        copy = BlockTable(self, table.pages[: None if blocks is None else blocks * self.pages_per_block])
         self.tables.add(copy)
         self._use(copy.pages)
-        for key in table.keys:
+        for key in table.keys[:blocks]:
             copy.keys.append(key)
             self.index.hold(key)
         return copy

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Final
 
 import torch
@@ -44,6 +46,7 @@ from kvlab.stores.fork import reset_in_children
 WRITES: Final = ("through", "back", "selective")
 MAX_SEEN: Final = 1 << 16
 MAX_WAIT_S: Final = 3600.0
+logger = logging.getLogger(__name__)
 
 
 class TieredCache(KVCache):
@@ -227,11 +230,38 @@ class TieredCache(KVCache):
         Returns:
             One word for each block: "device", "host", "store", or "" for none. It may be gone when it is fetched.
         """
+        found = self.locating(keys, shared)()
+        assert found is not None, "it waits"
+        return found
+
+    def locating(self, keys: Sequence[bytes], shared: int = 0, waits: bool = True) -> Callable[[], list[str] | None]:
+        """Begin `locate`; the result returns its answer once it is there, until then None.
+
+        Args:
+            waits: whether this thread may wait for the store; else another one asks it.
+        """
         self._note_use(keys)
         self.host.use(keys[:shared])  # else they leave host memory first, and are nowhere when they leave the device
         while self._outer.measured:
             self.planner.fetched(*self._outer.measured.popleft())
-        return ["device"] * shared + self._where(keys[shared:])
+        answers: SimpleQueue[list[str]] = SimpleQueue()
+
+        def ask() -> None:
+            found = [""] * (len(keys) - shared)
+            try:
+                found = self._where(keys[shared:])
+            except Exception:  # somebody waits for an answer
+                logger.exception("a look-up failed")
+            answers.put(["device"] * shared + found)
+
+        if waits or shared == len(keys):
+            ask()
+        else:
+            try:
+                self._outer.readers.submit(ask)
+            except RuntimeError:  # there is no thread; it may run later all the same, and nobody takes that answer
+                ask()
+        return lambda: None if answers.empty() else answers.get()
 
     def fetch(self, keys: Sequence[bytes], where: Sequence[str], outs: Sequence[Tensor]) -> Fetch:
         """Begin to fetch blocks; see `Fetch`."""

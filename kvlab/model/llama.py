@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from kvlab.model.digests import Digests
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+RaggedAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""See `Llama.forward_ragged`."""
 
 
 class LayerKV(Protocol):
@@ -289,6 +291,28 @@ class Llama(nn.Module):
         if last_only:
             x = x[:, -1:]
         return cast(Tensor, self.lm_head(self.model.norm(x)))
+
+    def forward_ragged(self, tokens: Tensor, positions: Tensor, last: Tensor, attend: RaggedAttention) -> Tensor:
+        """Run new tokens of several sequences in one pass of the weights.
+
+        Only attention looks at more than one token, so only attention must know which tokens belong together.
+
+        Args:
+            tokens, positions: int64 [T], sequence after sequence.
+            last: int64 [N], where in `tokens` each sequence's last token is.
+            attend: stores the new keys and values of a layer, and attends for each sequence:
+                (layer, q [1, heads, T, D], k [1, H, T, D], v) -> [1, heads, T, D].
+
+        Returns:
+            Logits [N, vocab] of the last tokens.
+        """
+        x = self.model.embed_tokens(tokens[None])
+        self.rope(int(positions.max()), 1)  # extends the angles
+        angles = self._angles[positions]
+        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, None, 0, lambda q, k, v, _, i=i: attend(i, q, k, v))
+        return cast(Tensor, self.lm_head(self.model.norm(x[0, last])))
 
     def check_tokens(self, tokens: Sequence[int], new_tokens: int = 0) -> Tensor:
         """Convert a prompt to an int64 tensor [1, T].
