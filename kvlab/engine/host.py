@@ -69,6 +69,11 @@ class HostBlocks:
     def __contains__(self, key: bytes) -> bool:
         return key in self._row_of
 
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks."""
+        with self._lock:
+            return [*self._row_of]
+
     def use(self, keys: Iterable[bytes]) -> None:
         """Note for the eviction policy that these blocks were needed, though another tier delivered them."""
         with self._lock, self._repaired():

@@ -1,0 +1,491 @@
+"""Worker processes of this machine, behind one face: requests are routed, streamed, and survive their worker.
+
+    submit -> router -> pipe -> worker process (`kvlab.engine.worker`) -> pipe -> Answer
+
+Which worker gets a request is decided by a router (`kvlab.engine.router`), from what the workers report of their
+blocks. A worker that dies is started again, and its requests go on elsewhere, from the prompt plus the tokens that
+were given out: decoding is greedy, so the rest of the answer is what the first worker would have said. A worker that
+says nothing for `silent_s` is killed, and then the same happens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Final, Self
+
+from kvlab.core.keys import Namespace
+from kvlab.engine.pages import PoolExhausted
+from kvlab.engine.requests import Busy, Record
+from kvlab.engine.router import ROUTERS, Balance, BlockIndex, Router
+from kvlab.engine.worker import KEY_BYTES, Message, WorkerSettings
+from kvlab.errors import ConfigError, InputError, KVLabError
+from kvlab.stores.latch import Latch
+
+COMMAND: Final = [sys.executable, "-P", "-c", "from kvlab.engine.worker import main; main()"]
+START_S: Final = 120.0
+TRIES: Final = 5
+"""So many workers may die while they have a request; then it fails. It may be what kills them."""
+STARTS: Final = 3
+"""After so many processes in a row that ended before they were ready, no more are started in that place."""
+ERRORS: Final = {error.__name__: error for error in (Busy, InputError, PoolExhausted)}
+logger = logging.getLogger(__name__)
+
+
+class WorkerError(KVLabError):
+    """A request cannot be served, because workers died or cannot be started."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """One request, as its caller sees it. Iterating over it gives the tokens as they come, once.
+
+    Attributes:
+        tokens, token_at: the tokens that have come so far, and when (`time.perf_counter`).
+        workers: the numbers of the workers that had it, more than one if some died.
+        record: what the last worker says, once the answer has ended; its times are of that worker's clock. None if
+            the answer was cancelled before a worker had it, or its worker died between the last token and the record.
+        error: why there is no more to come, if it failed.
+    """
+
+    id: str
+    prompt: list[int]
+    limit: int
+    stop_at_eos: bool
+    submitted_at: float
+    tokens: list[int] = field(default_factory=list)
+    token_at: list[float] = field(default_factory=list)
+    workers: list[int] = field(default_factory=list)
+    record: Record | None = None
+    error: KVLabError | None = None
+    _cancel: Callable[[Answer], None] = field(default=lambda answer: None, repr=False)
+    _news: SimpleQueue[int | None] = field(default_factory=SimpleQueue, repr=False)
+    _done: Latch = field(default_factory=Latch, repr=False)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer has ended, well or not."""
+        return self._done.is_set
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from `submit` to the first token."""
+        return self.token_at[0] - self.submitted_at
+
+    def __iter__(self) -> Iterator[int]:
+        """Raises the error that ended the answer, after the tokens that came before it."""
+        while (token := self._news.get()) is not None:
+            yield token
+        if self.error is not None:
+            raise self.error
+
+    def result(self, timeout_s: float | None = None) -> list[int]:
+        """Wait for the end, and return all tokens.
+
+        Raises:
+            WorkerError: it did not end in time; it goes on. Or workers died.
+            Busy, InputError, PoolExhausted: the worker refused it.
+        """
+        if not self._done.wait(timeout_s):
+            raise WorkerError(f"the answer has not ended after {timeout_s} s; it has {len(self.tokens)} tokens so far")
+        if self.error is not None:
+            raise self.error
+        return self.tokens
+
+    def cancel(self) -> None:
+        """Give up the rest. What was computed until then stays in the cache, if it fills blocks."""
+        self._cancel(self)
+
+    def _add(self, index: int, token: int) -> None:
+        if index == len(self.tokens):  # a repeat has a smaller one
+            self.tokens.append(token)
+            self.token_at.append(time.perf_counter())
+            self._news.put(token)
+
+    def _end(self, record: Record | None = None, error: KVLabError | None = None) -> None:
+        if not self._done.is_set:
+            self.record, self.error = record, error
+            self._done.set()
+            self._news.put(None)
+
+
+@dataclass(eq=False)
+class _Process:
+    """One process, from its start to its end. One that is started in its place has another number."""
+
+    number: int
+    place: int
+    popen: subprocess.Popen[bytes]
+    outbox: SimpleQueue[bytes | None] = field(default_factory=SimpleQueue)
+    ready: bool = False
+    failure: str = ""
+    heard_at: float = field(default_factory=time.monotonic)
+    answers: dict[str, tuple[Answer, int]] = field(default_factory=dict)  # and how many tokens it had before
+    asked_for_snapshot: bool = False
+
+
+class WorkerGroup:
+    """Several workers with the same settings. Thread-safe. A context manager that ends them on exit.
+
+    Args:
+        workers: how many processes.
+        settings: of each.
+        router: a name in `kvlab.engine.router.ROUTERS`, or a function like those there. If it raises, or names no
+            worker, the request goes to the workers in turn.
+        max_requests: requests that have not ended; one more is refused.
+        silent_s: a worker that says nothing for so long is taken for dead.
+        restart: whether a worker that dies is started again.
+
+    Raises:
+        ConfigError: a setting is invalid.
+        WorkerError: a worker did not start; the message says why.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        settings: WorkerSettings | None = None,
+        *,
+        router: str | Router = "cost",
+        max_requests: int = 1024,
+        silent_s: float = 30.0,
+        restart: bool = True,
+    ) -> None:
+        for name, size in (("workers", workers), ("max_requests", max_requests)):
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"expected {name} as a whole number of at least 1, got {size!r}")
+        if not callable(router) and router not in ROUTERS:
+            raise ConfigError(f"expected a router of {', '.join(ROUTERS)}, or a function, got {router!r}")
+        self.settings = settings or WorkerSettings()
+        self.router = router
+        self._route: Router = router if callable(router) else ROUTERS[router]
+        self._in_turn = ROUTERS["round_robin"]
+        self._max_requests, self._silent_s, self._restart = max_requests, silent_s, restart
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self._ids = itertools.count()
+        self._routed = 0
+        self._processes: dict[int, _Process] = {}
+        self._parked: list[Answer] = []  # for the next worker that is ready
+        self._failed_starts = dict.fromkeys(range(workers), 0)
+        self._index, self._balance = BlockIndex(), Balance(())
+        self._names: Namespace | None = None
+        self._eos: list[int] = []
+        self._asked: dict[int, SimpleQueue[tuple[int, Message]]] = {}  # by the number of a question
+        self._closing = Latch()
+        self._changed = threading.Event()  # a worker is ready, or will never be
+        for place in range(workers):
+            self._start(place)
+        threading.Thread(target=self._watch, name="kvlab-watch", daemon=True).start()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process ids of the workers that are ready, by number."""
+        with self._lock:
+            return {p.number: p.popen.pid for p in self._processes.values() if p.ready}
+
+    # --- requests -------------------------------------------------------------------------------
+    def submit(self, tokens: Sequence[int], max_new_tokens: int = 32, stop_at_eos: bool = True) -> Answer:
+        """Send a request to a worker. What the worker refuses is raised by the answer.
+
+        Raises:
+            Busy: `max_requests` have not ended.
+            InputError: no list of token numbers, or the group was closed.
+            WorkerError: there is no worker, and none will be started.
+        """
+        with self._lock:
+            if self._closing.is_set:
+                raise InputError("expected an open group of workers; it was closed")
+            if sum(len(p.answers) for p in self._processes.values()) + len(self._parked) >= self._max_requests:
+                raise Busy(f"{self._max_requests} requests have not ended, as many as allowed; try again later")
+            prompt = [int(token) for token in tokens]
+            assert self._names is not None, "no worker was ready yet"
+            self._names.keys(prompt)  # raises now, not in a worker
+            answer = Answer(
+                f"r{next(self._ids)}", prompt, max_new_tokens, stop_at_eos, time.perf_counter(), _cancel=self._give_up
+            )
+            self._send(answer)
+            if isinstance(answer.error, WorkerError):
+                raise answer.error
+            return answer
+
+    def _send(self, answer: Answer) -> None:
+        """Route a request, or what remains of it."""
+        known = [*answer.prompt, *answer.tokens]
+        remaining = answer.limit - len(answer.tokens)
+        if answer.tokens and (remaining == 0 or (answer.stop_at_eos and answer.tokens[-1] in self._eos)):
+            return answer._end()  # only the news of its end was lost
+        ready = [p for p in self._processes.values() if p.ready]
+        if not ready:
+            if self._processes:
+                self._parked.append(answer)
+            else:
+                answer._end(error=WorkerError("no worker is left, and none can be started"))
+            return
+        assert self._names is not None
+        keys = [key[:KEY_BYTES] for key in self._names.keys(known)]
+        matched = self._index.matched(keys)
+        process = self._processes[self._choose(len(keys), matched)]
+        work = len(known) - matched[process.number] * self._names.block_tokens + max(remaining, 0)
+        self._routed += 1
+        self._balance.give(process.number, answer.id, -(-work // self._names.block_tokens))
+        self._index.expect(process.number, keys)
+        process.answers[answer.id] = answer, len(answer.tokens)
+        answer.workers.append(process.number)
+        self._tell(
+            process, "submit", id=answer.id, tokens=known, max_new_tokens=remaining, stop_at_eos=answer.stop_at_eos
+        )
+
+    def _choose(self, blocks: int, matched: Mapping[int, int]) -> int:
+        candidates = [c for c in self._balance.candidates(matched) if self._processes[c.worker].ready]
+        try:
+            chosen = self._route(blocks, candidates, self._routed)
+            if any(c.worker == chosen for c in candidates):
+                return chosen
+            logger.error("the router named %r, which is no worker that is ready", chosen)
+        except Exception:  # a request must not hang or fail because of advice
+            logger.exception("the router failed")
+        return self._in_turn(blocks, candidates, self._routed)
+
+    def _give_up(self, answer: Answer) -> None:
+        with self._lock:
+            if answer in self._parked:
+                self._parked.remove(answer)
+                answer._end()
+            for process in self._processes.values():
+                if answer.id in process.answers:
+                    self._tell(process, "cancel", id=answer.id)
+
+    # --- what the workers say -------------------------------------------------------------------
+    def _read(self, process: _Process) -> None:
+        """In a thread: take in what a worker says, until it ends."""
+        assert process.popen.stdout is not None
+        for line in process.popen.stdout:
+            try:
+                message = json.loads(line)
+                handle = getattr(self, "_on_" + message.pop("is"))
+            except (ValueError, AttributeError):  # the last line of a process that was killed
+                continue
+            with self._lock:
+                process.heard_at = time.monotonic()
+                handle(process, **message)
+        process.popen.wait()
+        process.outbox.put(None)
+        with self._lock:
+            self._bury(process)
+
+    def _on_ready(self, process: _Process, pid: int, fingerprint: str, block_tokens: int, eos: list[int]) -> None:
+        names = Namespace(
+            bytes.fromhex(fingerprint), self.settings.precision, self.settings.salt.encode(), block_tokens
+        )
+        if self._names not in (None, names):
+            process.failure = "its model is another than that of the other workers"
+            return process.popen.kill()
+        self._names, self._eos = names, eos
+        process.ready = True
+        self._failed_starts[process.place] = 0
+        self._balance.add(process.number)
+        self._changed.set()
+        parked, self._parked = self._parked, []
+        for answer in parked:
+            self._send(answer)
+
+    def _on_failed(self, process: _Process, message: str) -> None:
+        process.failure = message
+        self._failed_starts[process.place] = STARTS  # another process would fail in the same way
+
+    def _on_outputs(self, process: _Process, outputs: list[Message]) -> None:
+        for output in outputs:
+            if (entry := process.answers.get(output["id"])) is None:
+                continue
+            answer, before = entry
+            if output["token"] is not None:
+                answer._add(before + output["index"], output["token"])
+            else:
+                del process.answers[answer.id]
+                self._balance.report(answer.id, 0)
+                answer._end(_to_record(output["record"]))
+
+    def _on_refused(self, process: _Process, id: str, error: str, message: str) -> None:
+        if id in process.answers:
+            answer, _ = process.answers.pop(id)
+            self._balance.report(id, 0)
+            answer._end(error=ERRORS[error](message))
+
+    def _on_blocks(self, process: _Process, seq: int, added: list[str], removed: list[str]) -> None:
+        complete = self._index.apply(process.number, seq, _from_hex(added), _from_hex(removed))
+        if not complete and not process.asked_for_snapshot:
+            process.asked_for_snapshot = True
+            self._tell(process, "snapshot")
+
+    def _on_snapshot(self, process: _Process, seq: int, keys: list[str]) -> None:
+        process.asked_for_snapshot = False
+        self._index.reset(process.number, seq, _from_hex(keys))
+
+    def _on_alive(self, process: _Process, load: int) -> None:
+        pass  # it was heard
+
+    def _on_stats(self, process: _Process, number: int, stats: Message) -> None:
+        if number in self._asked:
+            self._asked[number].put((process.number, stats))
+
+    def stats(self, timeout_s: float = 10.0) -> dict[int, Message]:
+        """What each worker that is ready has counted, by its number; those that do not answer in time are left out."""
+        number = next(self._ids)
+        with self._lock:
+            answers = self._asked[number] = SimpleQueue()
+            asked = [p for p in self._processes.values() if p.ready]
+            for process in asked:
+                self._tell(process, "stats", number=number)
+        found: dict[int, Message] = {}
+        end = time.monotonic() + timeout_s
+        while len(found) < len(asked):
+            try:
+                found |= [answers.get(timeout=max(0.0, end - time.monotonic()))]
+            except Empty:
+                break
+        del self._asked[number]
+        return found
+
+    # --- processes ------------------------------------------------------------------------------
+    def _start(self, place: int) -> None:
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": str(self.settings.threads),
+        }
+        popen = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        process = _Process(next(self._numbers), place, popen)
+        self._processes[process.number] = process
+        first = json.dumps({"settings": self.settings.to_message(), "max_waiting": self._max_requests})
+        process.outbox.put(first.encode() + b"\n")
+        for job in (self._read, self._write):
+            threading.Thread(target=job, args=(process,), name=f"kvlab-worker-{process.number}", daemon=True).start()
+
+    def _tell(self, process: _Process, command: str, **content: Any) -> None:
+        process.outbox.put(json.dumps({"do": command, **content}).encode() + b"\n")
+
+    def _write(self, process: _Process) -> None:
+        """In a thread of its own, because a worker that hangs does not read."""
+        pipe = process.popen.stdin
+        assert pipe is not None
+        try:
+            while (line := process.outbox.get()) is not None:
+                pipe.write(line)
+                pipe.flush()
+            pipe.close()
+        except OSError:  # it is dead: `_read` deals with that
+            pass
+
+    def _bury(self, process: _Process) -> None:
+        """A process has ended: start another one, and its requests go on elsewhere."""
+        del self._processes[process.number]
+        self._index.forget(process.number)
+        self._balance.remove(process.number)
+        if self._closing.is_set:
+            for answer, _ in process.answers.values():
+                answer._end()
+            return
+        logger.warning(
+            "worker %d has ended with status %s, with %d requests%s",
+            *(process.number, process.popen.returncode, len(process.answers)),
+            f": {process.failure}" if process.failure else "",
+        )
+        if not process.ready:
+            self._failed_starts[process.place] += 1
+        if self._restart and self._failed_starts[process.place] < STARTS:
+            self._start(process.place)
+        self._changed.set()
+        for answer, _ in process.answers.values():
+            if len(answer.workers) >= TRIES:
+                answer._end(error=WorkerError(f"{TRIES} workers ended while they had this request"))
+            else:
+                self._send(answer)
+        if not self._processes:
+            parked, self._parked = self._parked, []
+            for answer in parked:
+                self._send(answer)
+        self._last_failure = process.failure or f"it ended with status {process.popen.returncode}"
+
+    def _wait_until_ready(self) -> None:
+        """Wait until all workers are ready.
+
+        Raises:
+            WorkerError: one of them will not be.
+        """
+        end = time.monotonic() + START_S
+        while True:
+            self._changed.clear()
+            with self._lock:
+                ready = sum(p.ready for p in self._processes.values())
+                if ready == len(self._failed_starts):
+                    return
+                if len(self._processes) < len(self._failed_starts):
+                    raise WorkerError(f"a worker cannot be started: {self._last_failure}")
+            if not self._changed.wait(max(0.0, end - time.monotonic())):
+                raise WorkerError(f"only {ready} of {len(self._failed_starts)} workers were ready after {START_S} s")
+
+    def _watch(self) -> None:
+        """In a thread: kill workers that hang, so that the pipe ends and `_read` deals with them."""
+        while not self._closing.wait(min(1.0, self._silent_s / 4)):
+            with self._lock:
+                for process in self._processes.values():
+                    silent_s = time.monotonic() - process.heard_at
+                    if silent_s > (self._silent_s if process.ready else START_S):
+                        process.failure = f"it said nothing for {silent_s:.0f} s"
+                        process.popen.kill()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End all workers. Requests that have not ended are cancelled. Those that do not end in time are killed."""
+        with self._lock:
+            self._closing.set()
+            processes = list(self._processes.values())
+            for answer in self._parked:
+                answer._end()
+            self._parked.clear()
+        for process in processes:
+            process.outbox.put(None)  # the end of its input is the end of a worker
+        end = time.monotonic() + timeout_s
+        for process in processes:
+            try:
+                process.popen.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.popen.kill()
+                process.popen.wait()
+        for process in processes:  # the threads see the end
+            for answer, _ in list(process.answers.values()):
+                answer._end()
+
+
+def _to_record(values: Message) -> Record:
+    return Record(**{**values, "sources": Counter(values["sources"])})
+
+
+def _from_hex(keys: Sequence[str]) -> list[bytes]:
+    return [bytes.fromhex(key) for key in keys]
