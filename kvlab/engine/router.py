@@ -53,7 +53,7 @@ ROUTERS: Final[dict[str, Router]] = {
     "round_robin": partial(_least, lambda blocks, c: ()),
     "least_loaded": partial(_least, lambda blocks, c: (c.load,)),
     "longest_prefix": partial(_least, lambda blocks, c: (-c.matched, c.load)),  # all to one if all begin alike
-    "cost": partial(_least, lambda blocks, c: (blocks - c.matched + SHARE * c.share, c.load)),
+    "cost": partial(_least, lambda blocks, c: (blocks - c.matched + LOAD * c.load + SHARE * c.share, c.load)),
 }
 
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from kvlab.cache import DistributedKVCache
+from kvlab.cache.base import CacheStats
 from kvlab.engine.pages import PagePool, PoolExhausted
 from kvlab.engine.requests import Busy, Output
 from kvlab.engine.scheduler import IDLE_S, Scheduler
@@ -46,13 +47,13 @@ class WorkerSettings:
 
     Attributes:
         model: a folder with a Llama; None for the model that ships with the package.
-        store: the URL of a store that all workers share (see `kvlab.stores.open_store`). By default each worker has
-            a store of its own, in its memory.
+        store: the URL of a store that all workers share (see `kvlab.stores.open_store`). Without one, a worker has its
+            pages and no other tier.
         precision, compress: see `DistributedKVCache`. With less than the model's own precision, an answer depends
             on what was cached, so one that goes on elsewhere after a fault may be another.
         salt, encryption_keys: the tenant's secrets.
         pages: of the page pool, 16 tokens each.
-        host_bytes: host memory for blocks.
+        host_bytes: host memory for blocks, in front of the store.
         tiers: further settings of `TieredCache`.
         max_batch, max_step_tokens: see `Scheduler`.
         threads: of PyTorch, in each worker.
@@ -93,19 +94,17 @@ def build(settings: WorkerSettings, max_waiting: int) -> Scheduler:
     torch.set_num_threads(settings.threads)
     model = load_model(settings.model) if settings.model else load_model()
     cache = DistributedKVCache(
-        store=settings.store or "memory://",
+        store=settings.store or "memory://",  # without a store, only the namespace is used
         model=model,
         precision=settings.precision,
         compress=settings.compress,
         salt=settings.salt,
         encryption_keys=settings.encryption_keys,
     )
-    tiers = TieredCache(cache, settings.host_bytes, **settings.tiers)
-    pool = PagePool(model, settings.pages, tiers.namespace)
     return Scheduler(
         model,
-        pool,
-        tiers,
+        PagePool(model, settings.pages, cache.namespace),
+        TieredCache(cache, settings.host_bytes, **settings.tiers) if settings.store else None,
         max_batch=settings.max_batch,
         max_step_tokens=settings.max_step_tokens,
         max_waiting=max_waiting,
@@ -116,8 +115,8 @@ class Worker:
     """Carries out commands between the steps of a scheduler."""
 
     def __init__(self, scheduler: Scheduler, inbox: BinaryIO, outbox: BinaryIO) -> None:
-        assert scheduler.cache is not None
-        self._scheduler, self._cache = scheduler, scheduler.cache
+        assert scheduler.pool.namespace is not None
+        self._scheduler, self._cache, self._names = scheduler, scheduler.cache, scheduler.pool.namespace
         self._outbox = outbox
         self._commands: SimpleQueue[Message | None] = SimpleQueue()
         self._known: set[bytes] = set()  # the blocks of the last event
@@ -127,12 +126,10 @@ class Worker:
 
     def run(self) -> None:
         """Work until the input ends."""
-        names = self._cache.namespace
         self._tell(
             "ready",
-            pid=os.getpid(),
-            fingerprint=names.fingerprint.hex(),
-            block_tokens=names.block_tokens,
+            fingerprint=self._names.fingerprint.hex(),
+            block_tokens=self._names.block_tokens,
             eos=list(self._scheduler.model.config.eos_token_ids),
         )
         while self._obey():
@@ -143,7 +140,8 @@ class Worker:
             if time.monotonic() - self._told_at > TICK_S:
                 self._tell("alive", load=self._scheduler.load)
         self._scheduler.close()
-        self._cache.close()
+        if self._cache is not None:
+            self._cache.close()
 
     def _read(self, inbox: BinaryIO) -> None:
         for line in inbox:
@@ -179,12 +177,12 @@ class Worker:
         self._tell("snapshot", seq=self._seq, keys=[key.hex() for key in self._known])
 
     def _do_stats(self, number: int) -> None:
-        stats, pool = self._cache.stats(), self._scheduler.pool
+        pool = self._scheduler.pool
         self._tell(
             "stats",
             number=number,
             stats={
-                "cache": vars(stats),
+                "cache": vars(self._cache.stats() if self._cache is not None else CacheStats()),
                 "scheduler": dict(self._scheduler.counts),
                 "pool": {"blocks": dict(pool.counts), "pages": len(pool.refs), "free": pool.free.total}
                 | {"tables": len(pool.tables), "idle": pool.index.idle},
@@ -205,9 +203,8 @@ class Worker:
             self._tell("blocks", seq=self._seq, added=[k.hex() for k in added], removed=[k.hex() for k in removed])
 
     def _near(self) -> set[bytes]:
-        return {
-            key[:KEY_BYTES] for keys in (self._scheduler.pool.index.blocks, self._cache.host.keys()) for key in keys
-        }
+        in_host = self._cache.host.keys() if self._cache is not None else ()
+        return {key[:KEY_BYTES] for key in (*self._scheduler.pool.index.blocks, *in_host)}
 
     def _tell(self, event: str, **content: Any) -> None:
         self._outbox.write(json.dumps({"is": event, **content}).encode() + b"\n")

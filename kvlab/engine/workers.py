@@ -297,7 +297,7 @@ class WorkerGroup:
         with self._lock:
             self._bury(process)
 
-    def _on_ready(self, process: _Process, pid: int, fingerprint: str, block_tokens: int, eos: list[int]) -> None:
+    def _on_ready(self, process: _Process, fingerprint: str, block_tokens: int, eos: list[int]) -> None:
         names = Namespace(
             bytes.fromhex(fingerprint), self.settings.precision, self.settings.salt.encode(), block_tokens
         )

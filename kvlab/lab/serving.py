@@ -1,0 +1,186 @@
+"""A load for schedulers and workers, and what came of it.
+
+Arrivals are open-loop: a request comes when it comes, whether or not the others are done, and its latency counts
+from its intended arrival. A closed loop would wait with the next request while the system is slow, and so not
+measure what its users meet (Gil Tene calls this coordinated omission).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvlab.engine.requests import Record
+from kvlab.engine.scheduler import IDLE_S, Scheduler
+from kvlab.engine.workers import Answer, WorkerGroup
+from kvlab.model import Tokenizer, held_out_tokens
+
+DECODE: Final = 8
+"""A decoded token takes about as long as so many tokens of a prompt (`bench serve` prints the measured number)."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that comes `at_s` seconds after the begin. Requests of one group begin alike."""
+
+    at_s: float
+    tokens: list[int]
+    new: int
+    group: int = 0
+
+
+def skewed(
+    requests: int,
+    per_second: float,
+    groups: int = 16,
+    prefix: int = 512,
+    own: int = 40,
+    new: int = 16,
+    seed: int = 0,
+) -> list[Arrival]:
+    """Requests of groups, the first of which is the most popular: the k-th one has a share of 1 / k (Zipf).
+
+    Args:
+        per_second: of a Poisson process.
+        prefix, own: tokens that a group's requests have in common, and those of each request.
+        new: tokens to generate.
+    """
+    rng, text = random.Random(seed), held_out_tokens(Tokenizer())
+    starts = [rng.randrange(len(text) - prefix) for _ in range(groups)]
+    shares = [1 / (1 + group) for group in range(groups)]
+    at, arrivals = 0.0, []
+    for _ in range(requests):
+        at += rng.expovariate(per_second)
+        (group,) = rng.choices(range(groups), shares)
+        tail = rng.randrange(len(text) - own)
+        arrivals.append(Arrival(at, text[starts[group] :][:prefix] + text[tail : tail + own], new, group))
+    return arrivals
+
+
+@dataclass(frozen=True)
+class Served:
+    """How one request was served.
+
+    Attributes:
+        worker: the number of the last worker that had it.
+        arrived_at: when it should have come; the other times are when its tokens were there.
+        record: the scheduler's; None if it was lost with its worker.
+    """
+
+    arrival: Arrival
+    worker: int
+    arrived_at: float
+    token_at: list[float]
+    tokens: list[int]
+    record: Record | None
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds from its intended arrival to its first token."""
+        return 1000 * (self.token_at[0] - self.arrived_at)
+
+    @property
+    def itl_ms(self) -> list[float]:
+        """Milliseconds between its tokens."""
+        return [1000 * (b - a) for a, b in itertools.pairwise(self.token_at)]
+
+
+def offer(group: WorkerGroup, arrivals: Sequence[Arrival], also: Callable[[int], None] | None = None) -> list[Served]:
+    """Send requests to workers at their times, and wait until all have ended.
+
+    Args:
+        also: called with the number of each request after it was sent.
+
+    Raises:
+        KVLabError: a request failed.
+    """
+    begin = time.perf_counter()
+    answers: list[Answer] = []
+    for i, arrival in enumerate(arrivals):
+        time.sleep(max(0.0, begin + arrival.at_s - time.perf_counter()))
+        answers.append(group.submit(arrival.tokens, arrival.new, stop_at_eos=False))
+        if also is not None:
+            also(i)
+    return [
+        Served(arrival, answer.workers[-1], begin + arrival.at_s, answer.token_at, answer.result(), answer.record)
+        for arrival, answer in zip(arrivals, answers, strict=True)
+        if answer.result()
+    ]
+
+
+def offer_here(scheduler: Scheduler, arrivals: Sequence[Arrival]) -> list[Served]:
+    """Serve requests in this process, at their times, until all have ended."""
+    begin = time.perf_counter()
+    waiting = list(reversed(arrivals))
+    records: list[Record] = []
+    while waiting or len(scheduler):
+        while waiting and time.perf_counter() - begin >= waiting[-1].at_s:
+            arrival = waiting.pop()
+            records.append(scheduler.submit(f"{len(records)}", arrival.tokens, arrival.new, stop_at_eos=False))
+        if not scheduler.step() and scheduler.is_waiting:
+            time.sleep(IDLE_S)
+    return [
+        Served(arrival, 0, begin + arrival.at_s, record.token_at, record.tokens, record)
+        for arrival, record in zip(arrivals, records, strict=True)
+    ]
+
+
+# --- summaries ----------------------------------------------------------------------------------
+def sources(served: Iterable[Served]) -> Counter[str]:
+    """Prompt tokens by where their KV came from."""
+    total: Counter[str] = Counter()
+    for request in served:
+        if request.record is not None:
+            total += request.record.sources
+    return total
+
+
+def hit_rate(served: Iterable[Served], near: bool = False) -> float:
+    """Share of the prompt tokens whose KV was not computed.
+
+    Args:
+        near: count only what was on the worker's device or in its host memory, not what came from the store.
+    """
+    found = sources(served)
+    hits = found["device"] + found["host"] + (0 if near else found["store"])
+    return hits / found.total() if found.total() else 0.0
+
+
+def work(served: Iterable[Served]) -> Counter[int]:
+    """What each worker computed: prompt tokens, and `DECODE` for each token of an answer."""
+    done: Counter[int] = Counter()
+    for request in served:
+        computed = request.record.sources["computed"] if request.record is not None else len(request.arrival.tokens)
+        done[request.worker] += computed + DECODE * len(request.tokens)
+    return done
+
+
+def imbalance(served: Iterable[Served], workers: int) -> float:
+    """The work of the busiest worker by the mean: 1 is perfect, `workers` the worst."""
+    done = work(served)
+    return max(done.values()) * workers / done.total()
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` of all values do not exceed, interpolated."""
+    if len(values) < 2:
+        return values[0]
+    return statistics.quantiles(values, n=1000, method="inclusive")[min(round(percent * 10), 999) - 1]
+
+
+def latencies(served: Sequence[Served]) -> dict[str, float]:
+    """TTFT and ITL in milliseconds, at the median and near the end."""
+    ttft = [request.ttft_ms for request in served]
+    itl = [gap for request in served for gap in request.itl_ms] or [0.0]
+    return {
+        "ttft_p50_ms": percentile(ttft, 50),
+        "ttft_p95_ms": percentile(ttft, 95),
+        "itl_p50_ms": percentile(itl, 50),
+        "itl_p99_ms": percentile(itl, 99),
+    }
