@@ -167,6 +167,16 @@ def _bench(module: str) -> Callable[..., int]:
     return run
 
 
+def _serve(workers: int, router: str, requests: int, rate: float, store: str | None, json: bool) -> int:
+    from kvlab.lab import serving, tables
+
+    if store is None and not _default_store().startswith("fakeredis://"):
+        store = _default_store()
+    result = serving.run(workers, router, store, requests, rate)
+    _print_json(result) if json else print(tables.text(result))
+    return SUCCESS
+
+
 def _print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
@@ -175,6 +185,12 @@ def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,12}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999,999,999,999, got {text!r}")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return float(text)
 
 
 STORE = Option(
@@ -193,6 +209,14 @@ JSON = Option("--json", "print one JSON object and nothing else", {"action": "st
 WINDOWS = Option("--windows", "text windows for the quality measurement (default 96)", {"type": _count, "default": 96})
 CASES = Option("--n", "number of cases (default 100,000)", {"type": _count, "default": 100_000})
 SEED = Option("--seed", "seed of the random cases (default 0)", {"type": int, "default": 0})
+WORKERS = Option("--workers", "worker processes (default 2)", {"type": _count, "default": 2})
+ROUTER = Option(
+    "--router",
+    "round_robin, least_loaded, longest_prefix or cost (default)",
+    {"choices": ["round_robin", "least_loaded", "longest_prefix", "cost"], "default": "cost", "metavar": "NAME"},
+)
+REQUESTS = Option("--requests", "number of requests (default 64)", {"type": _count, "default": 64})
+RATE = Option("--rate", "requests a second (default 8)", {"type": _rate, "default": 8.0, "metavar": "N"})
 TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {"metavar": "FILE"})
 
 COMMANDS = (
@@ -203,6 +227,12 @@ COMMANDS = (
         "check this machine, or with --engine the set-up of a connector; exit with status 1 on a problem",
         _doctor,
         (ENGINE, STORE, ARGUMENTS),
+    ),
+    Command(
+        "serve",
+        "serve a small load with worker processes, a router and a shared store; print what came from where",
+        _serve,
+        (WORKERS, ROUTER, REQUESTS, RATE, STORE, JSON),
     ),
     Command(
         "bench gpu",
@@ -251,6 +281,12 @@ COMMANDS = (
         "time to first token with a prefix from pages, host memory and a real Redis, compared with computing it",
         _bench("kvlab.lab.bench.ttft"),
         (STORE, JSON),
+    ),
+    Command(
+        "bench serve",
+        "continuous batching, saves and routers: tokens a second, latencies, hits and balance (takes minutes)",
+        _bench("kvlab.lab.bench.serve"),
+        (JSON,),
     ),
     Command(
         "bench engines",

@@ -9,20 +9,35 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from kvlab.engine.requests import Record
 from kvlab.engine.scheduler import IDLE_S, Scheduler
+from kvlab.engine.worker import WorkerSettings
 from kvlab.engine.workers import Answer, WorkerGroup
+from kvlab.lab.machine import describe_machine
 from kvlab.model import Tokenizer, held_out_tokens
+from kvlab.testbed.server import RedisServer
 
 DECODE: Final = 8
 """A decoded token takes about as long as so many tokens of a prompt (`bench serve` prints the measured number)."""
+
+PAGES: Final = 256
+HOST_BYTES: Final = 8 << 20
+"""Of each worker: room for a part of the groups only, so that every tier is used."""
+ABOUT: Final = (
+    "requests come at random times, whether or not others are done; latencies count from then. Requests of a group "
+    "begin with the same 512 tokens, and some groups are popular. computed, device, host, store: prompt tokens by "
+    "where their KV came from; hit_rate: share of them that was not computed; imbalance: the work of the busiest "
+    "worker by the mean"
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,47 @@ def offer_here(scheduler: Scheduler, arrivals: Sequence[Arrival]) -> list[Served
     ]
 
 
+def run(
+    workers: int = 2,
+    router: str = "cost",
+    store: str | None = None,
+    requests: int = 64,
+    rate: float = 8.0,
+) -> dict[str, Any]:
+    """Serve a skewed load with worker processes and a store that they share.
+
+    Args:
+        store: its URL; without one, a `redis-server` is started if there is one, else each worker has only its pages.
+        requests, rate: how many, and how many a second.
+
+    Raises:
+        KVLabError: a worker did not start, or a request failed.
+    """
+    arrivals = skewed(requests, rate)
+    with ExitStack() as stack:
+        if store is None and shutil.which("redis-server"):
+            store = stack.enter_context(RedisServer()).url
+        begin = time.perf_counter()
+        settings = WorkerSettings(store=store, pages=PAGES, host_bytes=HOST_BYTES)
+        group = stack.enter_context(WorkerGroup(workers, settings, router=router))
+        ready_s = time.perf_counter() - begin
+        served = offer(group, arrivals)
+    return {
+        "about": ABOUT,
+        "workers": table(served),
+        "all": {
+            "hit_rate": hit_rate(served),
+            "imbalance": imbalance(served, workers),
+            "tok_per_s": tokens_per_second(served),
+            **latencies(served),
+        },
+        "router": router,
+        "store": "shared" if store is not None else "none",
+        "ready_s": ready_s,
+        "machine": describe_machine(),
+    }
+
+
 # --- summaries ----------------------------------------------------------------------------------
 def sources(served: Iterable[Served]) -> Counter[str]:
     """Prompt tokens by where their KV came from."""
@@ -165,6 +221,25 @@ def imbalance(served: Iterable[Served], workers: int) -> float:
     """The work of the busiest worker by the mean: 1 is perfect, `workers` the worst."""
     done = work(served)
     return max(done.values()) * workers / done.total()
+
+
+def table(served: Sequence[Served]) -> list[dict[str, Any]]:
+    """A row for each worker: its requests, and where the KV of their prompts came from, in tokens."""
+    rows = []
+    for worker in sorted({request.worker for request in served}):
+        own = [request for request in served if request.worker == worker]
+        found = sources(own)
+        by_source = {source: found[source] for source in ("computed", "device", "host", "store")}
+        rows.append(
+            {"worker": worker, "requests": len(own), **by_source, "hit_rate": hit_rate(own), "work": work(own)[worker]}
+        )
+    return rows
+
+
+def tokens_per_second(served: Sequence[Served]) -> float:
+    """New tokens of all requests, by the time from the first arrival to the last token."""
+    begin, end = min(s.arrived_at for s in served), max(s.token_at[-1] for s in served)
+    return sum(len(s.tokens) for s in served) / (end - begin)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
