@@ -67,6 +67,12 @@ QUESTIONS = {
             "06",
         ),
         Question(
+            "batch_of_eight",
+            "How many times the tokens a second does a batch of eight decode, compared with one request?",
+            "times",
+            "08",
+        ),
+        Question(
             "vllm_ttft",
             "How much sooner does vLLM's first token come if 1,504 of 1,536 tokens are in Redis?",
             "times",

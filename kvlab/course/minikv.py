@@ -6,7 +6,8 @@ functions in their place. Keys and records are those of the package (`kvlab.core
 package has and this page leaves out: lower precisions, compression, encryption, deadlines, circuit breakers,
 Redis Cluster and Sentinel, and not sending what the store already has. `MiniPool` is `kvlab.engine.pages` without
 runs of neighbouring pages, forks, counters and checks; `MiniTiers` and `MiniPlanner` are `kvlab.engine.tiers` and
-`kvlab.engine.planner` without threads, deadlines, gaps and an end that is computed too.
+`kvlab.engine.planner` without threads, deadlines, gaps and an end that is computed too. `MiniScheduler` is
+`kvlab.engine.scheduler` without tiers, preemption, cancellation and limits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import redis
@@ -25,6 +27,8 @@ from torch import Tensor
 
 from kvlab.cache import CacheStats, KVCache
 from kvlab.core.keys import KVSpec, token_bytes
+from kvlab.engine.batch import Row, forward
+from kvlab.engine.pages import PagePool
 from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import Health
@@ -357,6 +361,106 @@ class MiniPlanner:
         """Take note of a request: blocks and seconds of its fetch, and of its front."""
         self.fetched += [(fetched, fetch_s)] if fetched else []
         self.computed += [(computed, compute_s)] if computed else []
+
+
+# --- serving: lesson 08 -------------------------------------------------------------------------
+def fill_step(decoding: list[str], prefilling: dict[str, int], budget: int) -> dict[str, int]:
+    """How many tokens each request computes in the next step: answers first, then prompts, in order."""
+    step = dict.fromkeys(decoding, 1)
+    budget -= len(decoding)
+    for name, remaining in prefilling.items():
+        chunk = min(remaining, budget)
+        if chunk > 0:
+            step[name] = chunk
+            budget -= chunk
+    return step
+
+
+def admit(waiting: list[int], free_pages: int, page_tokens: int) -> int:
+    """How many of the waiting requests get pages now, given the tokens of each."""
+    count = 0
+    for tokens in waiting:
+        free_pages -= -(-tokens // page_tokens)
+        if free_pages < 0:
+            break
+        count += 1
+    return count
+
+
+def choose_worker(blocks: int, matched: list[int], work: list[float], weight: float) -> int:
+    """The number of the worker where a request costs least: blocks to compute there, plus its work so far."""
+    costs = [blocks - found + weight * done for found, done in zip(matched, work, strict=True)]
+    return costs.index(min(costs))
+
+
+def resume(
+    prompt: list[int],
+    given: list[int],
+    limit: int,
+    eos: int,
+) -> tuple[list[int], int] | None:
+    """What to ask another worker for, if the first one died after `given`."""
+    if len(given) == limit or eos in given:
+        return None
+    return prompt + given, limit - len(given)
+
+
+class MiniScheduler:
+    """Continuous batching: requests join and leave between two steps. Needs a pool that nobody else uses."""
+
+    def __init__(self, model: Llama, pool: PagePool, budget: int = 64) -> None:
+        self.model, self.pool, self.budget = model, pool, budget
+        self.waiting: dict[str, tuple[list[int], int]] = {}  # the prompt, and the most new tokens
+        self.running: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, list[int]] = {}
+
+    def submit(self, name: str, prompt: list[int], new: int) -> None:
+        """Queue a request for `new` tokens."""
+        self.waiting[name] = prompt, new
+
+    def step(self) -> dict[str, int]:
+        """Do one pass of the model; return how many tokens each request had in it."""
+        size = self.pool.page_tokens
+        room = [len(prompt) + new for prompt, new in self.waiting.values()]
+        for name in list(self.waiting)[: admit(room, self.pool.free.total, size)]:
+            prompt, new = self.waiting.pop(name)
+            table = self.pool.new_table((), len(prompt) + new)
+            self.running[name] = {"tokens": list(prompt), "end": len(prompt) + new, "known": 0, "table": table}
+        missing = {name: len(r["tokens"]) - r["known"] for name, r in self.running.items()}
+        decoding = [name for name, count in missing.items() if count == 1]
+        prefilling = {name: count for name, count in missing.items() if count > 1}
+        step = fill_step(decoding, prefilling, self.budget)
+        rows = []
+        for name, count in step.items():
+            request = self.running[name]
+            chunk = request["tokens"][request["known"] : request["known"] + count]
+            rows.append(Row(request["table"], chunk, request["known"]))
+            request["known"] += count
+        logits = forward(self.model, self.pool, rows) if rows else torch.empty(0)
+        for name, row in zip(step, logits, strict=True):
+            self.give(name, int(row.argmax()))
+        return step
+
+    def give(self, name: str, token: int) -> None:
+        """The model's choice after the last token of a row. It counts if that was the last token that is known."""
+        request = self.running[name]
+        if request["known"] < len(request["tokens"]):
+            return
+        request["tokens"].append(token)
+        if len(request["tokens"]) == request["end"]:
+            self.pool.close(request["table"])
+            del self.running[name]
+            self.answers[name] = request["tokens"]
+
+    def run(self) -> list[dict[str, int]]:
+        """Do steps until all requests have ended; return the steps."""
+        steps = []
+        while self.waiting or self.running:
+            before = len(self.waiting)
+            steps.append(self.step())
+            if not steps[-1] and len(self.waiting) == before:
+                raise InputError("expected a budget and a pool in which the next request finds room")
+        return steps
 
 
 # --- inside an engine: lesson 09 ----------------------------------------------------------------

@@ -29,6 +29,7 @@ from kvlab.course.exercises import mykv, registry
 from kvlab.course.exercises.engine import Exercise, Verdict, grade
 from kvlab.course.race import OurPlanner, race
 from kvlab.engine import generate
+from kvlab.engine.pages import PagePool
 from kvlab.errors import ConfigError, InputError
 from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say
 from kvlab.lab.timing import NOISY_BEYOND, time_rounds
@@ -141,7 +142,7 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
     parts_right = [
         part(own, model, sample, say)
-        for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner, _run_connector)
+        for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner, _run_scheduler, _run_connector)
     ]
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
@@ -264,6 +265,41 @@ def _run_planner(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         f"best choices, kvlab's {ours:.2f} times"
     )
     return yours < 1.5
+
+
+def _run_scheduler(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Serve requests with two of the learner's schedulers, one of which is given up halfway; say what came out.
+
+    Returns:
+        Whether all answers are those of a run without a scheduler, and batches were made.
+    """
+    made: Any = getattr(own.module, "MiniScheduler", None)
+    if made is None:
+        return True
+    workers = [made(model, PagePool(model, 40), 48) for _ in range(2)]
+    work, prompts, new = [0.0, 0.0], {f"r{i}": sample[40 * i : 40 * i + 16 * (1 + i % 4)] for i in range(8)}, 12
+    for name, prompt in prompts.items():
+        chosen = own.module.choose_worker(4, [0, 0], work, 0.1)
+        work[chosen] += len(prompt)
+        workers[chosen].submit(name, prompt, new)
+    dead, alive = workers
+    steps = [alive.step(), *(dead.step() for _ in range(5))]
+    lost = [(name, request["tokens"][len(prompts[name]) :]) for name, request in dead.running.items()]
+    for name, given in [*lost, *((name, []) for name in dead.waiting)]:
+        tokens, remaining = own.module.resume(prompts[name], given, new, model.config.vocab_size)
+        alive.submit(name, tokens, remaining)
+    steps += alive.run()
+    answers = {**dead.answers, **alive.answers}
+    same = all(
+        answers.get(name) == prompt + generate(model, prompt, new, stop_at_eos=False).tokens
+        for name, prompt in prompts.items()
+    )
+    together = max(map(len, steps))
+    say(
+        f"lesson 08: {len(prompts)} requests in {len(steps)} steps, up to {together} in one; {len(lost)} went on "
+        f"elsewhere when a worker was lost; same tokens: {same}"
+    )
+    return same and together > 1 and bool(lost)
 
 
 def _run_connector(own: Own, model: Llama, sample: list[int], say: Say) -> bool:

@@ -57,6 +57,7 @@ def skewed(
     prefix: int = 512,
     own: int = 40,
     new: int = 16,
+    common: int = 0,
     seed: int = 0,
 ) -> list[Arrival]:
     """Requests of groups, the first of which is the most popular: the k-th one has a share of 1 / k (Zipf).
@@ -65,8 +66,10 @@ def skewed(
         per_second: of a Poisson process.
         prefix, own: tokens that a group's requests have in common, and those of each request.
         new: tokens to generate.
+        common: tokens that all requests begin with, before the group's.
     """
     rng, text = random.Random(seed), held_out_tokens(Tokenizer())
+    system = text[:common]
     starts = [rng.randrange(len(text) - prefix) for _ in range(groups)]
     shares = [1 / (1 + group) for group in range(groups)]
     at, arrivals = 0.0, []
@@ -74,7 +77,7 @@ def skewed(
         at += rng.expovariate(per_second)
         (group,) = rng.choices(range(groups), shares)
         tail = rng.randrange(len(text) - own)
-        arrivals.append(Arrival(at, text[starts[group] :][:prefix] + text[tail : tail + own], new, group))
+        arrivals.append(Arrival(at, system + text[starts[group] :][:prefix] + text[tail : tail + own], new, group))
     return arrivals
 
 

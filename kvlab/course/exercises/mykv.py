@@ -26,7 +26,17 @@ PARTS = tuple(
     if isinstance(value, FunctionType) and value.__module__ == minikv.__name__
 )
 """The functions that the cache is built from, in the order of the course."""
-CLASSES = ("MiniTable", "MiniLayer", "MiniPool", "MiniRedis", "MiniTiers", "MiniPlanner", "MiniCache", "MiniConnector")
+CLASSES = (
+    "MiniTable",
+    "MiniLayer",
+    "MiniPool",
+    "MiniRedis",
+    "MiniTiers",
+    "MiniPlanner",
+    "MiniCache",
+    "MiniConnector",
+    "MiniScheduler",
+)
 
 HEADER = '''"""My distributed KV cache. The course writes each answer here once it passes; change what you like.
 
@@ -43,6 +53,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import redis
@@ -53,6 +64,8 @@ from torch import Tensor
 
 from kvlab.cache import CacheStats, KVCache
 from kvlab.core.keys import KVSpec, token_bytes
+from kvlab.engine.batch import Row, forward
+from kvlab.engine.pages import PagePool
 from kvlab.errors import InputError
 from kvlab.model import Llama
 from kvlab.stores import Health
