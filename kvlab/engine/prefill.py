@@ -151,7 +151,7 @@ def _by_plan(
     T, B, planner = len(tokens), cache.block_tokens, cache.planner
     keys = cache.namespace.keys(tokens)
     asked_at = time.perf_counter()
-    found = cache.locating(keys, shared // B, waits)
+    found = cache.locating(keys, shared // B, waits, counts)
     while (where := found()) is None:
         yield None
     begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,11 +15,13 @@ class Busy(KVLabError):
 
 @dataclass
 class Record:
-    """One request: its answer, and where its time and its prompt's KV came from. Times are of the scheduler's clock.
+    """One request: its answer, and where its time and its prompt's KV came from.
+
+    Points in time are of the scheduler's clock, 0.0 until they come; durations are of `time.perf_counter`.
 
     Attributes:
         tokens: the answer so far.
-        submitted_at, admitted_at, first_token_at, finished_at: 0.0 until then.
+        submitted_at, admitted_at, first_token_at, finished_at: points in time.
         probe_s, fetch_s: see `Prefill`. They end at the next step, so they are a little longer than the store took.
         prefill_s, decode_s: of the steps that computed its prompt, and of those that computed its later tokens.
         token_at: when each token was there.
@@ -47,13 +50,13 @@ class Record:
 
     @property
     def queue_s(self) -> float:
-        """Seconds until it was admitted for the first time."""
-        return self.admitted_at - self.submitted_at
+        """Seconds until it was admitted for the first time; NaN if it never was."""
+        return self.admitted_at - self.submitted_at if self.admitted_at else math.nan
 
     @property
     def ttft_s(self) -> float:
-        """Seconds until its first token."""
-        return self.first_token_at - self.submitted_at
+        """Seconds until its first token; NaN if there is none."""
+        return self.first_token_at - self.submitted_at if self.tokens else math.nan
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,6 @@ class Saver:
         Args:
             tokens: of the request, from its first token on.
         """
-        self._cache.on_device(table.keys)
         self._counts["saves"] += 1
         if len(self._saves) >= self._most:
             self._counts["saves dropped"] += 1

@@ -121,7 +121,8 @@ class Scheduler:
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # in the order of their admission
         self._by_id: dict[str, _Request] = {}
-        self._ended: list[Output] = []  # of requests that ended between two steps
+        self._outputs: list[Output] = []  # that no step has returned yet; an exception in a step loses none
+        self._refused = ("", 0)  # who was not admitted last, with how many pages
         self._saver = None if cache is None or not save else Saver(pool, cache, max_saves, self.counts)
         self._closed = False
 
@@ -155,7 +156,7 @@ class Scheduler:
 
     def cancel(self, id: str) -> bool:
         """End a request, with what it has; return whether there was such a request. The next step gives out its end."""
-        request = self._by_id.get(id)
+        request, now = self._by_id.get(id), self._clock()
         if request is None:
             return False
         if request in self._active:
@@ -163,7 +164,7 @@ class Scheduler:
             self._release(request)  # the pages are free now
         else:
             self._waiting.remove(request)
-        self._ended.append(self._finish(request, "cancelled"))
+        self._finish(request, "cancelled", now)
         return True
 
     @property
@@ -178,7 +179,6 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Do one pass of the model, if there is something to compute; return what came out."""
-        outputs, self._ended = self._ended, []
         if self._saver is not None:
             self._saver.collect()
         self._admit()
@@ -192,44 +192,52 @@ class Scheduler:
             for i, (request, row) in enumerate(rows.items()):
                 request.known = row.stop
                 if request.job is None:
-                    outputs += self._emit(request, tokens[i])
+                    self._emit(request, tokens[i])
                 elif request.todo is not None and row.stop < request.todo.stop:
                     request.todo = Step(row.stop, request.todo.stop)
                 else:
-                    outputs += self._go_on(request, logits[i : i + 1])
+                    self._go_on(request, logits[i : i + 1])
         for request in [r for r in self._active if r.job is not None and r.todo is None]:
-            outputs += self._go_on(request, None)
+            self._go_on(request, None)
+        outputs, self._outputs = self._outputs, []
         return outputs
 
     def _admit(self) -> None:
         """Give requests their pages, in the order in which they came, as long as there are enough."""
         while self._waiting and len(self._active) < self.max_batch:
-            request = self._waiting[0]
+            request, room = self._waiting[0], self.pool.free.total + self.pool.index.idle
+            if self._refused == (request.record.id, room):  # nothing has changed; asking is a use of its blocks
+                return
             keys = self.pool.keys(request.tokens)
             table = self.pool.new_table(keys, counts=False)
             try:
                 make_room(table, len(request.tokens), self.cache)
                 self._keep_headroom()
-            except PoolExhausted:
+            except BaseException as error:
                 self.pool.close(table)
+                if not isinstance(error, PoolExhausted):
+                    raise
+                if self.is_waiting and self._saver is not None and self._saver.revoke():
+                    continue  # nothing else would give pages back before the store answers
+                self._refused = request.record.id, room
                 return
-            self._active.append(self._waiting.popleft())
+            request.table = table
             first_time = not request.record.preemptions
+            request.job = filling(request.tokens, table, self.cache, waits=False, counts=first_time)
+            self._active.append(self._waiting.popleft())
             if first_time:
                 self.pool.counts += Counter(requested=len(keys), hits=len(table.keys))
                 request.record.admitted_at = self._clock()
-            request.table = table
-            request.job = filling(request.tokens, table, self.cache, waits=False, counts=first_time)
             self._go_on(request, None)
 
     def _keep_headroom(self) -> None:
-        """Leave a page for each request that runs, or it would be preempted soon.
+        """Leave a page for each request that runs and for the new one, or it would be preempted soon.
 
         Raises:
             PoolExhausted: there are too few.
         """
-        if self.pool.free.total + self.pool.index.idle < len(self._active):
-            raise PoolExhausted(f"{len(self._active)} requests that run may soon need a page each")
+        if self.pool.free.total + self.pool.index.idle <= len(self._active):
+            raise PoolExhausted(f"{len(self._active) + 1} requests may soon need a page each")
 
     def _rows(self) -> dict[_Request, Row]:
         """The tokens of the next pass: one for each request that decodes, then chunks of prompts."""
@@ -238,7 +246,8 @@ class Scheduler:
         decoding = [r for r in self._active if r.job is None]
         for request in [*decoding, *(r for r in self._active if r.job is not None)]:
             if request.job is None:
-                start, stop = request.known, request.known + 1
+                stop = len(request.tokens)
+                start = stop - 1
             elif request.todo is not None:
                 start, stop = request.todo.start, min(request.todo.stop, request.todo.start + budget)
             else:
@@ -273,48 +282,54 @@ class Scheduler:
         self._release(request)
         self._waiting.appendleft(request)
 
-    def _go_on(self, request: _Request, logits: Tensor | None) -> list[Output]:
-        """Let a prefill go on until it wants something computed, waits, or is done."""
+    def _go_on(self, request: _Request, logits: Tensor | None) -> None:
+        """Let a prefill go on until it wants something computed, waits, or is done.
+
+        A job that an exception has ended (Ctrl-C may, anywhere) says nothing of the KV: its request starts again.
+        """
         assert request.job is not None
         try:
             request.todo = request.job.send(logits)
-            return []
+            return
         except StopIteration as end:
-            filled: Prefill = end.value
-        request.job = request.todo = None
-        request.known = len(request.tokens)
-        record = request.record
+            filled: Prefill | None = end.value
+        if filled is None:  # an exception had ended it
+            self._preempt(request)
+            return
+        record, known = request.record, len(request.tokens)
         if record.tokens:
-            record.recomputed += request.known
+            record.recomputed += known
         else:
-            record.sources = filled.sources + Counter(computed=request.known - filled.sources.total())
+            record.sources = filled.sources + Counter(computed=known - filled.sources.total())
         record.probe_s += filled.probe_s
         record.fetch_s += filled.fetch_s
+        request.job, request.todo, request.known = None, None, known
         self._publish(request)
         self._save(request)  # now: a request right behind it, on another worker, finds the prefix
-        return self._emit(request, int(filled.logits.argmax()))
+        self._emit(request, int(filled.logits.argmax()))
 
-    def _emit(self, request: _Request, token: int) -> list[Output]:
+    def _emit(self, request: _Request, token: int) -> None:
         """Add a token to an answer; end the request if it was the last one."""
         record, now = request.record, self._clock()
+        is_eos = request.stop_at_eos and token in self.model.config.eos_token_ids
+        is_last = is_eos or len(record.tokens) + 1 >= request.limit
+        if is_last:  # first of all: if an exception comes here, the next step computes the token again
+            self._publish(request)
+            self._save(request)
         record.first_token_at = record.first_token_at or now
         record.tokens.append(token)
         record.token_at.append(now)
-        output = Output(record.id, len(record.tokens) - 1, token)
-        is_eos = request.stop_at_eos and token in self.model.config.eos_token_ids
-        if not is_eos and len(record.tokens) < request.limit:
-            return [output]
-        self._publish(request)
-        self._save(request)
-        self._active.remove(request)
-        self._release(request)
-        return [output, self._finish(request, "eos" if is_eos else "length")]
+        self._outputs.append(Output(record.id, len(record.tokens) - 1, token))
+        if is_last:
+            self._active.remove(request)
+            self._release(request)
+            self._finish(request, "eos" if is_eos else "length", now)
 
-    def _finish(self, request: _Request, reason: str) -> Output:
+    def _finish(self, request: _Request, reason: str, now: float) -> None:
         record = request.record
+        record.reason, record.finished_at = reason, now
         del self._by_id[record.id]
-        record.reason, record.finished_at = reason, self._clock()
-        return Output(record.id, len(record.tokens), None, record)
+        self._outputs.append(Output(record.id, len(record.tokens), None, record))
 
     def _release(self, request: _Request) -> None:
         if request.job is not None:
@@ -340,6 +355,8 @@ class Scheduler:
         """Put the full blocks of a request whose prefill is done into the index of the pool."""
         if request.table is not None and request.job is None:
             self.pool.publish(request.table, self.pool.keys(request.tokens[: request.known]))
+            if self.cache is not None:
+                self.cache.on_device(request.table.keys)
 
     def _save(self, request: _Request) -> None:
         """Begin to save the blocks that are new since the last time."""
@@ -350,7 +367,7 @@ class Scheduler:
 
     def run(self) -> Iterator[Output]:
         """Do steps until no request is left."""
-        while self._by_id or self._ended:
+        while self._by_id or self._outputs:
             outputs = self.step()
             yield from outputs
             if not outputs and self.is_waiting:
@@ -365,10 +382,11 @@ class Scheduler:
         """Cancel all requests, wait for the saves, and give all pages back. The pool and the cache stay open."""
         for id in list(self._by_id):
             self.cancel(id)
-        self._ended.clear()
+        self._outputs.clear()
         if self._saver is not None:
             self._saver.close()
-        self._closed, self.pool.owner = True, None
+        if not self._closed:  # later the pool may be another one's
+            self._closed, self.pool.owner = True, None
 
     def __enter__(self) -> Scheduler:
         return self

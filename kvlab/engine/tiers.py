@@ -234,13 +234,17 @@ class TieredCache(KVCache):
         assert found is not None, "it waits"
         return found
 
-    def locating(self, keys: Sequence[bytes], shared: int = 0, waits: bool = True) -> Callable[[], list[str] | None]:
+    def locating(
+        self, keys: Sequence[bytes], shared: int = 0, waits: bool = True, counts: bool = True
+    ) -> Callable[[], list[str] | None]:
         """Begin `locate`; the result returns its answer once it is there, until then None.
 
         Args:
             waits: whether this thread may wait for the store; else another one asks it.
+            counts: whether it is one request more that needs the blocks; not if it is tried a second time.
         """
-        self._note_use(keys)
+        if counts:
+            self._note_use(keys)
         self.host.use(keys[:shared])  # else they leave host memory first, and are nowhere when they leave the device
         while self._outer.measured:
             self.planner.fetched(*self._outer.measured.popleft())

@@ -307,8 +307,7 @@ class Llama(nn.Module):
             Logits [N, vocab] of the last tokens.
         """
         x = self.model.embed_tokens(tokens[None])
-        self.rope(int(positions.max()), 1)  # extends the angles
-        angles = self._angles[positions]
+        angles = self._angles_before(int(positions.max()) + 1)[positions]
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, None, 0, lambda q, k, v, _, i=i: attend(i, q, k, v))
@@ -356,14 +355,17 @@ class Llama(nn.Module):
         Angles are computed and stored in FP32, because an FP16 angle near position 4000 is off by up
         to 1 radian.
         """
-        end = start + T
+        angles = self._angles_before(start + T)[start : start + T]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def _angles_before(self, end: int) -> Tensor:
+        """Return the angles of `end` positions or more. Another thread may replace `_angles` at any time."""
         angles = self._angles
         ready = angles.shape[0] if angles.device == self.device else 0
         if end > ready:
             positions = torch.arange(max(end, 2 * ready), dtype=torch.float32)
             angles = self._angles = torch.outer(positions, rope_frequencies(self.config)).to(self.device)
-        angles = angles[start:end]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return angles
 
     # --- torch methods that change the weights, so that the loaded digests no longer apply
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +126,75 @@ def test_a_write_into_a_shared_block_changes_nothing_for_others(model: Llama) ->
     pool.close(two)
     assert got(fill(pool, [1, 2, 3, 4]), 4) == [1, 2, 3, 4]
     pool.check_integrity()
+
+
+def test_a_fork_of_some_blocks_keeps_only_their_pages(model: Llama) -> None:
+    pool, tokens = make(model), [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    one = fill(pool, tokens)
+    two = pool.fork(one, blocks=1)
+    assert (two.pages, two.keys) == (one.pages[:2], one.keys[:1])
+    assert [pool.refs[page] for page in one.pages] == [3, 3, 2, 2, 1]
+    assert [pool.index.blocks[key].users for key in one.keys] == [2, 1]
+    pool.check_integrity()
+    pool.close(one)
+    assert got(two, 4) == [1, 2, 3, 4]
+    with pool.new_table(capacity=(PAGES - 2) * PAGE):
+        assert [*pool.index.blocks] == two.keys, "the others may be evicted"
+        pool.check_integrity()
+    pool.close(two)
+    pool.check_integrity()
+
+
+def test_a_fork_of_blocks_keeps_what_was_in_them_though_the_first_table_writes(model: Llama) -> None:
+    pool = make(model)
+    one = fill(pool, [1, 2, 3, 4, 5])
+    two = pool.fork(one, blocks=1)
+    put(pool, one, 3, [40, 50])
+    assert (got(one, 5), got(two, 4)) == ([1, 2, 3, 40, 50], [1, 2, 3, 4])
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("blocks", [0, 2, None])
+def test_a_fork_of_no_block_has_no_page_and_of_none_said_has_all(model: Llama, blocks: int | None) -> None:
+    pool = make(model)
+    one = fill(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    two = pool.fork(one, blocks=blocks)
+    assert (len(two.pages), len(two.keys)) == {0: (0, 0), 2: (4, 2), None: (5, 2)}[blocks]
+    pool.close(two)
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("blocks", [-1, 3])
+def test_a_fork_of_more_blocks_than_there_are_is_refused(model: Llama, blocks: int) -> None:
+    pool = make(model)
+    one = fill(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    with pytest.raises(InputError, match=f"expected 0 … 2 blocks, got {blocks}"):
+        pool.fork(one, blocks=blocks)
+    assert pool.tables == {one}
+    pool.check_integrity()
+
+
+def test_a_table_that_does_not_count_finds_the_same(model: Llama) -> None:
+    pool, tokens = make(model), [1, 2, 3, 4, 5]
+    pool.close(fill(pool, tokens))
+    before = pool.counts.copy()
+    table = pool.new_table(pool.keys(tokens), counts=False)
+    assert table.keys == pool.keys(tokens) and pool.counts == before == Counter(requested=1)
+    pool.new_table(pool.keys(tokens))
+    assert pool.counts == Counter(requested=2, hits=1)
+
+
+def test_a_pool_belongs_to_nobody_at_first_and_keeps_no_owner_alive(model: Llama) -> None:
+    class Owner:
+        pass
+
+    pool, owner = make(model), Owner()
+    assert pool.owner is None
+    pool.owner = weakref.ref(owner)
+    assert pool.owner() is owner
+    del owner
+    gc.collect()
+    assert pool.owner() is None
 
 
 # --- eviction -----------------------------------------------------------------------------------
