@@ -36,6 +36,8 @@ from kvlab.model import load_model
 TICK_S: Final = 0.25
 """How often an idle worker says that it is alive, and the most between two events about its blocks."""
 EVENTS_S: Final = 0.02
+SHARE: Final = 50
+"""Looking which blocks are there takes at most one part in so many of the time; it takes longer with more blocks."""
 KEY_BYTES: Final = 8
 """What a router gets of a block's key. Two blocks with the same 8 bytes cost a detour, never a wrong answer."""
 Message = dict[str, Any]
@@ -60,7 +62,7 @@ class WorkerSettings:
     """
 
     model: str | None = None
-    store: str | None = None
+    store: str | None = field(default=None, repr=False)  # it may have a password
     precision: str = "fp32"
     compress: bool = False
     salt: str = field(default="", repr=False)
@@ -121,7 +123,7 @@ class Worker:
         self._commands: SimpleQueue[Message | None] = SimpleQueue()
         self._known: set[bytes] = set()  # the blocks of the last event
         self._seq = 0
-        self._told_at = self._looked_at = 0.0
+        self._told_at = self._look_at = 0.0
         threading.Thread(target=self._read, args=(inbox,), name="kvlab-inbox", daemon=True).start()
 
     def run(self) -> None:
@@ -144,8 +146,11 @@ class Worker:
             self._cache.close()
 
     def _read(self, inbox: BinaryIO) -> None:
-        for line in inbox:
-            self._commands.put(json.loads(line))
+        try:
+            for line in inbox:
+                self._commands.put(json.loads(line))
+        except ValueError:  # half a line, from a process that was killed
+            pass
         self._commands.put(None)
 
     def _obey(self) -> bool:
@@ -193,9 +198,10 @@ class Worker:
     def _tell_of_blocks(self) -> None:
         """What came to the device or to host memory, and what left both, since the last event."""
         now = time.monotonic()
-        if now - self._looked_at < EVENTS_S:
+        if now < self._look_at:
             return
-        self._looked_at, near = now, self._near()
+        near = self._near()
+        self._look_at = time.monotonic() + max(EVENTS_S, SHARE * (time.monotonic() - now))
         if near != self._known:
             self._seq += 1
             added, removed = near - self._known, self._known - near
@@ -226,8 +232,9 @@ def main() -> None:
     first = json.loads(inbox.readline())
     try:
         scheduler = build(WorkerSettings.from_message(first["settings"]), first["max_waiting"])
-    except KVLabError as error:
-        outbox.write(json.dumps({"is": "failed", "message": str(error)}).encode() + b"\n")
+    except Exception as error:
+        message = str(error) if isinstance(error, KVLabError) else f"{type(error).__name__}: {error}"
+        outbox.write(json.dumps({"is": "failed", "message": message}).encode() + b"\n")
         outbox.flush()
         raise SystemExit(1) from None
     try:

@@ -10,9 +10,11 @@ says nothing for `silent_s` is killed, and then the same happens.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
+import operator
 import os
 import subprocess
 import sys
@@ -37,7 +39,8 @@ from kvlab.stores.latch import Latch
 COMMAND: Final = [sys.executable, "-P", "-c", "from kvlab.engine.worker import main; main()"]
 START_S: Final = 120.0
 TRIES: Final = 5
-"""So many workers may die while they have a request; then it fails. It may be what kills them."""
+"""So many workers in a row may die before they give out a token of a request; then it fails. It may be what kills
+them, or be unlucky beside one that does."""
 STARTS: Final = 3
 """After so many processes in a row that ended before they were ready, no more are started in that place."""
 ERRORS: Final = {error.__name__: error for error in (Busy, InputError, PoolExhausted)}
@@ -71,6 +74,8 @@ class Answer:
     record: Record | None = None
     error: KVLabError | None = None
     _cancel: Callable[[Answer], None] = field(default=lambda answer: None, repr=False)
+    _is_cancelled: bool = field(default=False, repr=False)
+    _deaths: int = field(default=0, repr=False)  # in a row, before a token came
     _news: SimpleQueue[int | None] = field(default_factory=SimpleQueue, repr=False)
     _done: Latch = field(default_factory=Latch, repr=False)
 
@@ -88,6 +93,7 @@ class Answer:
         """Raises the error that ended the answer, after the tokens that came before it."""
         while (token := self._news.get()) is not None:
             yield token
+        self._news.put(None)  # for who iterates once more, or in another thread
         if self.error is not None:
             raise self.error
 
@@ -100,6 +106,7 @@ class Answer:
         """
         if not self._done.wait(timeout_s):
             raise WorkerError(f"the answer has not ended after {timeout_s} s; it has {len(self.tokens)} tokens so far")
+        self._done.set()  # wakes the next thread that waits
         if self.error is not None:
             raise self.error
         return self.tokens
@@ -168,7 +175,13 @@ class WorkerGroup:
                 raise ConfigError(f"expected {name} as a whole number of at least 1, got {size!r}")
         if not callable(router) and router not in ROUTERS:
             raise ConfigError(f"expected a router of {', '.join(ROUTERS)}, or a function, got {router!r}")
+        if not silent_s >= 1:  # an idle worker says something every TICK_S
+            raise ConfigError(f"expected silent_s of at least 1 second, got {silent_s!r}")
         self.settings = settings or WorkerSettings()
+        try:
+            self._first = json.dumps({"settings": self.settings.to_message(), "max_waiting": max_requests})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"expected settings of plain values, which JSON can carry: {error}") from error
         self.router = router
         self._route: Router = router if callable(router) else ROUTERS[router]
         self._in_turn = ROUTERS["round_robin"]
@@ -186,10 +199,10 @@ class WorkerGroup:
         self._asked: dict[int, SimpleQueue[tuple[int, Message]]] = {}  # by the number of a question
         self._closing = Latch()
         self._changed = threading.Event()  # a worker is ready, or will never be
-        for place in range(workers):
-            self._start(place)
-        threading.Thread(target=self._watch, name="kvlab-watch", daemon=True).start()
         try:
+            for place in range(workers):
+                self._start(place)
+            threading.Thread(target=self._watch, name="kvlab-watch", daemon=True).start()
             self._wait_until_ready()
         except BaseException:
             self.close()
@@ -213,19 +226,30 @@ class WorkerGroup:
 
         Raises:
             Busy: `max_requests` have not ended.
-            InputError: no list of token numbers, or the group was closed.
+            InputError: no list of token numbers, `max_new_tokens` is no whole number of at least 1, or the group was
+                closed.
             WorkerError: there is no worker, and none will be started.
         """
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise InputError(f"expected max_new_tokens as a whole number of at least 1, got {max_new_tokens!r}")
+        try:
+            prompt = [operator.index(token) for token in tokens]
+        except TypeError as error:
+            raise InputError(f"expected a sequence of tokens as whole numbers: {error}") from error
         with self._lock:
             if self._closing.is_set:
                 raise InputError("expected an open group of workers; it was closed")
             if sum(len(p.answers) for p in self._processes.values()) + len(self._parked) >= self._max_requests:
                 raise Busy(f"{self._max_requests} requests have not ended, as many as allowed; try again later")
-            prompt = [int(token) for token in tokens]
             assert self._names is not None, "no worker was ready yet"
             self._names.keys(prompt)  # raises now, not in a worker
             answer = Answer(
-                f"r{next(self._ids)}", prompt, max_new_tokens, stop_at_eos, time.perf_counter(), _cancel=self._give_up
+                f"r{next(self._ids)}",
+                prompt,
+                max_new_tokens,
+                bool(stop_at_eos),  # not NumPy's, which JSON does not know
+                time.perf_counter(),
+                _cancel=self._give_up,
             )
             self._send(answer)
             if isinstance(answer.error, WorkerError):
@@ -238,6 +262,10 @@ class WorkerGroup:
         remaining = answer.limit - len(answer.tokens)
         if answer.tokens and (remaining == 0 or (answer.stop_at_eos and answer.tokens[-1] in self._eos)):
             return answer._end()  # only the news of its end was lost
+        if answer._is_cancelled:
+            return answer._end()
+        if answer._deaths >= TRIES:
+            return answer._end(error=WorkerError(f"{TRIES} workers in a row ended while they had this request"))
         ready = [p for p in self._processes.values() if p.ready]
         if not ready:
             if self._processes:
@@ -272,6 +300,7 @@ class WorkerGroup:
 
     def _give_up(self, answer: Answer) -> None:
         with self._lock:
+            answer._is_cancelled = True  # it does not go on elsewhere if its worker dies
             if answer in self._parked:
                 self._parked.remove(answer)
                 answer._end()
@@ -283,15 +312,20 @@ class WorkerGroup:
     def _read(self, process: _Process) -> None:
         """In a thread: take in what a worker says, until it ends."""
         assert process.popen.stdout is not None
-        for line in process.popen.stdout:
-            try:
-                message = json.loads(line)
-                handle = getattr(self, "_on_" + message.pop("is"))
-            except (ValueError, AttributeError):  # the last line of a process that was killed
-                continue
-            with self._lock:
-                process.heard_at = time.monotonic()
-                handle(process, **message)
+        with process.popen.stdout as pipe:
+            for line in pipe:
+                try:
+                    message = json.loads(line)
+                    handle = getattr(self, "_on_" + message.pop("is"))
+                except (ValueError, AttributeError, TypeError, KeyError):  # the last line of one that was killed
+                    continue
+                try:
+                    with self._lock:
+                        process.heard_at = time.monotonic()
+                        handle(process, **message)
+                except Exception:  # if this thread ended here, the worker's requests would never end
+                    logger.exception("what worker %d said cannot be used", process.number)
+                    process.popen.kill()
         process.popen.wait()
         process.outbox.put(None)
         with self._lock:
@@ -325,15 +359,17 @@ class WorkerGroup:
             if output["token"] is not None:
                 answer._add(before + output["index"], output["token"])
             else:
+                record = _to_record(output["record"])
                 del process.answers[answer.id]
                 self._balance.report(answer.id, 0)
-                answer._end(_to_record(output["record"]))
+                answer._end(record)
 
     def _on_refused(self, process: _Process, id: str, error: str, message: str) -> None:
+        reason = ERRORS[error](message)
         if id in process.answers:
             answer, _ = process.answers.pop(id)
             self._balance.report(id, 0)
-            answer._end(error=ERRORS[error](message))
+            answer._end(error=reason)
 
     def _on_blocks(self, process: _Process, seq: int, added: list[str], removed: list[str]) -> None:
         complete = self._index.apply(process.number, seq, _from_hex(added), _from_hex(removed))
@@ -349,8 +385,8 @@ class WorkerGroup:
         pass  # it was heard
 
     def _on_stats(self, process: _Process, number: int, stats: Message) -> None:
-        if number in self._asked:
-            self._asked[number].put((process.number, stats))
+        if (asked := self._asked.get(number)) is not None:
+            asked.put((process.number, stats))
 
     def stats(self, timeout_s: float = 10.0) -> dict[int, Message]:
         """What each worker that is ready has counted, by its number; those that do not answer in time are left out."""
@@ -362,12 +398,13 @@ class WorkerGroup:
                 self._tell(process, "stats", number=number)
         found: dict[int, Message] = {}
         end = time.monotonic() + timeout_s
-        while len(found) < len(asked):
-            try:
+        try:
+            while len(found) < len(asked):
                 found |= [answers.get(timeout=max(0.0, end - time.monotonic()))]
-            except Empty:
-                break
-        del self._asked[number]
+        except Empty:
+            pass
+        finally:
+            del self._asked[number]
         return found
 
     # --- processes ------------------------------------------------------------------------------
@@ -383,8 +420,7 @@ class WorkerGroup:
         )
         process = _Process(next(self._numbers), place, popen)
         self._processes[process.number] = process
-        first = json.dumps({"settings": self.settings.to_message(), "max_waiting": self._max_requests})
-        process.outbox.put(first.encode() + b"\n")
+        process.outbox.put(self._first.encode() + b"\n")
         for job in (self._read, self._write):
             threading.Thread(target=job, args=(process,), name=f"kvlab-worker-{process.number}", daemon=True).start()
 
@@ -395,13 +431,10 @@ class WorkerGroup:
         """In a thread of its own, because a worker that hangs does not read."""
         pipe = process.popen.stdin
         assert pipe is not None
-        try:
+        with contextlib.suppress(OSError), pipe:  # an error: it is dead, and `_read` deals with that
             while (line := process.outbox.get()) is not None:
                 pipe.write(line)
                 pipe.flush()
-            pipe.close()
-        except OSError:  # it is dead: `_read` deals with that
-            pass
 
     def _bury(self, process: _Process) -> None:
         """A process has ended: start another one, and its requests go on elsewhere."""
@@ -410,7 +443,7 @@ class WorkerGroup:
         self._balance.remove(process.number)
         if self._closing.is_set:
             for answer, _ in process.answers.values():
-                answer._end()
+                answer._end(error=_closed(answer))
             return
         logger.warning(
             "worker %d has ended with status %s, with %d requests%s",
@@ -420,13 +453,14 @@ class WorkerGroup:
         if not process.ready:
             self._failed_starts[process.place] += 1
         if self._restart and self._failed_starts[process.place] < STARTS:
-            self._start(process.place)
+            try:
+                self._start(process.place)
+            except OSError:
+                logger.exception("no worker can be started in place of worker %d", process.number)
         self._changed.set()
-        for answer, _ in process.answers.values():
-            if len(answer.workers) >= TRIES:
-                answer._end(error=WorkerError(f"{TRIES} workers ended while they had this request"))
-            else:
-                self._send(answer)
+        for answer, before in process.answers.values():
+            answer._deaths = answer._deaths + 1 if len(answer.tokens) == before else 0
+            self._send(answer)
         if not self._processes:
             parked, self._parked = self._parked, []
             for answer in parked:
@@ -453,21 +487,27 @@ class WorkerGroup:
 
     def _watch(self) -> None:
         """In a thread: kill workers that hang, so that the pipe ends and `_read` deals with them."""
-        while not self._closing.wait(min(1.0, self._silent_s / 4)):
+        every_s = min(1.0, self._silent_s / 4)
+        looked_at = time.monotonic()
+        while not self._closing.wait(every_s):
             with self._lock:
+                now = time.monotonic()
+                late_s, looked_at = max(0.0, now - looked_at - every_s), now
                 for process in self._processes.values():
-                    silent_s = time.monotonic() - process.heard_at
+                    # nobody listened while this process was stopped (Ctrl-Z)
+                    process.heard_at = min(process.heard_at + late_s, now)
+                    silent_s = now - process.heard_at
                     if silent_s > (self._silent_s if process.ready else START_S):
                         process.failure = f"it said nothing for {silent_s:.0f} s"
                         process.popen.kill()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """End all workers. Requests that have not ended are cancelled. Those that do not end in time are killed."""
+        """End all workers. Requests that have not ended fail. Workers that do not end in time are killed."""
         with self._lock:
             self._closing.set()
             processes = list(self._processes.values())
             for answer in self._parked:
-                answer._end()
+                answer._end(error=_closed(answer))
             self._parked.clear()
         for process in processes:
             process.outbox.put(None)  # the end of its input is the end of a worker
@@ -480,7 +520,12 @@ class WorkerGroup:
                 process.popen.wait()
         for process in processes:  # the threads see the end
             for answer, _ in list(process.answers.values()):
-                answer._end()
+                answer._end(error=_closed(answer))
+
+
+def _closed(answer: Answer) -> WorkerError | None:
+    """Why an answer ends that the group did not wait for."""
+    return None if answer._is_cancelled else WorkerError("the group was closed before this answer had ended")
 
 
 def _to_record(values: Message) -> Record:
