@@ -107,5 +107,6 @@ def deploy(app: Application, name: str = "kvlab") -> DeploymentHandle:
         return serve.run(app, name=name, route_prefix=None)
     except RuntimeError as error:
         said = "".join(d.message for d in serve.status().applications[name].deployments.values())  # has a traceback
+        serve.delete(name, _blocking=False)
         reason = next((line for line in reversed(said.splitlines()) if line.strip().startswith("kvlab.")), said)
         raise KVLabError(f"the replicas could not be started: {reason.strip() or error}") from error

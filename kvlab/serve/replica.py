@@ -107,8 +107,8 @@ class Replica:
         return {"seq": self._reports, "keys": keys}
 
     def _keys(self) -> list[str]:
-        assert self.scheduler.cache is not None
-        near = dict.fromkeys([*self.scheduler.pool.index.blocks, *self.scheduler.cache.host.keys()])
+        in_host = self.scheduler.cache.host.keys() if self.scheduler.cache is not None else ()
+        near = dict.fromkeys([*self.scheduler.pool.index.blocks, *in_host])
         return [key[:KEY_BYTES].hex() for key in [*near][-MOST_KEYS:]]
 
     def __del__(self) -> None:

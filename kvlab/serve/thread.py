@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -117,16 +118,10 @@ class SchedulerThread:
             block, wait_s = False, 0.0
 
     def _give_out(self, outputs: Sequence[Output]) -> None:
-        tokens, records = defaultdict[str, list[int]](list), dict[str, Record | None]()
-        for output in outputs:
-            records.setdefault(output.id, None)
-            if output.token is None:
-                records[output.id] = output.record
-            else:
-                tokens[output.id].append(output.token)
-        for id, record in records.items():
-            sink = self._sinks[id] if record is None else self._sinks.pop(id)
-            self._tell(id, sink, Part(tokens[id], record))
+        for id, group in groupby(outputs, attrgetter("id")):  # the last token and the end in one part
+            own = [*group]
+            sink = self._sinks[id] if own[-1].record is None else self._sinks.pop(id)
+            self._tell(id, sink, Part([o.token for o in own if o.token is not None], own[-1].record))
 
     def _tell(self, id: str, sink: Sink, part: Part) -> None:
         try:
