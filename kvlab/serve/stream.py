@@ -26,7 +26,7 @@ class Stream:
 
     Args:
         handle: of `deploy`, or of `ray.serve.get_app_handle`.
-        tries: replicas that may be lost before it gives up.
+        tries: replicas that may be lost before it gives up. A request that makes every scheduler fail costs as many.
         wait_s: the longest wait for a next token. It includes the time in queues.
 
     Attributes:

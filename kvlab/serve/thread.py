@@ -84,7 +84,8 @@ class SchedulerThread:
     def close(self) -> None:
         """End all requests, close the scheduler, and wait for that."""
         self.call(self._stop)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # the last reference may be gone in there
+            self._thread.join()
 
     def _stop(self) -> None:
         self._fail("the worker was closed")
