@@ -214,7 +214,9 @@ def test_a_scheduler_that_fails_ends_its_streams_elsewhere_and_is_replaced(measu
         tasks = [asyncio.create_task(whole(stream)) for stream in streams]
         while sum(len(stream.tokens) for stream in streams) < 20:
             await asyncio.sleep(0.01)
-        broken = await system.handle.break_scheduler.remote()
+        broken = 0
+        while not broken:
+            broken = await system.handle.break_scheduler.remote()
         got = await asyncio.wait_for(asyncio.gather(*tasks), 60)
         return got, sum(stream.lost for stream in streams), await system.wait_for_replicas(broken)
 
