@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent
 SANITIZE = ROOT / "notebooks" / "sanitize.cfg"
 NEEDS = {  # for doctests, pytest imports every module; these cannot be imported without their engine
     "transformers": ["kvlab/connectors/hf_models.py", "kvlab/connectors/transformers.py"],
+    "ray": ["kvlab/serve/router.py", "tests/serve/routers.py"],
     "vllm": ["kvlab/connectors/vllm", "kvlab/lab/naive_connector.py", "tests/engines/sides.py"],
 }
 collect_ignore = [path for engine, paths in NEEDS.items() if not find_spec(engine) for path in paths]

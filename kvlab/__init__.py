@@ -10,7 +10,7 @@
     >>> torch.equal(keys, k)
     True
 
-The packages are errors, core, model, testbed, stores, cache, engine, connectors, lab and course. Each imports
+The packages are errors, core, model, testbed, stores, cache, engine, serve, connectors, lab and course. Each imports
 only packages that precede it in this list. A public name is imported when it is first used, so
 `kvlab.stores` works without torch.
 """

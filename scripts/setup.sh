@@ -3,6 +3,7 @@
 #
 #   sh scripts/setup.sh              make the environment
 #   sh scripts/setup.sh --engines    make another one with vLLM, in .venv-engines (Linux, about 3 GB)
+#   sh scripts/setup.sh --ray        put Ray beside .venv, in .venv-ray (about 400 MB)
 #   sh scripts/setup.sh --copy DIR   copy the notebooks to DIR; existing files do not change
 #
 # PYTHON             Python to use; default: the first usable one of python3.13, 3.12, 3.11, python3
@@ -16,6 +17,7 @@ if [ "${1-}" = --engines ]; then
     venv=.venv-engines lock=requirements-engines.lock no_deps=--no-deps
     PYTHON=${PYTHON:-python3.11} # the lock file is for this version
 fi
+[ "${1-}" = --ray ] && venv=.venv-ray lock=requirements-ray.lock
 log=$venv/setup.log # of the last pip command
 torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
@@ -132,6 +134,24 @@ set_up() {
     say "ready: $venv"
 }
 
+# .venv-ray has only what .venv lacks, and finds the rest there: PyTorch once more would be 900 MB.
+set_up_ray() {
+    up_to_date && return
+    usable .venv/bin/python || fail "there is no .venv yet; make it first: make setup"
+    needs_space 1
+    rm -f $venv/.ready
+    say "[1/2] making $venv beside .venv"
+    .venv/bin/python -m venv --clear --without-pip $venv || fail "cannot make $venv in $(pwd -P); the reason is above"
+    where='import sysconfig; print(sysconfig.get_path("purelib"))'
+    # addsitedir, because kvlab itself is a path entry in there
+    printf 'import site; site.addsitedir("%s")\n' "$(.venv/bin/python -c "$where")" >"$($venv/bin/python -c "$where")/beside.pth"
+    say "[2/2] installing the packages of $lock"
+    PIP_USER=0 .venv/bin/python -m pip --python $venv --disable-pip-version-check --no-input \
+        install --no-deps -r $lock >"$log" 2>&1 || explain_pip
+    state >$venv/.ready
+    say "ready: $venv"
+}
+
 copy_notebooks() {
     mkdir -p "$1"
     new=0 kept=0
@@ -150,6 +170,7 @@ copy_notebooks() {
 
 case ${1-} in
     '' | --engines) set_up ;;
+    --ray) set_up_ray ;;
     --copy) copy_notebooks "${2:?usage: setup.sh --copy DIR}" ;;
     *) fail "unknown option $1; the first lines of scripts/setup.sh list the options" ;;
 esac

@@ -25,6 +25,7 @@ LAYERS = (
     "stores",
     "cache",
     "engine",
+    "serve",
     "connectors",
     "lab",
     "course",
@@ -32,7 +33,7 @@ LAYERS = (
     "__main__",
 )
 MAY_PRINT = ("cli.py", "lab/demo.py", "course/")  # their readers are people; pyproject.toml says the same to ruff
-HEAVY = ("matplotlib", "IPython", "ipywidgets", "fakeredis", "transformers", "seaborn", "pandas")
+HEAVY = ("matplotlib", "IPython", "ipywidgets", "fakeredis", "transformers", "seaborn", "pandas", "ray")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -415,3 +415,12 @@ def test_the_readme_shows_the_demo_of_today() -> None:
     from kvlab.lab.demo import HEADER
 
     assert HEADER in (ROOT / "README.md").read_text()
+
+
+def test_the_lock_of_ray_fulfils_its_extra_and_repeats_nothing():
+    lines = (ROOT / "requirements-ray.lock").read_text("ascii").splitlines()
+    own = {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if not line.startswith("#"))}
+    (wanted,) = (Requirement(line) for line in PROJECT["optional-dependencies"]["ray"])
+    (pin,) = own["ray"].specifier
+    assert wanted.specifier.contains(pin.version) and pin.operator == "=="
+    assert not own.keys() & pins().keys(), "installed twice: .venv-ray lies in front of .venv"

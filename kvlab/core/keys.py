@@ -133,15 +133,24 @@ class Namespace:
         Raises:
             InputError: a token is not an integer in 0 … 2**32 - 1.
         """
-        data, step = token_bytes(tokens), 4 * self.block_tokens
-        domain = hashlib.sha256(field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES))  # all blocks share this prefix
-        size, key, out = struct.pack("<I", step), self.root, []
-        for i in range(0, len(data) - step + 1, step):
-            block = domain.copy()
-            block.update(key + size + data[i : i + step])
-            key = block.digest()
-            out.append(key)
-        return out
+        return block_keys(self.root, self.block_tokens, tokens)
+
+
+def block_keys(root: bytes, block_tokens: int, tokens: Sequence[int]) -> list[bytes]:
+    """See `Namespace.keys`. A router that has only the root of a namespace does not learn the tenant's salt.
+
+    Raises:
+        InputError: a token is not an integer in 0 … 2**32 - 1.
+    """
+    data, step = token_bytes(tokens), 4 * block_tokens
+    domain = hashlib.sha256(field(b"kvlab/1/block") + struct.pack("<I", KEY_BYTES))  # all blocks share this prefix
+    size, key, out = struct.pack("<I", step), root, []
+    for i in range(0, len(data) - step + 1, step):
+        block = domain.copy()
+        block.update(key + size + data[i : i + step])
+        key = block.digest()
+        out.append(key)
+    return out
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:

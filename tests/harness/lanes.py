@@ -32,6 +32,7 @@ LANES = (
     "browser",
     "hf",
     "engines",
+    "ray",
 )
 FOLDERS = {
     "kvlab": "doctests",
@@ -39,7 +40,7 @@ FOLDERS = {
     "tests/notebooks": "notebooks",
     "tests/contracts": "contracts",
 }
-BY_MARKER = ("cluster", "valkey", "browser", "hf", "engines")
+BY_MARKER = ("cluster", "valkey", "browser", "hf", "engines", "ray")
 
 
 # --- needs --------------------------------------------------------------------------------------
@@ -70,6 +71,7 @@ NEEDS = {
     "browser": Need("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
     "hf": Need("transformers", lambda: find_spec("transformers") is not None, "pip install 'kvlab[hf]'"),
     "engines": Need("vLLM, in an environment of its own", lambda: find_spec("vllm") is not None, "make test-engines"),
+    "ray": Need("Ray Serve, in an environment of its own", lambda: find_spec("ray") is not None, "make test-ray"),
 }
 
 

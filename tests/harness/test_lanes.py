@@ -63,7 +63,9 @@ def test_a_missing_program_skips_its_lane_and_fails_a_required_one(tmp_path: Pat
 
 def test_a_lane_that_does_not_exist_cannot_be_required() -> None:
     assert lanes.required(" redis,hf,") == {"redis", "hf"}
-    with pytest.raises(pytest.UsageError, match="expected redis, cluster, valkey, browser, hf, engines, got redsi"):
+    with pytest.raises(
+        pytest.UsageError, match="expected redis, cluster, valkey, browser, hf, engines, ray, got redsi"
+    ):
         lanes.required("redis,redsi")
 
 
