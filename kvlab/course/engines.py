@@ -1,4 +1,4 @@
-"""vLLM for notebook 09: run in its own environment where there is one, else from a recording."""
+"""Engines with environments of their own: vLLM for notebook 09, live or recorded; Ray Serve for 08, recorded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def cache_argument() -> str:
     from kvlab.connectors.hf_models import CACHE_NAME
 
     return CACHE_NAME
+
+
+def ray_serve() -> Result:
+    """The recording of `kvlab.lab.ray_serve`. `python -m kvlab.course.recorded` makes it again, in a child process."""
+    accept_any_text()
+    result, machine = load_recording("08_ray")
+    print(f"source: recorded on {machine}")
+    return result
 
 
 def vllm(*parts: str) -> Result:
