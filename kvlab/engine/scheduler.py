@@ -37,6 +37,7 @@ from kvlab.engine.tiers import TieredCache
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 
+AHEAD_PAGES: Final = 8
 IDLE_S: Final = 0.0005
 """How long `run` sleeps when there is nothing to compute, because everything is on its way."""
 
@@ -211,7 +212,7 @@ class Scheduler:
             keys = self.pool.keys(request.tokens)
             table = self.pool.new_table(keys, counts=False)
             try:
-                make_room(table, len(request.tokens), self.cache)
+                self._make_room(request, table, len(request.tokens))
                 self._keep_headroom()
             except BaseException as error:
                 self.pool.close(table)
@@ -229,6 +230,21 @@ class Scheduler:
                 self.pool.counts += Counter(requested=len(keys), hits=len(table.keys))
                 request.record.admitted_at = self._clock()
             self._go_on(request, None)
+
+    def _make_room(self, request: _Request, table: BlockTable, tokens: int) -> None:
+        """Give a table room for `tokens` tokens, and some pages ahead if many are free.
+
+        Else the pages behind a prompt belong to the next one, and a table that is no run of neighbours is copied
+        together for every token.
+
+        Raises:
+            PoolExhausted: there is no room; the table has not changed.
+        """
+        grows = tokens > table.capacity
+        make_room(table, tokens, self.cache)
+        if grows and self.pool.free.total > self.max_batch * AHEAD_PAGES:
+            end = len(request.prompt) + request.limit
+            self.pool.grow(table, min(end, tokens + AHEAD_PAGES * self.pool.page_tokens))
 
     def _keep_headroom(self) -> None:
         """Leave a page for each request that runs and for the new one, or it would be preempted soon.
@@ -262,7 +278,7 @@ class Scheduler:
         """Get the pages for some tokens; if need be, from the requests that were admitted last, itself included."""
         while request.table is not None:
             try:
-                make_room(request.table, stop, self.cache)
+                self._make_room(request, request.table, stop)
                 self.pool.make_writable(request.table, start, stop)
                 return True
             except PoolExhausted:

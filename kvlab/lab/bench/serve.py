@@ -59,6 +59,7 @@ BATCHES: Final = (1, 2, 4, 8, 16)
 CONTEXTS: Final = (128, 1024)
 GROUPS: Final = 16
 PREFIX: Final = 512
+COMMON: Final = 64  # a block that all requests begin with, a system prompt
 PAGES_PER_GROUP: Final = PREFIX // PAGE_TOKENS
 
 
@@ -135,7 +136,8 @@ def _prompts(text: list[int], count: int, length: int, seed: int = 0) -> list[li
 
 
 def _pool(model: Llama, tokens: int) -> PagePool:
-    return PagePool(model, -(-tokens // PAGE_TOKENS))
+    """A pool with twice the room: a server that has no more than its requests need preempts them."""
+    return PagePool(model, -(-2 * tokens // PAGE_TOKENS) + 256)
 
 
 def _decode_one_by_one(model: Llama, prompts: Sequence[list[int]], steps: int) -> float:
@@ -252,7 +254,7 @@ def _saves(
 # --- routers ------------------------------------------------------------------------------------
 def _routers(requests: int, per_second: float) -> list[dict[str, Any]]:
     """Each worker has room for half the groups, one worker alone for all of them."""
-    arrivals = skewed(requests, per_second, GROUPS, PREFIX)
+    arrivals = skewed(requests, per_second, GROUPS, PREFIX, common=COMMON)
     rows = []
     for router, workers in [("one worker", 1), *((name, 2) for name in ROUTERS)]:
         pages = GROUPS * PAGES_PER_GROUP // workers + 16 * 4
