@@ -60,7 +60,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_store_is_called_store_everywhere() -> None:
     taking = {command.name for command in COMMANDS if cli.STORE in command.options}
-    assert taking == {"demo", "doctor", "bench codec", "bench ttft", "bench wire"}
+    assert taking == {"demo", "doctor", "serve", "bench codec", "bench ttft", "bench wire"}
     assert (cli.STORE.flag, cli.STORE.settings["metavar"]) == ("--store", "URL")
     assert cli.STORE.help.startswith("URL of a store, for example redis://localhost:6379")
 
@@ -381,6 +381,24 @@ def test_what_a_bench_says_in_any_encoding(monkeypatch: pytest.MonkeyPatch, enco
         assert (status, err) == (SUCCESS, "") and out.endswith("\n")
         if form:
             assert json.loads(out) == result
+
+
+@pytest.mark.redis
+def test_serve_prints_where_the_kv_of_each_workers_prompts_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--workers", "2", "--requests", "6", "--rate", "50", "--json"]) == SUCCESS
+    result = json.loads(capsys.readouterr().out)
+    assert sum(row["requests"] for row in result["workers"]) == 6 and result["store"] == "shared"
+    sources = [row[source] for row in result["workers"] for source in ("computed", "device", "host", "store")]
+    assert sum(sources) == 6 * (512 + 40)
+    assert main(["serve", "--store", "redis://127.0.0.1:1x"]) == FAILURE
+    assert "kvlab: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--rate", "0"], ["--router", "best"], ["--requests", "x"]])
+def test_serve_refuses_what_it_cannot_do(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *wrong])
+    assert stopped.value.code == USAGE
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -16,9 +16,11 @@ import torch
 from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import Namespace
 from kvlab.course import minikv
+from kvlab.engine import PagePool, generate
+from kvlab.errors import InputError
 from kvlab.stores import RedisStore
 from kvlab.testbed.server import RedisServer
-from tests.harness.helpers import blank, exact_kv, small_spec
+from tests.harness.helpers import attentive_model, blank, exact_kv, small_spec
 
 ROOT = Path(__file__).parents[2]
 SPEC, SALT = small_spec(), b"tenant"
@@ -75,3 +77,33 @@ def test_what_is_read_lives_on(ttl_s: float) -> None:
     client.pexpire(b"kv:a", 5)
     assert store.get_many([b"a", b"none"]) == [b"1", None]
     assert client.pttl(b"kv:a") > 0.9 * ttl_s * 1000
+
+
+# --- the scheduler of lesson 08 -----------------------------------------------------------------
+REQUESTS = {"a": (20, 24), "b": (12, 6), "c": (120, 10), "d": (30, 18), "e": (10, 4), "f": (90, 8)}
+
+
+@pytest.mark.parametrize("budget", [8, 48, 512])
+@pytest.mark.parametrize("pages", [9, 30, 100])
+def test_the_scheduler_gives_the_tokens_of_generate_within_budget_and_pages(pages: int, budget: int) -> None:
+    model = attentive_model()
+    scheduler = minikv.MiniScheduler(model, PagePool(model, pages), budget)
+    prompts = {name: [(7 * n + i * i) % 97 for i in range(n)] for name, (n, _) in REQUESTS.items()}
+    for name, (_, new) in REQUESTS.items():
+        scheduler.submit(name, prompts[name], new)
+    steps = scheduler.run()
+    for name, (_, new) in REQUESTS.items():
+        expected = generate(model, prompts[name], new, stop_at_eos=False).tokens
+        assert scheduler.answers[name] == prompts[name] + expected
+    assert max(sum(step.values()) for step in steps) <= budget
+    assert scheduler.pool.free.total == pages and not scheduler.pool.tables
+    if pages == 100 and budget == 512:
+        assert max(map(len, steps)) == len(REQUESTS), "all of them in one batch"
+
+
+def test_a_request_that_can_never_run_is_an_error_and_no_endless_loop() -> None:
+    model = attentive_model()
+    scheduler = minikv.MiniScheduler(model, PagePool(model, 3))
+    scheduler.submit("long", [1] * 60, 10)
+    with pytest.raises(InputError, match="finds room"):
+        scheduler.run()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import pickle
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -338,6 +340,15 @@ def test_nothing_remains(measured, system):
     assert not alive
     assert not list(folder.iterdir())
     assert "ray" in sys.modules and not listening([psutil.Process()])
+
+
+def test_what_the_course_has_recorded_can_be_made_again():
+    """In a process of its own, with the whole environment as a user has it."""
+    done = subprocess.run([sys.executable, "-m", "kvlab.lab.ray_serve"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same_tokens"] == [True, True] and result["lost"] >= 1
+    assert result["sources"][0] == {"computed": 960} and result["sources"][1].get("store", 0) > 0
 
 
 class _Says:
