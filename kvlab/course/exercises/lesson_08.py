@@ -40,6 +40,14 @@ def _fill_budget_for_each(decoding: list[str], prefilling: dict[str, int], budge
     return dict.fromkeys(decoding, 1) | {name: min(remaining, left) for name, remaining in prefilling.items() if left}
 
 
+def _fill_shortest_first(decoding: list[str], prefilling: dict[str, int], budget: int) -> dict[str, int]:
+    return fill_step(decoding, dict(sorted(prefilling.items(), key=lambda item: item[1])), budget)
+
+
+def _fill_only_the_first(decoding: list[str], prefilling: dict[str, int], budget: int) -> dict[str, int]:
+    return fill_step(decoding, dict(list(prefilling.items())[:1]), budget)
+
+
 def _fill_answers_are_free(decoding: list[str], prefilling: dict[str, int], budget: int) -> dict[str, int]:
     return dict.fromkeys(decoding, 1) | fill_step([], prefilling, budget)
 
@@ -47,7 +55,7 @@ def _fill_answers_are_free(decoding: list[str], prefilling: dict[str, int], budg
 FILL_STEP = Exercise(
     name="fill_step",
     number="08.1",
-    difficulty=3,
+    difficulty=2,
     reference=fill_step,
     cases=(
         (["a", "b"], {"c": 100}, 64),
@@ -56,6 +64,7 @@ FILL_STEP = Exercise(
         (["a", "b", "c"], {}, 64),
         (["a", "b"], {"c": 5}, 2),
         ([], {"c": 20, "d": 20, "e": 40}, 64),
+        (["a"], {"c": 90, "d": 10}, 64),
         ([], {}, 64),
     ),
     wrong=(
@@ -64,6 +73,8 @@ FILL_STEP = Exercise(
         Wrong(_fill_equal_shares, "in order: the first prompt takes what it needs, the next one what remains"),
         Wrong(_fill_zeros, "a request with no token in this step is not in the result"),
         Wrong(_fill_budget_for_each, "the budget is for all together: take off what each request takes"),
+        Wrong(_fill_shortest_first, "in the order of arrival, not the shortest first: a long one would starve"),
+        Wrong(_fill_only_the_first, "what the first prompt leaves of the budget goes to the next one"),
         Wrong(_fill_answers_are_free, "the tokens of answers count too: take them off the budget"),
     ),
     hint="1 for each name in `decoding`; then for each prompt min(remaining, what is left of the budget), if above 0",
@@ -87,6 +98,16 @@ def _admit_only_rounding(waiting: list[int], free_pages: int, page_tokens: int) 
     count = 0
     for tokens in waiting:
         pages = -(-tokens // page_tokens)
+        if pages <= free_pages:
+            free_pages -= pages
+            count += 1
+    return count
+
+
+def _admit_one_more_and_passing(waiting: list[int], free_pages: int, page_tokens: int) -> int:
+    count = 0
+    for tokens in waiting:
+        pages = tokens // page_tokens + 1
         if pages <= free_pages:
             free_pages -= pages
             count += 1
@@ -153,6 +174,9 @@ ADMIT = Exercise(
         Wrong(_admit_only_rounding, "who comes first is served first: if later ones pass, a long one starves"),
         Wrong(_admit_only_order, "a page that is partly used is used: 17 tokens need two pages of 16"),
         Wrong(_admit_one_page_more, "32 tokens need two pages of 16, not three"),
+        Wrong(
+            _admit_one_more_and_passing, "two things: 32 tokens need two pages of 16, and nobody may pass another one"
+        ),
         Wrong(_admit_all_tokens, "requests do not share a page: round up for each of them"),
         Wrong(_admit_never_the_last, "the last free page may be used too"),
     ),
@@ -184,6 +208,21 @@ def _choose_rewards_work(blocks: int, matched: list[int], work: list[float], wei
     return costs.index(min(costs))
 
 
+def _choose_shares(blocks: int, matched: list[int], work: list[float], weight: float) -> int:
+    costs = [(1 - weight) * (blocks - found) + weight * done for found, done in zip(matched, work, strict=True)]
+    return costs.index(min(costs))
+
+
+def _choose_with_this_one(blocks: int, matched: list[int], work: list[float], weight: float) -> int:
+    costs = [blocks - found + weight * (done + blocks - found) for found, done in zip(matched, work, strict=True)]
+    return costs.index(min(costs))
+
+
+def _choose_weight_on_blocks(blocks: int, matched: list[int], work: list[float], weight: float) -> int:
+    costs = [weight * (blocks - found) + done for found, done in zip(matched, work, strict=True)]
+    return costs.index(min(costs))
+
+
 def _choose_cost(blocks: int, matched: list[int], work: list[float], weight: float) -> float:
     return min(blocks - found + weight * done for found, done in zip(matched, work, strict=True))
 
@@ -194,6 +233,7 @@ CHOOSE_WORKER = Exercise(
     difficulty=2,
     reference=choose_worker,
     cases=(
+        (10, [8, 0], [5.0, 4.5], 0.1),
         (10, [8, 0], [5.0, 5.0], 0.1),
         (10, [9, 0], [5.0, 0.0], 0.1),
         (10, [8, 0], [100.0, 0.0], 0.1),
@@ -202,6 +242,8 @@ CHOOSE_WORKER = Exercise(
         (10, [4, 4], [2.0, 2.0], 0.1),
         (6, [6, 3, 0], [50.0, 10.0, 0.0], 0.1),
         (6, [1, 6], [0.0, 60.0], 0.0),
+        (10, [4, 0], [5.0, 0.0], 0.6),
+        (10, [4, 0], [5.0, 0.0], 0.9),
     ),
     wrong=(
         Wrong(_choose_longest, "the longest prefix may be where the most work is: add weight * work"),
@@ -209,6 +251,9 @@ CHOOSE_WORKER = Exercise(
         Wrong(_choose_unweighted, "the work is multiplied by `weight`"),
         Wrong(_choose_most, "the least cost wins"),
         Wrong(_choose_rewards_work, "work is a cost: add it"),
+        Wrong(_choose_weight_on_blocks, "the weight belongs to the work, not to the blocks"),
+        Wrong(_choose_shares, "blocks count whole, whatever the weight of the work"),
+        Wrong(_choose_with_this_one, "the work so far does not include this request"),
         Wrong(_choose_cost, "return the worker's number, not its cost"),
     ),
     hint="cost of worker i: blocks - matched[i] + weight * work[i]; return the place of the least, the first of equals",
@@ -249,6 +294,10 @@ def _resume_last_again(prompt: list[int], given: list[int], limit: int, eos: int
     return None if len(given) == limit or eos in given else (prompt + given[:-1], limit - len(given[:-1]))
 
 
+def _resume_eos_in_prompt(prompt: list[int], given: list[int], limit: int, eos: int) -> tuple[list[int], int] | None:
+    return None if len(given) == limit or eos in prompt + given else (prompt + given, limit - len(given))
+
+
 def _resume_too_long(prompt: list[int], given: list[int], limit: int, eos: int) -> tuple[list[int], int] | None:
     return None if len(given) == limit or eos in given else (prompt + given, limit)
 
@@ -272,6 +321,7 @@ RESUME = Exercise(
         Wrong(_resume_no_eos, "after the end-of-text token nothing follows: the answer is whole"),
         Wrong(_resume_prompt_only, "the rest follows on what was given out: that belongs to the new prompt"),
         Wrong(_resume_last_again, "the caller has the last token too"),
+        Wrong(_resume_eos_in_prompt, "an end-of-text token in the prompt does not end the answer"),
         Wrong(_resume_too_long, "the tokens that were given out count: limit - len(given) remain"),
     ),
     hint="None if the answer is whole; else (prompt + given, limit - len(given))",

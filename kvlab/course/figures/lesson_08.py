@@ -8,6 +8,7 @@ from itertools import groupby
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from kvlab.course import plots
 from kvlab.course.pictures import Flow, Step
@@ -36,21 +37,26 @@ def timeline(title: str, steps: Sequence[Mapping[str, int]], caption: str) -> No
     """Show which requests have tokens in which step: a bar for each request, hatched where a prompt is computed."""
     names = list(dict.fromkeys(name for step in steps for name in step))
     fig, ax = plots.new_figure(title, "step", height=0.9 + 0.3 * len(names))
-    kinds = {"prompt": (plots.OKABE_ITO[1], "///"), "answer": (plots.OKABE_ITO[0], "")}
+    kinds = {
+        "prompt": Patch(facecolor=plots.OKABE_ITO[1], hatch="///", edgecolor="white", label="prompt"),
+        "answer": Patch(facecolor=plots.OKABE_ITO[0], edgecolor="white", label="answer"),
+    }
+    used = set()
     for name in names:
-        tokens = [step.get(name, 0) for step in steps]
         at = 0
-        for kind, run in groupby("prompt" if n > 1 else "answer" if n else "" for n in tokens):
+        for kind, run in groupby("prompt" if n > 1 else "answer" if n else "" for n in (s.get(name, 0) for s in steps)):
             length = len(list(run))
             if kind:
-                colour, hatch = kinds[kind]
-                ax.barh(name, length, left=at, color=colour, hatch=hatch, edgecolor="white")
+                used.add(kind)
+                look = kinds[kind]
+                ax.barh(
+                    name, length, left=at, color=look.get_facecolor(), hatch=look.get_hatch() or "", edgecolor="white"
+                )
             at += length
-    for kind, (colour, hatch) in kinds.items():
-        ax.barh([], [], color=colour, hatch=hatch, edgecolor="white", label=kind)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right")
+    if len(used) > 1:
+        ax.legend(handles=[*kinds.values()], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     plots.show(fig, caption)
 
 
@@ -60,6 +66,10 @@ def ecdf(milliseconds: Mapping[str, Sequence[float]], caption: str) -> None:
     for (name, values), style in zip(milliseconds.items(), ("-", "--", ":", "-."), strict=False):
         sns.ecdfplot(x=list(values), ax=ax, label=name, linestyle=style, marker="")
     ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= t <= high]
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    ax.minorticks_off()
     ax.legend(loc="lower right")
     plots.show(fig, caption)
 
