@@ -11,7 +11,7 @@ from kvlab.course.recorded import RECORDED, Result, live_or_recorded, load_recor
 from kvlab.lab.streams import accept_any_text
 
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-engines" / "bin" / "python"
-NAME = "09_vllm"
+NAME, RAY = "09_vllm", "08_ray"
 ROUNDS = 3
 
 
@@ -25,7 +25,7 @@ def cache_argument() -> str:
 def ray_serve() -> Result:
     """The recording of `kvlab.lab.ray_serve`. `python -m kvlab.course.recorded` makes it again, in a child process."""
     accept_any_text()
-    result, machine = load_recording("08_ray")
+    result, machine = load_recording(RAY)
     print(f"source: recorded on {machine}")
     return result
 

@@ -53,7 +53,7 @@ def test_a_missing_recording_is_named(folder: Path) -> None:
 def test_the_notebooks_recordings_are_committed() -> None:
     text = "\n".join(p.read_text("utf-8") for p in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
     names = set(re.findall(r'(?:live_or|load)_record(?:ed|ing)\(\\"(\w+)\\"', text))
-    assert names | {engines.NAME} == {file.stem for file in recorded.RECORDED.glob("*.json")}
+    assert names | {engines.NAME, engines.RAY} == {file.stem for file in recorded.RECORDED.glob("*.json")}
     for name in names:
         result, machine = recorded.load_recording(name)
         assert result and "cores" in machine
