@@ -387,11 +387,14 @@ def test_what_a_bench_says_in_any_encoding(monkeypatch: pytest.MonkeyPatch, enco
 def test_serve_prints_where_the_kv_of_each_workers_prompts_came_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--workers", "2", "--requests", "6", "--rate", "50", "--json"]) == SUCCESS
     result = json.loads(capsys.readouterr().out)
-    assert sum(row["requests"] for row in result["workers"]) == 6 and result["store"] == "shared"
+    assert sum(row["requests"] for row in result["workers"]) == 6 and result["store"].startswith(
+        "shared: a redis-server"
+    )
     sources = [row[source] for row in result["workers"] for source in ("computed", "device", "host", "store")]
-    assert sum(sources) == 6 * (512 + 40)
-    assert main(["serve", "--store", "redis://127.0.0.1:1x"]) == FAILURE
-    assert "kvlab: " in capsys.readouterr().err
+    assert sum(sources) == 6 * (1024 + 40)
+    for store, reason in (("redis://127.0.0.1:1x", "port"), ("redis://127.0.0.1:9", "the store cannot be used")):
+        assert main(["serve", "--store", store]) == FAILURE
+        assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [["--workers", "0"], ["--rate", "0"], ["--router", "best"], ["--requests", "x"]])

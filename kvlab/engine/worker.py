@@ -49,8 +49,8 @@ class WorkerSettings:
 
     Attributes:
         model: a folder with a Llama; None for the model that ships with the package.
-        store: the URL of a store that all workers share (see `kvlab.stores.open_store`). Without one, a worker has its
-            pages and no other tier.
+        store: the URL of a server that all workers share (see `kvlab.stores.open_store`); memory:// and fakeredis://
+            are one for each worker. Without a store, a worker has its pages and no other tier.
         precision, compress: see `DistributedKVCache`. With less than the model's own precision, an answer depends
             on what was cached, so one that goes on elsewhere after a fault may be another.
         salt, encryption_keys: the tenant's secrets.

@@ -58,20 +58,21 @@ class Answer:
     Attributes:
         tokens, token_at: the tokens that have come so far, and when (`time.perf_counter`).
         workers: the numbers of the workers that had it, more than one if some died.
-        record: what the last worker says, once the answer has ended; its times are of that worker's clock. None if
+        record: what the last worker says, once the answer has ended; to it, tokens that another one had given out are
+            a part of the prompt; its times are of that worker's clock. None if
             the answer was cancelled before a worker had it, or its worker died between the last token and the record.
         error: why there is no more to come, if it failed.
     """
 
     id: str
-    prompt: list[int]
+    prompt: list[int] = field(repr=False)
     limit: int
     stop_at_eos: bool
     submitted_at: float
-    tokens: list[int] = field(default_factory=list)
-    token_at: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list, repr=False)
+    token_at: list[float] = field(default_factory=list, repr=False)
     workers: list[int] = field(default_factory=list)
-    record: Record | None = None
+    record: Record | None = field(default=None, repr=False)
     error: KVLabError | None = None
     _cancel: Callable[[Answer], None] = field(default=lambda answer: None, repr=False)
     _is_cancelled: bool = field(default=False, repr=False)
@@ -446,7 +447,7 @@ class WorkerGroup:
                 answer._end(error=_closed(answer))
             return
         logger.warning(
-            "worker %d has ended with status %s, with %d requests%s",
+            "worker %d has ended with status %s; its %d requests go on elsewhere%s",
             *(process.number, process.popen.returncode, len(process.answers)),
             f": {process.failure}" if process.failure else "",
         )

@@ -23,20 +23,24 @@ from kvlab.engine.scheduler import IDLE_S, Scheduler
 from kvlab.engine.worker import WorkerSettings
 from kvlab.engine.workers import Answer, WorkerGroup
 from kvlab.lab.machine import describe_machine
+from kvlab.lab.reachable import open_reachable
 from kvlab.model import Tokenizer, held_out_tokens
 from kvlab.testbed.server import RedisServer
 
 DECODE: Final = 8
 """A decoded token takes about as long as so many tokens of a prompt (`bench serve` prints the measured number)."""
 
+PREFIX: Final = 1024
 PAGES: Final = 256
-HOST_BYTES: Final = 8 << 20
-"""Of each worker: room for a part of the groups only, so that every tier is used."""
+HOST_BYTES: Final = 14 << 20
+"""Of each worker: room for some of the groups only, so that every tier is used."""
 ABOUT: Final = (
-    "requests come at random times, whether or not others are done; latencies count from then. Requests of a group "
-    "begin with the same 512 tokens, and some groups are popular. computed, device, host, store: prompt tokens by "
-    "where their KV came from; hit_rate: share of them that was not computed; imbalance: the work of the busiest "
-    "worker by the mean"
+    "requests of sixteen groups come at random times, --rate of them a second, whether or not others are done; "
+    "latencies count from then. Those of a group begin with the same 1,024 tokens, and some groups are popular. "
+    "computed, device, host, store: prompt tokens by where their KV came from; hit_rate: share of them that was not "
+    "computed; work: tokens computed, those of answers count 8 times; imbalance: the work of the busiest worker "
+    "divided by the mean, 1 is even; ttft: time to the first token; itl: time between two tokens; tok_per_s: of this "
+    "load, which --rate limits"
 )
 
 
@@ -163,12 +167,18 @@ def run(
         requests, rate: how many, and how many a second.
 
     Raises:
-        KVLabError: a worker did not start, or a request failed.
+        KVLabError: the store does not answer, a worker did not start, or a request failed.
     """
-    arrivals = skewed(requests, rate)
+    arrivals = skewed(requests, rate, prefix=PREFIX)
+    told = "none: no redis-server was found, and no --store given; each worker has its pages only"
     with ExitStack() as stack:
-        if store is None and shutil.which("redis-server"):
+        if store is not None:
+            open_reachable(store).close()
+            alone = store.startswith(("memory:", "fakeredis:"))
+            told = "one in the memory of each worker: nothing is shared" if alone else "shared"
+        elif shutil.which("redis-server"):
             store = stack.enter_context(RedisServer()).url
+            told = "shared: a redis-server that was started for this run"
         begin = time.perf_counter()
         settings = WorkerSettings(store=store, pages=PAGES, host_bytes=HOST_BYTES)
         group = stack.enter_context(WorkerGroup(workers, settings, router=router))
@@ -184,7 +194,7 @@ def run(
             **latencies(served),
         },
         "router": router,
-        "store": "shared" if store is not None else "none",
+        "store": told,
         "ready_s": ready_s,
         "machine": describe_machine(),
     }

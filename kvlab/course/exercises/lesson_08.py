@@ -55,7 +55,7 @@ def _fill_answers_are_free(decoding: list[str], prefilling: dict[str, int], budg
 FILL_STEP = Exercise(
     name="fill_step",
     number="08.1",
-    difficulty=2,
+    difficulty=3,
     reference=fill_step,
     cases=(
         (["a", "b"], {"c": 100}, 64),
