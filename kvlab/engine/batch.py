@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,8 +57,7 @@ def forward(model: Llama, pool: PagePool, rows: Sequence[Row]) -> Tensor:
         [row.table.pages[at // size] for row in rows for at in range(row.start, row.stop)], device=device
     )
     offset = positions % size
-    ends = torch.tensor([len(row.tokens) for row in rows], device=device).cumsum(0)
-    cuts = [0, *ends.tolist()]
+    cuts = [0, *accumulate(len(row.tokens) for row in rows)]
     views = [pool.view(row.table, 0, row.stop) for row in rows]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,4 +69,4 @@ def forward(model: Llama, pool: PagePool, rows: Sequence[Row]) -> Tensor:
             parts.append(model.attend(q[:, :, first:last], kv[:1], kv[1:], row.start))
         return torch.cat(parts, dim=2)
 
-    return model.forward_ragged(tokens, positions, ends - 1, attend)
+    return model.forward_ragged(tokens, positions, torch.tensor(cuts[1:], device=device) - 1, attend)

@@ -6,8 +6,9 @@
 
 A step is one pass of the model (`kvlab.engine.batch`): the next token of every request that decodes, and as many
 prompt tokens of the others as fit into the budget. So a request joins or leaves between two steps, and a long prompt
-does not stop the answers of the others for longer than a chunk takes. The step never waits for a store: look-ups,
-fetches and saves are under way in other threads meanwhile.
+does not stop the answers of the others for longer than a chunk takes. A step waits for no store: look-ups, fetches
+and saves are under way in other threads meanwhile. There is one exception: with exclusive tiers and write-back, a block
+that leaves the device may displace one in host memory that must be written first.
 
 When the pool is full, the request that was admitted last gives its pages back and starts again later, with the
 tokens it already has. What it then finds or computes a second time is no hit, and `Record.recomputed` counts it.
@@ -38,6 +39,7 @@ from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 
 AHEAD_PAGES: Final = 8
+"""Pages that a request gets ahead of need, where many are free: then its pages are neighbours, and read in place."""
 IDLE_S: Final = 0.0005
 """How long `run` sleeps when there is nothing to compute, because everything is on its way."""
 

@@ -58,9 +58,9 @@ class Answer:
     Attributes:
         tokens, token_at: the tokens that have come so far, and when (`time.perf_counter`).
         workers: the numbers of the workers that had it, more than one if some died.
-        record: what the last worker says, once the answer has ended; to it, tokens that another one had given out are
-            a part of the prompt; its times are of that worker's clock. None if
-            the answer was cancelled before a worker had it, or its worker died between the last token and the record.
+        record: what the last worker says, once the answer has ended. Its times are of that worker's clock, and tokens
+            that another worker had given out count to its prompt. None if the answer was cancelled before a worker
+            had it, or its worker died between the last token and the record.
         error: why there is no more to come, if it failed.
     """
 

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -113,26 +113,21 @@ class Served:
         return [1000 * (b - a) for a, b in itertools.pairwise(self.token_at)]
 
 
-def offer(group: WorkerGroup, arrivals: Sequence[Arrival], also: Callable[[int], None] | None = None) -> list[Served]:
+def offer(group: WorkerGroup, arrivals: Sequence[Arrival]) -> list[Served]:
     """Send requests to workers at their times, and wait until all have ended.
-
-    Args:
-        also: called with the number of each request after it was sent.
 
     Raises:
         KVLabError: a request failed.
     """
     begin = time.perf_counter()
     answers: list[Answer] = []
-    for i, arrival in enumerate(arrivals):
+    for arrival in arrivals:
         time.sleep(max(0.0, begin + arrival.at_s - time.perf_counter()))
         answers.append(group.submit(arrival.tokens, arrival.new, stop_at_eos=False))
-        if also is not None:
-            also(i)
+    tokens = [answer.result() for answer in answers]  # before their workers and records are looked at
     return [
-        Served(arrival, answer.workers[-1], begin + arrival.at_s, answer.token_at, answer.result(), answer.record)
-        for arrival, answer in zip(arrivals, answers, strict=True)
-        if answer.result()
+        Served(arrival, answer.workers[-1], begin + arrival.at_s, answer.token_at, new, answer.record)
+        for arrival, answer, new in zip(arrivals, answers, tokens, strict=True)
     ]
 
 
@@ -231,7 +226,7 @@ def work(served: Iterable[Served]) -> Counter[int]:
 
 
 def imbalance(served: Iterable[Served], workers: int) -> float:
-    """The work of the busiest worker by the mean: 1 is perfect, `workers` the worst."""
+    """The work of the busiest worker divided by the mean: 1 is best, `workers` the worst."""
     done = work(served)
     return max(done.values()) * workers / done.total()
 

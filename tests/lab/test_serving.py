@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,11 +96,24 @@ def test_imbalance_is_the_busiest_workers_work_by_the_mean() -> None:
 
 
 # --- offers -------------------------------------------------------------------------------------
+class Watched:
+    """A group that calls `then` with the number of each request after it was sent."""
+
+    def __init__(self, group: Any, then: Callable[[int], object]) -> None:
+        self._group, self._then, self._sent = group, then, itertools.count()
+
+    def submit(self, *args: Any, **options: Any) -> Any:
+        answer = self._group.submit(*args, **options)
+        self._then(next(self._sent))
+        return answer
+
+
 def test_offer_sends_at_the_intended_times_and_returns_what_was_served(groups: Groups) -> None:
-    group, sent = groups(2), []
+    sent: list[int] = []
+    group: Any = Watched(groups(2), sent.append)
     arrivals = [Arrival(0.05 * i, [i, 7], 3 + i) for i in range(5)]
     begin = time.perf_counter()
-    requests = offer(group, arrivals, also=sent.append)
+    requests = offer(group, arrivals)
     assert time.perf_counter() - begin >= 0.2 and sent == [0, 1, 2, 3, 4]
     assert [request.arrival for request in requests] == arrivals
     assert [request.tokens for request in requests] == [expected(a.tokens, a.new) for a in arrivals]
@@ -112,8 +126,9 @@ def test_offer_sends_at_the_intended_times_and_returns_what_was_served(groups: G
 
 def test_a_slow_system_delays_no_arrival_so_that_waiting_is_measured(groups: Groups, tmp_path: Any) -> None:
     release = tmp_path / "release"
-    group = groups(1, {"hold": 0, "release": str(release)})
-    requests = offer(group, [Arrival(0.0, [1], 2), Arrival(0.3, [2], 2)], also=lambda i: i == 1 and release.touch())
+    held = groups(1, {"hold": 0, "release": str(release)})
+    group: Any = Watched(held, lambda i: i == 1 and release.touch())
+    requests = offer(group, [Arrival(0.0, [1], 2), Arrival(0.3, [2], 2)])
     assert requests[0].ttft_ms >= 290 and requests[0].ttft_ms > requests[1].ttft_ms
 
 

@@ -13,7 +13,8 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -221,9 +222,7 @@ def _saves(
     seconds: dict[bool, list[float]] = {True: [], False: []}
     p99: dict[bool, list[float]] = {True: [], False: []}
     saved = 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))  # a core is left for the saves, as `WorkerSettings.threads` leaves it
-    with RedisServer() as server:
+    with RedisServer() as server, _a_core_is_left() as threads:  # for the saves, as `WorkerSettings.threads` does
         for number in range(rounds + 1):
             prompts = _prompts(text, requests, context, seed=100 + number)
             for save in (True, False) if number % 2 else (False, True):
@@ -240,15 +239,25 @@ def _saves(
                     p99[save].append(percentile([gap for s in served for gap in s.itl_ms], 99))
                 with server.client() as client:
                     client.flushall()
-    torch.set_num_threads(threads)
     ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
     return {
         "decode_cost_percent": 100 * (statistics.median(ratios) - 1),
         "itl_p99_ms_with": statistics.median(p99[True]),
         "itl_p99_ms_without": statistics.median(p99[False]),
         "blocks_saved": saved,
-        "threads": max(1, threads - 1),
+        "threads": threads,
     }
+
+
+@contextmanager
+def _a_core_is_left() -> Iterator[int]:
+    """PyTorch uses a thread less in the block; gives how many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield max(1, threads - 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- routers ------------------------------------------------------------------------------------
