@@ -82,15 +82,16 @@ def test_damaged_records_are_computed_and_repaired(stored: RedisServer, plain: A
         value = good[name]
         at = 200 + 1009 * i % (len(value) - 200)
         client.set(name, value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :])
-    for turn in range(2):
-        with engine(transfer(stored.url)) as llm:
-            answers = ask(llm, PROMPTS)
-            assert answers.tokens == plain.tokens
-            if turn == 0:
-                assert counted("failed_blocks", reason="checksum") > 30 and counted("hit_tokens") == 0
-                assert counted("requests", outcome="refused") == 3
-            else:
-                assert counted("failed_blocks") == 0 and counted("requests", outcome="hit") == 3
+    with engine(transfer(stored.url)) as llm:
+        # The third prompt begins like the first. A reader deletes a damaged record, so beside the first one it may find
+        # that record damaged, gone or repaired.
+        tokens = ask(llm, PROMPTS[:2]).tokens
+        assert counted("requests", outcome="refused") == 2 and counted("hit_tokens") == 0
+        tokens += ask(llm, PROMPTS[2:]).tokens
+        assert tokens == plain.tokens and counted("failed_blocks", reason="checksum") > 30
+    with engine(transfer(stored.url)) as llm:
+        assert ask(llm, PROMPTS).tokens == plain.tokens
+        assert counted("failed_blocks") == 0 and counted("requests", outcome="hit") == 3
     assert all(intact(name[3:], client.get(name)) for name in names)
 
 
