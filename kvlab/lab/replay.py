@@ -25,7 +25,7 @@ from kvlab.core.policies import POLICIES, Policy
 from kvlab.engine.router import Balance
 from kvlab.errors import InputError
 from kvlab.lab.belady import Belady
-from kvlab.lab.routers import ROUTERS, Holders, seen
+from kvlab.lab.routers import ROUTERS, Holders, Running, seen
 from kvlab.lab.traces import Request
 
 SOURCES: Final = ("device", "host", "store")
@@ -77,6 +77,10 @@ class Node:
                 self._used_at[key] = request.at_s
                 self._used_at.move_to_end(key)
         return found
+
+    def leading(self, keys: Sequence[int]) -> int:
+        """Return how many leading blocks are there, without using them."""
+        return next((i for i, key in enumerate(keys) if key not in self), len(keys))
 
     def _serve_one_tier(self, keys: Sequence[int], gone: list[int] | None) -> int:
         """The same in one pass. It may look and use at once, because a hit evicts nothing."""
@@ -275,10 +279,10 @@ def _replay_nodes(requests: Iterable[Request], setup: Setup, hits: Hits) -> list
     nodes = [setup.node() for _ in range(setup.nodes)]
     shared, router = setup.shared(), ROUTERS[setup.router]
     holders, balance = Holders(), Balance(range(setup.nodes))
-    computed = [0] * setup.nodes
+    computed, idle = [0] * setup.nodes, [Running()] * setup.nodes
     room = float("inf") if setup.device is None else float(setup.device)
     for number, request in enumerate(requests):
-        workers = seen(balance, holders.matched(request.blocks), {}, holders.records, room)
+        workers = seen(balance, holders.matched(request.blocks), idle, holders.records, room)
         chosen = router(len(request.blocks), workers, number)
         gone: list[int] = []
         near = nodes[chosen].serve(request, gone)
@@ -296,7 +300,7 @@ def _beyond(store: Node | None, request: Request, near: int) -> int:
     """Use a request's blocks in the store. Return how many it has behind the `near` ones that the node has."""
     if store is None:
         return 0
-    there = next((i for i, key in enumerate(request.blocks[near:]) if key not in store), len(request.blocks) - near)
+    there = store.leading(request.blocks[near:])
     store.serve(request)
     return there
 

@@ -156,11 +156,28 @@ class Running:
     waiting: int = 0
     requests: int = 0
 
+    def begin(self, missing: int) -> None:
+        """A request waits, with so many blocks to compute."""
+        self.to_compute += missing
+        self.waiting += 1
+        self.requests += 1
+
+    def generate(self, missing: int, blocks: int) -> None:
+        """It is computed, holds all its blocks, and generates."""
+        self.to_compute -= missing
+        self.waiting -= 1
+        self.held += blocks
+
+    def end(self, blocks: int) -> None:
+        """It has ended."""
+        self.held -= blocks
+        self.requests -= 1
+
 
 def seen(
     balance: Balance,
     matched: Mapping[int, int],
-    running: Mapping[int, Running],
+    running: Sequence[Running],
     records: Mapping[int, int],
     room: float,
 ) -> list[Seen]:
@@ -168,13 +185,13 @@ def seen(
 
     Args:
         matched: leading blocks of the request, by worker.
+        running: what each worker does.
         records: blocks that the index has, by worker.
         room: blocks that the memory of a worker holds.
     """
-    nothing = Running()
     workers = []
     for c in balance.candidates(matched):
-        now = running.get(c.worker, nothing)
+        now = running[c.worker]
         workers.append(
             Seen(
                 c.worker, c.matched, c.load, c.share, now.to_compute, now.held, now.waiting, now.requests,

@@ -1,0 +1,344 @@
+"""Replay with time: queues, prefills, decode steps and transfers on simulated nodes.
+
+What is modelled. A request comes at its time, whether or not others are done. A router sends it to a node. There it
+waits its turn; its KV is fetched meanwhile from the node's host memory and from the store, each over a link that
+carries one transfer after the other. Then its prefill runs, in steps in which the requests that generate go on too.
+Its blocks are in the store, and known to the router's index, when the prefill has ended.
+
+What is not. Memory of a node limits its cache only: no request is preempted. A node's device has a block as soon as
+the request is there, since the requests of a node are computed in order. Writes cost nothing.
+
+With one node and no store, the hits are those of `replay`. The laws that a simulator must keep are in `laws`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Final
+
+from kvlab.engine.router import Balance
+from kvlab.errors import InputError
+from kvlab.lab.costs import Costs, Link
+from kvlab.lab.indexes import INDEXES, Index
+from kvlab.lab.replay import SOURCES, Hits, Setup
+from kvlab.lab.routers import ROUTERS, Running, seen
+from kvlab.lab.serving import percentile
+from kvlab.lab.traces import Request
+
+COMPUTED: Final = "computed"
+ENDED: Final = "ended"
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its node.
+
+    Attributes:
+        number, node: of the request, and where it is.
+        found: leading blocks by source: device, host, store.
+        compute, past: tokens to compute, and tokens whose KV is there or fetched.
+        ready_at: when its KV has been fetched.
+        added, removed: blocks that its node has when it is computed, and that it then lacks.
+        remaining, context: tokens to generate after the first one, and tokens that the next one attends to.
+        first_at, end_at: when its first token and its last one were there.
+    """
+
+    request: Request
+    number: int
+    node: int
+    found: tuple[int, int, int]
+    compute: int
+    past: int
+    ready_at: float
+    added: list[int]
+    removed: list[int]
+    remaining: int = field(init=False)
+    context: int = field(init=False)
+    first_at: float = field(init=False)
+    end_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.remaining, self.context = max(0, self.request.new - 1), self.request.tokens + 1
+
+    @property
+    def missing(self) -> int:
+        """Blocks to compute."""
+        return len(self.request.blocks) - sum(self.found)
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from its arrival to its first token."""
+        return self.first_at - self.request.at_s
+
+
+class Pipe:
+    """A link that carries one transfer after the other."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.free_at = link, 0.0
+
+    def done_at(self, now: float, size: int) -> float:
+        """When a transfer of `size` bytes that is asked for now would have ended."""
+        return max(now, self.free_at) + size / self.link.bytes_per_s + self.link.latency_s
+
+    def carry(self, now: float, size: int) -> float:
+        """Begin a transfer, and return when it has ended."""
+        done = self.done_at(now, size)
+        self.free_at = done - self.link.latency_s
+        return done
+
+
+Event = tuple[float, str, Job]
+"""When, `COMPUTED` or `ENDED`, and which job."""
+
+
+class Machine:
+    """The queue and the batch of one node. It runs to a given time; what has begun by then runs to its end."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.now = self.busy_s = 0.0
+        self.waiting: deque[Job] = deque()
+        self.batch: list[Job] = []
+        self.host = Pipe(costs.host)
+
+    def submit(self, job: Job) -> None:
+        """Add a job that comes now to the queue."""
+        if not (self.waiting or self.batch):
+            self.now = max(self.now, job.request.at_s)
+        self.waiting.append(job)
+
+    def begins_at(self, now: float) -> float:
+        """When a job that comes now would begin at the earliest, without the requests that generate."""
+        return max(self.now, now) + sum(self.costs.prefill(job.compute, job.past) for job in self.waiting)
+
+    def run(self, until: float) -> Iterator[Event]:
+        """Run, and yield what happens. An event may be later than `until`."""
+        while self.now < until:
+            head = self.waiting[0] if self.waiting else None
+            if head is not None and len(self.batch) < self.costs.batch and head.ready_at <= self.now:
+                yield from self._prefill(self.waiting.popleft())
+            elif self.batch:
+                stop = until if head is None or head.ready_at <= self.now else min(until, head.ready_at)
+                yield from self._decode(stop)
+            elif head is not None:
+                self.now = head.ready_at
+            else:
+                return
+
+    def _prefill(self, job: Job) -> Iterator[Event]:
+        chunks = self.costs.chunks(job.compute)
+        beside = self.costs.beside(len(self.batch), sum(other.context for other in self.batch))
+        seconds = self.costs.prefill(job.compute, job.past) + chunks * beside
+        for other in self.batch:
+            if other.remaining <= chunks:
+                other.end_at = self.now + seconds * other.remaining / chunks
+                yield other.end_at, ENDED, other
+            other.remaining -= chunks
+            other.context += chunks
+        self._pass(seconds)
+        job.first_at = self.now
+        yield self.now, COMPUTED, job
+        self.batch = [other for other in self.batch if other.remaining > 0]
+        if job.remaining:
+            self.batch.append(job)
+        else:
+            job.end_at = self.now
+            yield self.now, ENDED, job
+
+    def _decode(self, stop: float) -> Iterator[Event]:
+        """Decode to the end of the step that passes `stop`, or until a job ends."""
+        step = self.costs.step(len(self.batch), sum(job.context for job in self.batch))
+        steps = min(job.remaining for job in self.batch)
+        if step and (stop - self.now) / step < steps:
+            steps = max(1, ceil((stop - self.now) / step))
+        self._pass(steps * step)
+        for job in self.batch:
+            job.remaining -= steps
+            job.context += steps
+            if not job.remaining:
+                job.end_at = self.now
+                yield self.now, ENDED, job
+        self.batch = [job for job in self.batch if job.remaining]
+
+    def _pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.busy_s += seconds
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What came of a simulation.
+
+    Attributes:
+        jobs: in the order of their arrival.
+        hits: what they found.
+        busy_s: how long each node worked.
+        seconds: from the first arrival to the end of the last request.
+    """
+
+    jobs: list[Job]
+    hits: Hits
+    busy_s: list[float]
+    seconds: float
+
+    @property
+    def imbalance(self) -> float:
+        """The blocks that the busiest node computed divided by the mean: 1 is best, the number of nodes the worst."""
+        computed = [0] * len(self.busy_s)
+        for job in self.jobs:
+            computed[job.node] += len(job.request.blocks) - sum(job.found)
+        return max(computed) * len(computed) / sum(computed) if any(computed) else 1.0
+
+    @property
+    def ttft_s(self) -> list[float]:
+        """Time to first token of each request."""
+        return [job.ttft_s for job in self.jobs]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result with names that do not change."""
+        ttft, end_to_end = self.ttft_s, [job.end_at - job.request.at_s for job in self.jobs]
+        return {
+            "hit_rate": self.hits.rates(),
+            "hits_by_source": {name: self.hits.by_source[name] for name in SOURCES},
+            "imbalance": self.imbalance,
+            "ttft_mean_s": sum(ttft) / len(ttft),
+            **{f"ttft_p{p}_s": percentile(ttft, p) for p in (50, 95, 99)},
+            "end_to_end_p95_s": percentile(end_to_end, 95),
+            "busy": sum(self.busy_s) / len(self.busy_s) / self.seconds if self.seconds else 0.0,
+            "requests_per_s": len(self.jobs) / self.seconds if self.seconds else None,
+            "tokens_per_s": sum(job.request.new for job in self.jobs) / self.seconds if self.seconds else None,
+        }
+
+
+def simulate(
+    requests: Iterable[Request],
+    block_tokens: int,
+    setup: Setup,
+    costs: Costs,
+    index: str | Index = "exact",
+    plan: bool = True,
+) -> Simulated:
+    """Simulate requests in the order of their arrival.
+
+    Args:
+        setup: caches, nodes and router.
+        index: what the router knows of the caches, one of `INDEXES` or an own one.
+        plan: fetch from the store only where that is expected to be sooner than computing.
+
+    Raises:
+        InputError: there are no requests, or the setup is only for replays.
+    """
+    if setup.policy == "belady":
+        raise InputError("expected a policy that can run, got belady: it knows the future")
+    world = _World(block_tokens, setup, costs, INDEXES[index]() if isinstance(index, str) else index, plan)
+    for number, request in enumerate(requests):
+        world.arrive(number, request)
+    world.run(float("inf"))
+    if not world.jobs:
+        raise InputError("expected at least one request to simulate, got none")
+    assert all(running == Running() for running in world.running), "a node has work after the last request"
+    hits = Hits(block_tokens)
+    for job in world.jobs:
+        hits.add(job.request, job.found)
+    seconds = max(job.end_at for job in world.jobs) - world.jobs[0].request.at_s
+    return Simulated(world.jobs, hits, [machine.busy_s for machine in world.machines], seconds)
+
+
+class _World:
+    """Nodes, store, router and index. What happens is known to them when it has happened, not when it was computed."""
+
+    def __init__(self, block_tokens: int, setup: Setup, costs: Costs, index: Index, plan: bool) -> None:
+        self.block_tokens, self.costs, self.index, self.plan = block_tokens, costs, index, plan
+        self.machines = [Machine(costs) for _ in range(setup.nodes)]
+        self.caches = [setup.node() for _ in range(setup.nodes)]
+        self.store, self.pipe = setup.shared(), Pipe(costs.store)
+        self.router, self.balance = ROUTERS[setup.router], Balance(range(setup.nodes))
+        self.room = float("inf") if setup.device is None else float(setup.device)
+        self.running = [Running() for _ in range(setup.nodes)]
+        self.jobs: list[Job] = []
+        self._working: set[int] = set()
+        self._events: list[tuple[float, str, int]] = []  # a heap: when, what, and of which job
+
+    def arrive(self, number: int, request: Request) -> None:
+        """Route a request that comes now, and queue it on its node."""
+        now, keys = request.at_s, request.blocks
+        self.run(now)
+        matched = self.index.matched(now, keys)
+        workers = seen(self.balance, matched, self.running, self.index.records, self.room)
+        node = self.router(len(keys), workers, number)
+        work = request.tokens - matched[node] * self.block_tokens + request.new
+        self.balance.give(node, number, max(0, ceil(work / self.block_tokens)))
+        job = self._job(number, request, node)
+        self.jobs.append(job)
+        self.running[node].begin(job.missing)
+        self.machines[node].submit(job)
+        self._working.add(node)
+
+    def run(self, until: float) -> None:
+        """Run all nodes to a time, and take note of what has happened by then."""
+        for node in [*self._working]:
+            machine = self.machines[node]
+            for at, what, job in machine.run(until):
+                heapq.heappush(self._events, (at, what, job.number))
+            if not (machine.waiting or machine.batch):
+                self._working.remove(node)
+        while self._events and self._events[0][0] <= until:
+            at, what, number = heapq.heappop(self._events)
+            self._happen(at, what, self.jobs[number])
+
+    def _happen(self, at: float, what: str, job: Job) -> None:
+        running, blocks = self.running[job.node], len(job.request.blocks)
+        if what == ENDED:
+            running.end(blocks)
+            self.balance.report(job.number, 0)
+            return
+        running.generate(job.missing, blocks)
+        self.index.changed(at, job.node, job.added, job.removed)
+        if self.store is not None:
+            self.store.serve(job.request)
+
+    def _job(self, number: int, request: Request, node: int) -> Job:
+        """Look up a request's blocks, and fetch those that are not on the device."""
+        cache, now, tokens = self.caches[node], request.at_s, request.tokens
+        gone: list[int] = []
+        device, host = cache.serve(request, gone)
+        used = request.blocks if request.kept is None else request.kept
+        self.index.sent(now, node, used, cache, gone)
+        ready_at = now
+        if host:
+            ready_at = self.machines[node].host.carry(now, self._bytes(tokens, device, host))
+        near = device + host
+        store = 0 if self.store is None else self.store.leading(request.blocks[near:])
+        if store and not self._is_sooner(node, request, near, store):
+            store = 0
+        if store:
+            ready_at = max(ready_at, self.pipe.carry(now, self._bytes(tokens, near, store)))
+        past = self._past(tokens, near + store)
+        return Job(
+            request, number, node, (device, host, store), tokens - past, past, ready_at,
+            added=[key for key in used if key in cache], removed=[key for key in gone if key not in cache],
+        )  # fmt: skip
+
+    def _is_sooner(self, node: int, request: Request, near: int, store: int) -> bool:
+        """Whether a request is expected to begin its answer sooner if it fetches blocks of the store."""
+        if not self.plan:
+            return True
+        now, tokens = request.at_s, request.tokens
+        begin = self.machines[node].begins_at(now)
+        fetched = max(begin, self.pipe.done_at(now, self._bytes(tokens, near, store)))
+        with_, without = self._past(tokens, near + store), self._past(tokens, near)
+        cost = self.costs.prefill
+        return fetched + cost(tokens - with_, with_) <= begin + cost(tokens - without, without)
+
+    def _past(self, tokens: int, blocks: int) -> int:
+        """Tokens whose KV is there. The last one of a prompt is always computed: its output is the first new token."""
+        return min(blocks * self.block_tokens, tokens - 1)
+
+    def _bytes(self, tokens: int, first: int, blocks: int) -> int:
+        begin, end = first * self.block_tokens, min((first + blocks) * self.block_tokens, tokens)
+        return (end - begin) * self.costs.kv_bytes
