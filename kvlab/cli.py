@@ -177,6 +177,47 @@ def _serve(workers: int, router: str, requests: int, rate: float, store: str | N
     return SUCCESS
 
 
+def _replay(trace: str, block: int | None, curve: bool, json: bool, **options: Any) -> int:
+    from kvlab.lab import replay, tables, traces
+
+    requests = traces.Trace(trace, block)
+    if curve:
+        result = replay.curve_table(requests)
+    else:
+        result = replay.replay(requests, requests.block_tokens, _setup(**options)).as_json()
+    _print_json(result) if json else print(tables.text(result))
+    return SUCCESS
+
+
+def _simulate(
+    trace: str, block: int | None, costs: str, index: str, speed: float, bucket: float, json: bool, **options: Any
+) -> int:
+    from kvlab.lab import tables, traces
+    from kvlab.lab.costs import COSTS
+    from kvlab.lab.indexes import INDEXES
+    from kvlab.lab.simulate import simulate
+
+    requests = traces.Trace(trace, block)
+    for value, names, what in ((costs, COSTS, "costs"), (index, INDEXES, "index")):
+        if value not in names:
+            raise InputError(f"expected one of {', '.join(names)} as --{what}, got {value!r}")
+    arriving = traces.spread(requests, bucket, speed)
+    result = simulate(arriving, requests.block_tokens, _setup(**options), COSTS[costs], index).as_json()
+    result |= {"costs": costs, "source": COSTS[costs].source}
+    _print_json(result) if json else print(tables.text(result))
+    return SUCCESS
+
+
+def _setup(capacity: int | None, tiers: Any, **options: Any) -> Any:
+    from kvlab.lab.replay import Setup
+
+    if tiers is None:
+        return Setup(device=capacity, **options)
+    if capacity is not None:
+        raise InputError("expected --capacity or --tiers, got both; --tiers begins with the capacity of the device")
+    return Setup(**options, **dict(zip(("device", "host", "store"), tiers, strict=False)))
+
+
 def _print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
@@ -191,6 +232,21 @@ def _rate(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return float(text)
+
+
+def _seconds(text: str) -> float:
+    return 0.0 if text == "0" else _rate(text)
+
+
+def _capacity(text: str) -> int | None:
+    return None if text == "inf" else _count(text)
+
+
+def _capacities(text: str) -> list[int | None]:
+    parts = [0 if part == "0" else _capacity(part) for part in text.split(",")]
+    if len(parts) not in (2, 3) or None in parts[1:]:
+        raise argparse.ArgumentTypeError(f"expected two or three numbers as 6000,12000, got {text!r}")
+    return parts
 
 
 STORE = Option(
@@ -218,6 +274,59 @@ ROUTER = Option(
 REQUESTS = Option("--requests", "number of requests (default 64)", {"type": _count, "default": 64})
 RATE = Option("--rate", "requests a second (default 8)", {"type": _rate, "default": 8.0, "metavar": "N"})
 TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {"metavar": "FILE"})
+FILE = Option(
+    "trace", "a file with one request a line, in the form of Mooncake, Qwen-Bailian or kvlab", {"metavar": "TRACE"}
+)
+BLOCK = Option(
+    "--block", "tokens in a block of the trace (default: that of its form)", {"type": _count, "metavar": "N"}
+)
+CACHES = (
+    Option(
+        "--policy", "fifo, lru (default), lfu, s3fifo, arc or belady (a bound)", {"default": "lru", "metavar": "NAME"}
+    ),
+    Option(
+        "--capacity",
+        "blocks that each node has room for (default inf)",
+        {"type": _capacity, "metavar": "BLOCKS"},
+    ),
+    Option(
+        "--tiers",
+        "instead of --capacity: blocks on the device and in host memory of each node, as 6000,12000; "
+        "a third number is a store that all nodes share",
+        {"type": _capacities, "metavar": "D,H[,S]"},
+    ),
+    Option(
+        "--mode",
+        "inclusive (default): host memory has copies of what is on the device; or exclusive",
+        {"default": "inclusive", "metavar": "NAME"},
+    ),
+    Option(
+        "--ttl", "seconds without use after which a block is gone", {"type": _rate, "metavar": "S", "dest": "ttl_s"}
+    ),
+    Option("--nodes", "number of nodes (default 1)", {"type": _count, "default": 1, "metavar": "N"}),
+    Option(
+        "--router",
+        "round_robin (default), least_loaded, longest_prefix, cost, dynamo, lmetric, sglang or llmd",
+        {"default": "round_robin", "metavar": "NAME"},
+    ),
+)
+CURVE = Option("--curve", "print the hits of an LRU cache of every capacity instead", {"action": "store_true"})
+COSTS = Option(
+    "--costs", "what work costs (default llama8b_h100, computed)", {"default": "llama8b_h100", "metavar": "NAME"}
+)
+INDEX = Option(
+    "--index",
+    "what the router knows of the caches: exact (default), sent, events or naive",
+    {"default": "exact", "metavar": "NAME"},
+)
+SPEED = Option(
+    "--speed", "let requests come so many times as fast (default 1)", {"type": _rate, "default": 1.0, "metavar": "N"}
+)
+BUCKET = Option(
+    "--bucket",
+    "spread requests of one time over so many seconds; 3 for the traces of Mooncake (default 0)",
+    {"type": _seconds, "default": 0.0, "metavar": "S"},
+)
 
 COMMANDS = (
     Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
@@ -233,6 +342,18 @@ COMMANDS = (
         "serve a small load with worker processes, a router and a shared store; print what came from where",
         _serve,
         (WORKERS, ROUTER, REQUESTS, RATE, STORE, JSON),
+    ),
+    Command(
+        "replay",
+        "hit rates of a trace, without time: policies, tiers, several nodes and their router",
+        _replay,
+        (FILE, BLOCK, *CACHES, CURVE, JSON),
+    ),
+    Command(
+        "simulate",
+        "time to first token of a trace on simulated nodes: queues, prefills, transfers",
+        _simulate,
+        (FILE, BLOCK, *CACHES, COSTS, INDEX, SPEED, BUCKET, JSON),
     ),
     Command(
         "bench gpu",

@@ -6,6 +6,8 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
+from kvlab.lab.traces import Request
+
 
 class Belady:
     """A cache of blocks that is told all requests before the first one.
@@ -15,9 +17,10 @@ class Belady:
     whose prefix is gone, and the result is a bound. Without it, blocks stay that nobody can use.
     Source: Belady, 1966, "A study of replacement algorithms for a virtual-storage computer".
 
-    >>> cache = Belady(2, [[1, 2], [3], [1, 2]])
-    >>> [cache.serve(blocks) for blocks in ([1, 2], [3], [1, 2])]
-    [0, 0, 2]
+    >>> from kvlab.lab.traces import from_blocks
+    >>> cache = Belady(2, chains := [[1, 2], [3], [1, 2]])
+    >>> [cache.serve(request) for request in from_blocks(chains)]
+    [(0,), (0,), (2,)]
     """
 
     def __init__(self, capacity: int, requests: Sequence[Sequence[int]]) -> None:
@@ -29,8 +32,9 @@ class Belady:
         self._next: dict[int, int] = {}  # of the blocks that are there: the request that uses them next
         self._last_first: list[tuple[int, int, int]] = []  # a heap of (-next, -depth, key); old entries stay in it
 
-    def serve(self, keys: Sequence[int]) -> int:
+    def serve(self, request: Request) -> tuple[int]:
         """Use the blocks of the next request. Return how many of its leading blocks were there."""
+        keys = request.blocks
         found = next((i for i, key in enumerate(keys) if key not in self._next), len(keys))
         for depth, key in enumerate(keys):
             uses = self._uses[key]
@@ -44,4 +48,4 @@ class Belady:
             use, _, key = heapq.heappop(self._last_first)
             if self._next.get(key) == -use:
                 del self._next[key]
-        return found
+        return (found,)

@@ -25,11 +25,16 @@ from kvlab.core.policies import POLICIES, Policy
 from kvlab.engine.router import Balance
 from kvlab.errors import InputError
 from kvlab.lab.belady import Belady
-from kvlab.lab.routers import ROUTERS, Holders, Running, seen
+from kvlab.lab.routers import ROUTERS, Holders, Router, Running, seen
 from kvlab.lab.traces import Request
 
 SOURCES: Final = ("device", "host", "store")
 ENDLESS: Final = sys.maxsize
+ABOUT: Final = (
+    "a request finds the leading blocks that are there. hit_rate: found / all, by blocks, by tokens, by full blocks, "
+    "and the mean of the shares of all requests; hits_by_source: blocks found by tier; imbalance: blocks that the "
+    "busiest node did not find, by the mean; accesses_per_s: blocks replayed a second, without reading the file"
+)
 POLICY_NAMES: Final = (*POLICIES, "belady")
 MODES: Final = ("inclusive", "exclusive")
 
@@ -69,11 +74,10 @@ class Node:
         if self.host is None and request.kept is None and self.ttl_s is None:
             return self._serve_one_tier(request.blocks, gone), 0
         found = self._find(request.blocks)
-        keys = request.blocks if request.kept is None else request.kept
-        for key in keys:
+        for key in request.used:
             self._use(key, gone)
         if self.ttl_s is not None:
-            for key in keys:
+            for key in request.used:
                 self._used_at[key] = request.at_s
                 self._used_at.move_to_end(key)
         return found
@@ -173,11 +177,13 @@ class Replayed:
     Attributes:
         hits: what was found.
         computed: blocks that each node did not find: its work.
+        requests: of each node.
         seconds: of the replay; reading the trace is not in it.
     """
 
     hits: Hits
     computed: list[int]
+    requests: list[int]
     seconds: float
 
     @property
@@ -189,6 +195,7 @@ class Replayed:
         """Return the result with names that do not change."""
         hits = self.hits
         return {
+            "about": ABOUT,
             "hit_rate": hits.rates(),
             "hits_by_source": {source: hits.by_source[source] for source in SOURCES},
             "imbalance": self.imbalance,
@@ -210,7 +217,7 @@ class Setup:
         device, host: blocks of each node; None: endless, and for the host: no such tier.
         mode: "inclusive" or "exclusive".
         store: blocks of a store that all nodes share; None: no such tier.
-        nodes, router: how many, and which of them gets a request, one of `ROUTERS`.
+        nodes, router: how many, and which of them gets a request: a router, or the name of one of `ROUTERS`.
         ttl_s: blocks that no request has used for so long are gone.
 
     Raises:
@@ -223,21 +230,27 @@ class Setup:
     mode: str = "inclusive"
     store: int | None = None
     nodes: int = 1
-    router: str = "round_robin"
+    router: str | Router = "round_robin"
     ttl_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, names in (("policy", POLICY_NAMES), ("mode", MODES), ("router", tuple(ROUTERS))):
-            if getattr(self, name) not in names:
+            if getattr(self, name) not in names and not callable(getattr(self, name)):
                 raise InputError(f"expected one of {', '.join(names)} as the {name}, got {getattr(self, name)!r}")
         if self.nodes < 1 or any((size or 0) < 0 for size in (self.device, self.host, self.store)):
             raise InputError(f"expected at least one node and capacities of 0 or more, got {self}")
         if self.ttl_s is not None and not self.ttl_s >= 0:
             raise InputError(f"expected a TTL of 0 or more seconds, got {self.ttl_s}")
+        if self.mode == "exclusive" and self.host is None:
+            raise InputError("expected a host tier with exclusive tiers, got none")
         if self.policy == "belady" and (self.nodes > 1 or {self.host, self.store, self.ttl_s} != {None}):
             raise InputError("expected one node with one tier and no TTL for belady: it is a bound for one cache")
         if self.policy == "belady" and self.device is None:
             raise InputError("expected a capacity for belady: without one nothing is evicted")
+
+    def choose(self) -> Router:
+        """Return the router."""
+        return ROUTERS[self.router] if isinstance(self.router, str) else self.router
 
     def node(self) -> Node:
         """Return an empty node."""
@@ -259,41 +272,38 @@ def replay(requests: Iterable[Request], block_tokens: int, setup: Setup = Setup(
     """
     hits = Hits(block_tokens)
     seconds = [0.0]
+    if setup.nodes > 1 or setup.store is not None:
+        return _replay_nodes(requests, setup, hits, seconds)
     if setup.policy == "belady":
         assert setup.device is not None
-        cache = Belady(setup.device, [request.blocks for request in requests])
-        for request in _timed(requests, seconds):
-            hits.add(request, (cache.serve(request.blocks),))
-        computed = [hits.blocks - hits.by_source.total()]
-    elif setup.nodes == 1 and setup.store is None:
-        node = setup.node()
-        for request in _timed(requests, seconds):
-            hits.add(request, node.serve(request))
-        computed = [hits.blocks - hits.by_source.total()]
+        cache: Belady | Node = Belady(setup.device, [request.blocks for request in requests])
     else:
-        computed = _replay_nodes(_timed(requests, seconds), setup, hits)
-    return Replayed(hits, computed, seconds[0])
+        cache = setup.node()
+    for request in _timed(requests, seconds):
+        hits.add(request, cache.serve(request))
+    return Replayed(hits, [hits.blocks - hits.by_source.total()], [hits.requests], seconds[0])
 
 
-def _replay_nodes(requests: Iterable[Request], setup: Setup, hits: Hits) -> list[int]:
+def _replay_nodes(requests: Iterable[Request], setup: Setup, hits: Hits, seconds: list[float]) -> Replayed:
     nodes = [setup.node() for _ in range(setup.nodes)]
-    shared, router = setup.shared(), ROUTERS[setup.router]
+    shared, router = setup.shared(), setup.choose()
     holders, balance = Holders(), Balance(range(setup.nodes))
-    computed, idle = [0] * setup.nodes, [Running()] * setup.nodes
+    computed, count, idle = [0] * setup.nodes, [0] * setup.nodes, [Running()] * setup.nodes
     room = float("inf") if setup.device is None else float(setup.device)
-    for number, request in enumerate(requests):
+    for number, request in enumerate(_timed(requests, seconds)):
         workers = seen(balance, holders.matched(request.blocks), idle, holders.records, room)
         chosen = router(len(request.blocks), workers, number)
         gone: list[int] = []
         near = nodes[chosen].serve(request, gone)
-        holders.note(chosen, nodes[chosen], request.blocks if request.kept is None else request.kept, gone)
+        holders.note(chosen, nodes[chosen], request.used, gone)
         found = (*near, _beyond(shared, request, sum(near)))
         missing = len(request.blocks) - sum(found)
         computed[chosen] += missing
+        count[chosen] += 1
         balance.give(chosen, number, missing)
         balance.report(number, 0)
         hits.add(request, found)
-    return computed
+    return Replayed(hits, computed, count, seconds[0])
 
 
 def _beyond(store: Node | None, request: Request, near: int) -> int:
@@ -331,13 +341,33 @@ def lru_curve(requests: Iterable[Request]) -> list[int]:
                 break
             largest = max(largest, distance)
             needed[largest] += 1
-        for key in request.blocks if request.kept is None else request.kept:
+        for key in request.used:
             stack.use(key)
     curve, total = [], 0
     for capacity in range(max(needed, default=0) + 1):
         total += needed[capacity]
         curve.append(total)
     return curve
+
+
+def curve_table(requests: Iterable[Request], points: int = 24) -> dict[str, Any]:
+    """Return the curve as rows: the hit rate by blocks at capacities that grow by a constant factor."""
+    blocks = 0
+
+    def counted() -> Iterator[Request]:
+        nonlocal blocks
+        for request in requests:
+            blocks += len(request.blocks)
+            yield request
+
+    curve = lru_curve(counted())
+    last = len(curve) - 1
+    capacities = sorted({round(last ** (i / (points - 1))) for i in range(points)})
+    return {
+        "about": "hit_rate: found blocks / all blocks of an LRU cache of so many blocks; the last one misses nothing",
+        "blocks": blocks,
+        "rows": [{"capacity": c, "hit_rate": curve[c] / blocks if blocks else 0.0} for c in capacities],
+    }
 
 
 class _Stack:

@@ -25,10 +25,14 @@ from kvlab.errors import InputError
 from kvlab.lab.costs import Costs, Link
 from kvlab.lab.indexes import INDEXES, Index
 from kvlab.lab.replay import SOURCES, Hits, Setup
-from kvlab.lab.routers import ROUTERS, Running, seen
+from kvlab.lab.routers import Running, seen
 from kvlab.lab.serving import percentile
 from kvlab.lab.traces import Request
 
+ABOUT: Final = (
+    "hit_rate, hits_by_source, imbalance: as in a replay; ttft: seconds from the arrival of a request to its first "
+    "token, at percentiles; end_to_end: to its last one; busy: the share of the time in which nodes compute or generate"
+)
 COMPUTED: Final = "computed"
 ENDED: Final = "ended"
 
@@ -203,6 +207,7 @@ class Simulated:
         """Return the result with names that do not change."""
         ttft, end_to_end = self.ttft_s, [job.end_at - job.request.at_s for job in self.jobs]
         return {
+            "about": ABOUT,
             "hit_rate": self.hits.rates(),
             "hits_by_source": {name: self.hits.by_source[name] for name in SOURCES},
             "imbalance": self.imbalance,
@@ -257,7 +262,7 @@ class _World:
         self.machines = [Machine(costs) for _ in range(setup.nodes)]
         self.caches = [setup.node() for _ in range(setup.nodes)]
         self.store, self.pipe = setup.shared(), Pipe(costs.store)
-        self.router, self.balance = ROUTERS[setup.router], Balance(range(setup.nodes))
+        self.router, self.balance = setup.choose(), Balance(range(setup.nodes))
         self.room = float("inf") if setup.device is None else float(setup.device)
         self.running = [Running() for _ in range(setup.nodes)]
         self.jobs: list[Job] = []
@@ -307,7 +312,7 @@ class _World:
         cache, now, tokens = self.caches[node], request.at_s, request.tokens
         gone: list[int] = []
         device, host = cache.serve(request, gone)
-        used = request.blocks if request.kept is None else request.kept
+        used = request.used
         self.index.sent(now, node, used, cache, gone)
         ready_at = now
         if host:

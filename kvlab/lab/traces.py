@@ -17,9 +17,10 @@ checked to have as many ids as its length needs.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -51,6 +52,27 @@ class Request:
     blocks: Sequence[int]
     kept: Sequence[int] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def used(self) -> Sequence[int]:
+        """The blocks that the request uses or leaves."""
+        return self.blocks if self.kept is None else self.kept
+
+
+def from_blocks(chains: Iterable[Sequence[int]], block_tokens: int = 1) -> list[Request]:
+    """Return a request for each list of block ids, one a second, of full blocks and one new token."""
+    return [Request(float(at), len(blocks) * block_tokens, 1, blocks) for at, blocks in enumerate(chains)]
+
+
+def spread(requests: Iterable[Request], bucket_s: float = 0.0, speed: float = 1.0) -> Iterator[Request]:
+    """Spread requests of one time evenly over the `bucket_s` seconds after it, then let all come `speed` times as fast.
+
+    Many traces have coarse times: that of Mooncake has all requests of three seconds at one of them.
+    """
+    for _, group in itertools.groupby(requests, lambda request: request.at_s):
+        same = list(group)
+        for place, request in enumerate(same):
+            yield replace(request, at_s=(request.at_s + bucket_s * place / len(same)) / speed)
 
 
 class Trace:

@@ -17,20 +17,19 @@ blocks, and .32 (.33) with 30,000.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from kvlab.core.policies import POLICIES, Policy
-from kvlab.errors import InputError
+from kvlab.core.policies import POLICIES
 from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.replay import Replayed, Setup, replay
 from kvlab.lab.timing import Timings, time_rounds
+from kvlab.lab.traces import Trace, from_blocks
 
-K = TypeVar("K", int, str)
 ABOUT = (
-    "rows: accesses_per_s of a loop that calls Policy.access for every block of every request and counts hits, median "
+    "rows: accesses_per_s of a replay that uses every block of every request and counts hits, median "
     "over the rounds; hit_rate: share of all blocks that requests find before their first miss; every block has size 1"
 )
 CAPACITY = 5_859  # blocks: 3 million tokens at 512 tokens per block, as in the trace
@@ -42,8 +41,7 @@ def run(trace: str | None = None, capacity: int = CAPACITY, rounds: int = 9) -> 
     """Replay the same requests through every policy, in rounds.
 
     Args:
-        trace: a JSONL file with one `{"hash_ids": [...], ...}` per request, the format of the
-            Mooncake traces; by default, `make_requests()` is replayed.
+        trace: a file that `kvlab.lab.traces` reads; by default, `make_requests()` is replayed.
         capacity: capacity of each policy in blocks.
         rounds: number of timed replays per policy.
 
@@ -51,40 +49,25 @@ def run(trace: str | None = None, capacity: int = CAPACITY, rounds: int = 9) -> 
         `rows`: by policy, accesses per second and the hit rate.
 
     Raises:
-        InputError: the file does not have this format.
+        InputError: the file is not a trace.
     """
-    requests = make_requests() if trace is None else read_trace(trace)
-    accesses = sum(map(len, requests))
-    times = time_rounds({name: _replay(name, capacity, requests) for name in POLICIES}, rounds)
+    requests = from_blocks(make_requests()) if trace is None else list(Trace(trace))
+    accesses = sum(len(request.blocks) for request in requests)
+    work = {name: partial(replay, requests, 1, Setup(name, capacity)) for name in POLICIES}
+    times = time_rounds(work, rounds, lambda result: result.seconds)
     return {
         "about": ABOUT,
         "keys": "made, seed 0" if trace is None else Path(trace).name,
         "requests": len(requests),
         "accesses": accesses,
-        "distinct": len({block for chain in requests for block in chain}),
+        "distinct": len({block for request in requests for block in request.blocks}),
         "capacity": capacity,
-        "rows": [_row(name, times, capacity, requests) for name in POLICIES],
+        "rows": [_row(name, times, accesses, work[name]()) for name in POLICIES],
         "aa_ratio": times.aa_ratio,
         "noisy": times.noisy,
         "machine": describe_machine(),
         "versions": versions(),
     }
-
-
-def replay(policy: Policy[K], requests: Iterable[Iterable[K]]) -> int:
-    """Access every block of every request in order; return how many were found before their request's first miss.
-
-    A hit evicts nothing. The result therefore equals that of a look-up of the whole prefix before any insertion.
-    """
-    found = 0
-    for chain in requests:
-        in_prefix = True
-        for block in chain:
-            if not policy.access(block):
-                in_prefix = False
-            elif in_prefix:
-                found += 1
-    return found
 
 
 def make_requests(requests: int = REQUESTS, seed: int = 0) -> list[list[int]]:
@@ -106,41 +89,9 @@ def make_requests(requests: int = REQUESTS, seed: int = 0) -> list[list[int]]:
     return chains
 
 
-def read_trace(path: str | Path) -> list[list[int]]:
-    """Read the block keys of each request of a trace in Mooncake's format, in the order of the file.
-
-    Raises:
-        InputError: a line is not a JSON object with a list `hash_ids` of integers, or no request has a block.
-        OSError: the file cannot be read.
-    """
-    with Path(path).open("rb") as lines:
-        requests = [_hash_ids(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not any(requests):
-        raise InputError(f"expected requests with blocks in {path}, found none; use a trace in Mooncake's format")
-    return requests
-
-
-def _hash_ids(line: bytes, place: str) -> list[int]:
-    try:
-        ids = json.loads(line)["hash_ids"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        ids = None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise InputError(
-            f'expected a JSON object with a list "hash_ids" of integers in {place}, '
-            f"got {line[:60]!r}; use a trace in Mooncake's format"
-        )
-    return ids
-
-
-def _replay(name: str, capacity: int, requests: Sequence[Sequence[int]]) -> Callable[[], int]:
-    return lambda: replay(POLICIES[name](capacity), requests)
-
-
-def _row(name: str, times: Timings, capacity: int, requests: Sequence[Sequence[int]]) -> dict[str, Any]:
-    accesses = sum(map(len, requests))
+def _row(name: str, times: Timings, accesses: int, replayed: Replayed) -> dict[str, Any]:
     return {
         "policy": name,
         "accesses_per_s": round(1000 * accesses / times.median_ms(name)),
-        "hit_rate": round(_replay(name, capacity, requests)() / accesses, 4),
+        "hit_rate": round(replayed.hits.rates()["blocks"], 4),
     }
