@@ -136,7 +136,8 @@ class Holders:
             still = mask
             if not still:
                 return matched
-        _count(matched, still, len(keys))
+        if keys:
+            _count(matched, still, len(keys))
         return matched
 
 
