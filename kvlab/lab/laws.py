@@ -72,7 +72,7 @@ def worlds(new: int = 1) -> Iterator[tuple[list[Request], Setup]]:
         setup = Setup(
             device=(20, 200, None)[seed % 3],
             host=(None, 100)[seed % 2],
-            mode=("inclusive", "exclusive")[seed // 2 % 2],
+            mode=("inclusive", "exclusive")[seed % 2 and seed // 2 % 2],
             store=(None, 1000, 50)[seed // 3 % 3],
             nodes=1 + seed % 4,
         )
@@ -134,7 +134,9 @@ def check_time_scales(simulate: Simulate = simulate) -> None:
 def check_alone_is_exact(simulate: Simulate = simulate) -> None:
     """A request that meets no other one takes its fetches and its prefill, to the last digit."""
     setup = Setup(device=30, host=30, store=1000, nodes=1)
-    for job in simulate(requests(0, per_second=0.1, new=4), B, setup, COSTS, plan=False).jobs:
+    made = requests(0, per_second=0.1, new=4)
+    made.append(replace(made[-1], at_s=made[-1].at_s + 10))  # all of it is there
+    for job in simulate(made, B, setup, COSTS, plan=False).jobs:
         device, host, store = job.found
         tokens, size = job.request.tokens, COSTS.kv_bytes * B
         past = min((device + host + store) * B, tokens - 1)
