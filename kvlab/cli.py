@@ -386,6 +386,12 @@ COMMANDS = (
         (TRACE, JSON),
     ),
     Command(
+        "bench routers",
+        "eight routers on one trace: hits, balance, simulated waiting; exact and faulty indexes (takes minutes)",
+        _bench("kvlab.lab.bench.routers"),
+        (TRACE, JSON),
+    ),
+    Command(
         "bench pages",
         "time to first token and memory with KV in pages, compared with contiguous KV",
         _bench("kvlab.lab.bench.pages"),
