@@ -6,8 +6,10 @@ default a mean session fits the 2,048 tokens of the shipped model; `scale=1.0` a
 Blocks do not shrink with the lengths, so hit rates by blocks are lower at a small scale.
 
 Arrivals are open-loop: sessions begin in a Poisson process, and a turn comes some time after the turn before it has
-come, whether or not that one is answered by then. A slow system does not get an easier load. Conversations and times
-are the same under every layout and scale, so that two settings differ in nothing else.
+come, whether or not that one is answered by then. A slow system does not get an easier load.
+
+The same numbers are drawn under every layout, scale and share of retokenised answers. So two settings have the same
+times and the same conversations, as far as the context has room for them.
 """
 
 from __future__ import annotations
