@@ -208,6 +208,16 @@ def _simulate(
     return SUCCESS
 
 
+def _trace_import(
+    file: str, out: str, tokenizer: str | None, block: int | None, salt_file: str | None, form: str
+) -> int:
+    from kvlab.lab.trace_import import import_prompts
+
+    for line in import_prompts(file, out, tokenizer, block, salt_file, form).lines():
+        print(_one_line(line))
+    return SUCCESS
+
+
 def _setup(capacity: int | None, tiers: Any, **options: Any) -> Any:
     from kvlab.lab.replay import Setup
 
@@ -327,6 +337,26 @@ BUCKET = Option(
     "spread requests of one time over so many seconds; 3 for the traces of Mooncake (default 0)",
     {"type": _seconds, "default": 0.0, "metavar": "S"},
 )
+IMPORT = (
+    Option(
+        "file",
+        "JSONL: a prompt, messages or tokens on each line; a time and an answer if known",
+        {"metavar": "PROMPTS"},
+    ),
+    Option("--out", "the trace", {"metavar": "FILE", "required": True}),
+    Option("--tokenizer", "a folder in Hugging Face's format (default: the shipped model's)", {"metavar": "FOLDER"}),
+    BLOCK,
+    Option(
+        "--salt-file",
+        "a file of at least 16 random bytes, so that several files share ids (default: a new salt, which is not kept)",
+        {"metavar": "FILE"},
+    ),
+    Option(
+        "--form",
+        "kvlab (default), mooncake or bailian",
+        {"choices": ["kvlab", "mooncake", "bailian"], "default": "kvlab", "metavar": "NAME"},
+    ),
+)
 
 COMMANDS = (
     Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
@@ -354,6 +384,12 @@ COMMANDS = (
         "time to first token of a trace on simulated nodes: queues, prefills, transfers",
         _simulate,
         (FILE, BLOCK, *CACHES, COSTS, INDEX, SPEED, BUCKET, JSON),
+    ),
+    Command(
+        "trace import",
+        "make a trace of prompts: lengths, times and salted ids of blocks, no texts",
+        _trace_import,
+        IMPORT,
     ),
     Command(
         "bench gpu",
@@ -440,7 +476,10 @@ COMMANDS = (
         (JSON,),
     ),
 )
-GROUPS = {"bench": "measure one part of the system on this machine"}
+GROUPS = {
+    "bench": "measure one part of the system on this machine",
+    "trace": "make traces of requests, for replay and simulate",
+}
 
 
 # --- from the table to a parser -----------------------------------------------------------------
