@@ -452,6 +452,12 @@ COMMANDS = (
         (JSON,),
     ),
     Command(
+        "bench simulate",
+        "the simulator against the real scheduler: time to first token, predicted and measured (takes minutes)",
+        _bench("kvlab.lab.bench.simulate"),
+        (JSON,),
+    ),
+    Command(
         "bench engines",
         "vLLM with the connector: the same tokens, time to first token, faults (needs vLLM: make test-engines)",
         _bench("kvlab.lab.bench.engines"),

@@ -175,7 +175,7 @@ def test_an_error_of_the_system_is_one_line(
     assert capsys.readouterr().err == "kvlab: [Errno 2] No such file or directory: 'no/such\\nfile'\n"
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"\xff\xfe", "hash_ids"), (b"", "found none")])
+@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"\xff\xfe", "UTF-8"), (b"", "empty file")])
 def test_a_trace_that_is_none(
     content: bytes | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +184,89 @@ def test_a_trace_that_is_none(
     assert main(["bench", "policies", "--trace", str(tmp_path / "trace.jsonl")]) == FAILURE
     error = capsys.readouterr().err
     assert told in error and error.startswith("kvlab: ") and error.count("\n") == 1
+
+
+ROWS = [
+    {"timestamp": 1000 * n, "input_length": 1024, "output_length": 2, "hash_ids": ids}
+    for n, ids in enumerate([[1, 2], [1, 3], [1, 2], [1, 3]])
+]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("", {"device": 5}),
+        ("--capacity inf --policy arc", {"device": 5}),
+        ("--capacity 1", {}),
+        ("--capacity 2 --policy belady", {"device": 4}),
+        ("--tiers 2,9", {"device": 3, "host": 2}),
+        ("--tiers 0,9 --mode exclusive", {"host": 5}),
+        ("--tiers inf,0,9 --nodes 2", {"device": 4, "store": 1}),
+        ("--ttl 0.5", {}),
+        ("--nodes 2", {"device": 4}),
+        ("--nodes 2 --router cost", {"device": 5}),
+        ("--block 512", {"device": 5}),
+    ],
+)
+def test_replay_finds_what_its_options_say(
+    options: str, found: dict[str, int], trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", trace, *options.split(), "--json"]) == SUCCESS
+    told = json.loads(capsys.readouterr().out)
+    assert told["hits_by_source"] == {"device": 0, "host": 0, "store": 0, **found}
+    assert {"hit_rate", "hits_by_source", "imbalance", "accesses_per_s"} <= told.keys()
+
+
+def test_replay_and_simulate_print_text(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["replay", trace], ["replay", trace, "--curve"], ["simulate", trace, "--nodes", "2"]):
+        assert main(options) == SUCCESS
+    assert "hit_rate: blocks 0.625" in (told := capsys.readouterr().out)
+    assert "capacity  hit_rate" in told and "ttft_p95_s" in told and "source: computed" in told
+
+
+def test_simulate_lets_requests_come_faster_and_spreads_them(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    means = []
+    for options in ([], ["--speed", "1000"], ["--speed", "1000", "--bucket", "3"], ["--index", "events"]):
+        assert main(["simulate", trace, "--json", *options]) == SUCCESS
+        means.append(json.loads(capsys.readouterr().out)["ttft_mean_s"])
+    assert means[0] < means[1] and means[0] == means[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("replay {} --router magic", "expected one of round_robin, least_loaded, .* as the router, got 'magic'"),
+        ("replay {} --policy belady", "expected a capacity for belady"),
+        ("replay {} --block 16", "line 1: expected 64 hash_ids .* blocks of 512 fit: give their size"),
+        ("replay {} --tiers 1,2 --capacity 5", "expected --capacity or --tiers, got both"),
+        ("replay {} --mode exclusive", "expected a host tier"),
+        ("replay .", "expected a trace file, got: Is a directory"),
+        ("simulate {} --costs dear", "expected one of llama8b_h100 as --costs, got 'dear'"),
+        ("simulate {} --index no", "expected one of exact, sent, events, naive as --index, got 'no'"),
+        ("simulate {} --policy belady --capacity 5", "it knows the future"),
+    ],
+)
+def test_mistakes_of_replays_are_one_line(
+    options: str, told: str, trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options.format(trace).split()) == FAILURE
+    error = capsys.readouterr().err
+    assert re.search(told, error) and error.startswith("kvlab: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", ["--tiers 1", "--tiers 1,inf", "--capacity 0", "--capacity x", "--nodes 0", "--ttl -1"]
+)
+def test_options_of_replays_that_are_no_numbers(options: str, trace: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["replay", trace, *options.split()])
+    assert stopped.value.code == USAGE
 
 
 def test_a_message_of_several_lines_becomes_one(

@@ -28,8 +28,8 @@ class Costs:
     Attributes:
         kv_bytes: KV of one token.
         prefill_s: of each prefill.
-        prefill_token_s, prefill_pair_s: of each token computed, and of each pair of a computed token with a token
-            that it attends to.
+        prefill_token_s, prefill_past_s: of each token computed, and of each token before it whose KV is read.
+        prefill_pair_s: of each pair of a computed token with a token that it attends to.
         step_s, step_request_s, step_token_s: of each decode step, of each request in it, and of each token that
             these requests attend to.
         chunk: tokens of a prompt that one step computes. The requests that generate go on in these steps.
@@ -41,6 +41,7 @@ class Costs:
     kv_bytes: int
     prefill_s: float = 0.0
     prefill_token_s: float = 0.0
+    prefill_past_s: float = 0.0
     prefill_pair_s: float = 0.0
     step_s: float = 0.0
     step_request_s: float = 0.0
@@ -59,7 +60,7 @@ class Costs:
     def prefill(self, tokens: int, past: int) -> float:
         """Seconds to compute `tokens` tokens behind `past` tokens whose KV is there."""
         pairs = tokens * past + tokens * (tokens + 1) / 2
-        return self.prefill_s + self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+        return self.prefill_s + self.prefill_token_s * tokens + self.prefill_past_s * past + self.prefill_pair_s * pairs
 
     def step(self, requests: int, tokens: int) -> float:
         """Seconds of one decode step of so many requests that attend to so many tokens together."""
@@ -119,12 +120,13 @@ def compute(model: Model, device: Device, host: Link, store: Link) -> Costs:
     """Return costs from a model's sizes and a device's data sheet. Nothing of them is measured.
 
     A token takes two operations for each parameter, a pair of tokens four for each head and dimension in each layer.
-    A decode step reads the weights and the KV of all requests.
+    A prefill reads the KV before it once, a decode step the weights and the KV of all requests.
     """
     flops, bandwidth = device.flops_per_s * device.reached_flops, device.bytes_per_s * device.reached_bytes
     return Costs(
         kv_bytes=model.kv_bytes,
         prefill_token_s=2 * model.parameters / flops,
+        prefill_past_s=model.kv_bytes / bandwidth,
         prefill_pair_s=4 * model.layers * model.heads * model.head_dim / flops,
         step_s=model.element_bytes * model.parameters / bandwidth,
         step_token_s=model.kv_bytes / bandwidth,

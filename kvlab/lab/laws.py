@@ -32,6 +32,7 @@ COSTS: Final = Costs(
     kv_bytes=1000,
     prefill_s=1e-3,
     prefill_token_s=1e-4,
+    prefill_past_s=1e-6,
     prefill_pair_s=1e-7,
     step_s=2e-3,
     step_request_s=3e-4,

@@ -187,6 +187,11 @@ class Replayed:
     seconds: float
 
     @property
+    def hit_rate(self) -> float:
+        """Found blocks / all blocks."""
+        return self.hits.rates()["blocks"]
+
+    @property
     def imbalance(self) -> float:
         """The work of the busiest node divided by the mean: 1 is best, the number of nodes the worst."""
         return max(self.computed) * len(self.computed) / sum(self.computed) if any(self.computed) else 1.0

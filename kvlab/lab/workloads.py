@@ -23,7 +23,7 @@ from kvlab.errors import InputError
 from kvlab.lab.conversations import RETOKENISED, Talk, Text, Turn, drawn, in_time
 from kvlab.lab.replay import replay
 from kvlab.lab.trace_ids import trace_ids
-from kvlab.lab.traces import Request
+from kvlab.lab.traces import Request, from_blocks
 
 CONTEXT: Final = 2048
 TOOLS: Final = 16
@@ -312,3 +312,24 @@ def hit_range(kind: str, block_tokens: int = 16, seed: int = 0, **common: Any) -
         trace = as_trace(WORKLOADS[kind](seed=seed, **own), block_tokens, answers=answers)
         rates[name] = replay(trace, block_tokens).hits.rates()
     return rates
+
+
+def groups(
+    requests: int, groups: int = 16, shared: int = 8, own: int = 1, common: int = 1, skew: float = 1.0, seed: int = 0
+) -> list[Request]:
+    """Requests of groups, as block ids only: `common` blocks that all begin with, `shared` of the group, `own` ones.
+
+    Args:
+        skew: the k-th group has a share of 1 / k to this power.
+    """
+    rng = random.Random(seed)
+    shares = [1 / (1 + group) ** skew for group in range(groups)]
+    first_own = common + groups * shared
+    return from_blocks(
+        [
+            *range(common),
+            *range(common + group * shared, common + (group + 1) * shared),
+            *range(first_own + number * own, first_own + (number + 1) * own),
+        ]
+        for number, group in enumerate(rng.choices(range(groups), shares, k=requests))
+    )

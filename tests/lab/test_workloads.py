@@ -12,9 +12,20 @@ import pytest
 
 from kvlab.errors import InputError
 from kvlab.lab.conversations import END, Turn
-from kvlab.lab.replay import replay
+from kvlab.lab.replay import Setup, replay
 from kvlab.lab.traces import Trace, write
-from kvlab.lab.workloads import LAYOUTS, RANGES, WORKLOADS, agentic, as_trace, chat, hit_range, structured, unique
+from kvlab.lab.workloads import (
+    LAYOUTS,
+    RANGES,
+    WORKLOADS,
+    agentic,
+    as_trace,
+    chat,
+    groups,
+    hit_range,
+    structured,
+    unique,
+)
 from kvlab.model import Tokenizer
 
 KINDS = tuple(WORKLOADS)
@@ -240,3 +251,23 @@ def test_common_arguments_reach_every_setting() -> None:
 def test_a_kind_that_is_none_is_refused() -> None:
     with pytest.raises(InputError, match="expected one of agentic, chat, structured, unique, got 'x'"):
         hit_range("x")
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 3.0])
+def test_groups_are_the_same_each_time_and_as_skewed_as_asked(skew: float) -> None:
+    stream = groups(300, shared=2, own=1, common=1, skew=skew)
+    assert stream == groups(300, shared=2, own=1, common=1, skew=skew) != groups(300, skew=skew, seed=1)
+    chains = [request.blocks for request in stream]
+    assert all(len(chain) == 4 and chain[0] == 0 and chain[1] + 1 == chain[2] for chain in chains)
+    first = sum(chain[1] == 1 for chain in chains) / 300
+    assert first == pytest.approx(1 / sum((1 + g) ** -skew for g in range(16)), abs=0.08)
+    assert len({chain[3] for chain in chains} | {chain[1] for chain in chains}) > 300, "own blocks are in no other"
+    assert max(chain[1] for chain in chains) < 1 + 16 * 2 <= min(chain[3] for chain in chains)
+
+
+def test_with_a_common_first_block_the_longest_prefix_sends_all_to_one_node() -> None:
+    stream = groups(400, common=1)
+    longest, cost = (replay(stream, 1, Setup(device=80, nodes=2, router=name)) for name in ("longest_prefix", "cost"))
+    assert longest.requests == [400, 0] and longest.imbalance == 2.0
+    assert cost.imbalance < 1.05 and cost.hit_rate > longest.hit_rate + 0.15
+    assert cost.hit_rate > 0.95 * replay(stream, 1, Setup(device=160)).hit_rate

@@ -27,7 +27,7 @@ from kvlab.lab.traces import Request, Trace, from_blocks, spread
 
 ABOUT = (
     "untimed: hits and imbalance when each request ends before the next one comes; routers: with time, by speed (how "
-    "many times as fast as recorded the requests come); hit_rate: found blocks / all blocks; imbalance: blocks that the "
+    "many times as fast as recorded the requests come); hit_rate: found blocks / all; imbalance: blocks that the "
     "busiest node computed, by the mean; ttft in seconds; indexes: the same at one speed, by what the router knows: "
     "exact; sent: what it sent; events: numbered, with snapshots after a gap; naive: events used whenever they come; "
     "faulty: events take 1 s, 5 % are lost, 5 % come again after 60 s; scaling: an untimed replay with the cost router"
