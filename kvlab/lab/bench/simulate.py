@@ -2,9 +2,9 @@
 
 python -m kvlab bench simulate --json
 
-First the costs are measured: prefills of several lengths, and decode steps of several batches and contexts, each on
-an idle scheduler. Then the same load is served by the real scheduler and by a simulated one with these costs. No
-number of the load is used for the prediction.
+First the costs are measured: prefills of several lengths, each after a pause, and decode steps of several batches and
+contexts, on a scheduler that does nothing else. Then the same load is served by the real scheduler and by a simulated
+one with these costs. No number of the load is used for the prediction.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ ABOUT = (
 COLD: Final = ((16, 0), (64, 0), (128, 0), (256, 0), (512, 0), (1024, 0), (1536, 0))
 WARM: Final = ((16, 256), (64, 256), (16, 1024), (64, 1024), (256, 1024), (16, 1600))
 """Prefills that are timed: tokens to compute, and tokens before them that are on the device; whole blocks of them."""
+PAUSE_S: Final = 0.05
 BATCHES: Final = (1, 2, 4, 8)
 CONTEXTS: Final = (64, 512, 1024)
 GROUPS: Final = 16
@@ -104,13 +105,15 @@ def _median(values: Iterator[float]) -> float:
 
 
 def _first_tokens(model: Llama, text: list[int], length: int, past: int, rounds: int) -> Iterator[float]:
+    """Requests after a pause, each with other blocks: right after another one they would take half as long."""
     with _scheduler(model) as scheduler:
         for number in range(rounds + 1):
-            before = text[:past]
-            if past and not number:
+            before = text[701 * number :][:past]
+            if past:
                 offer_here(scheduler, [Arrival(0.0, before, 1)])
-            tokens = before + text[past + 97 * (number + 1) :][:length]
-            (served,) = offer_here(scheduler, [Arrival(0.0, tokens, 1)])
+            time.sleep(PAUSE_S)
+            own = text[20_000 + 97 * number :][:length]
+            (served,) = offer_here(scheduler, [Arrival(0.0, before + own, 1)])
             assert sources([served])["device"] == past, "the request found something else than it should"
             yield served.ttft_ms / 1000
 
