@@ -12,7 +12,7 @@ PY := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test test-engines test-ray check notebooks lint clean
+.PHONY: help setup lab demo test test-engines test-ray alternatives check notebooks lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ test-engines: setup ## vLLM with the connector, in an environment of its own (.v
 test-ray: setup ## the scheduler on Ray Serve, in an environment beside .venv (.venv-ray, about 400 MB)
 	@sh scripts/test_ray.sh
 
+alternatives: ## kvlab's replay of TRACE beside NVIDIA Dynamo's and SGLang's router, in .venv-alternatives (about 320 MB)
+	@sh scripts/alternatives.sh "$(TRACE)"
+
 check: setup ## while you change code: lint, types, units and contracts, in under three minutes
 	@$(PY) -m tests.harness.run --quick
 
@@ -48,5 +51,5 @@ lint: setup ## style and types
 	$(PY) -m mypy
 
 clean: ## remove .venv, caches and build output; work/ stays
-	rm -rf .venv .venv-engines .venv-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines .venv-ray .venv-alternatives build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvlab notebooks scripts tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@
 #   sh scripts/setup.sh              make the environment
 #   sh scripts/setup.sh --engines    make another one with vLLM, in .venv-engines (Linux, about 3 GB)
 #   sh scripts/setup.sh --ray        put Ray beside .venv, in .venv-ray (about 400 MB)
+#   sh scripts/setup.sh --alternatives   put the programs of others beside .venv, in .venv-alternatives (about 320 MB)
 #   sh scripts/setup.sh --copy DIR   copy the notebooks to DIR; existing files do not change
 #
 # PYTHON             Python to use; default: the first usable one of python3.13, 3.12, 3.11, python3
@@ -17,7 +18,7 @@ if [ "${1-}" = --engines ]; then
     venv=.venv-engines lock=requirements-engines.lock no_deps=--no-deps
     PYTHON=${PYTHON:-python3.11} # the lock file is for this version
 fi
-[ "${1-}" = --ray ] && venv=.venv-ray lock=requirements-ray.lock
+case ${1-} in --ray | --alternatives) venv=.venv${1#-} lock=requirements${1#-}.lock ;; esac
 log=$venv/setup.log # of the last pip command
 torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
@@ -134,8 +135,8 @@ set_up() {
     say "ready: $venv"
 }
 
-# .venv-ray has only what .venv lacks, and finds the rest there: PyTorch once more would be 900 MB.
-set_up_ray() {
+# It has only what .venv lacks, and finds the rest there: PyTorch once more would be 900 MB.
+set_up_beside() {
     up_to_date && return
     usable .venv/bin/python || fail "there is no .venv yet; make it first: make setup"
     needs_space 1
@@ -170,7 +171,7 @@ copy_notebooks() {
 
 case ${1-} in
     '' | --engines) set_up ;;
-    --ray) set_up_ray ;;
+    --ray | --alternatives) set_up_beside ;;
     --copy) copy_notebooks "${2:?usage: setup.sh --copy DIR}" ;;
     *) fail "unknown option $1; the first lines of scripts/setup.sh list the options" ;;
 esac

@@ -268,7 +268,7 @@ ONLY_CUDA = """case "$*" in
 def test_make_alone_lists_the_targets():
     run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = re.findall(r"make (\w+) ", run.stdout)
-    assert targets == ["help", "lab", "demo", "test", "check", "notebooks", "lint", "clean"]
+    assert targets == ["help", "lab", "demo", "test", "alternatives", "check", "notebooks", "lint", "clean"]
 
 
 def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):
@@ -417,10 +417,26 @@ def test_the_readme_shows_the_demo_of_today() -> None:
     assert HEADER in (ROOT / "README.md").read_text()
 
 
-def test_the_lock_of_ray_fulfils_its_extra_and_repeats_nothing():
-    lines = (ROOT / "requirements-ray.lock").read_text("ascii").splitlines()
-    own = {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if not line.startswith("#"))}
+def lock_beside(name):
+    lines = (ROOT / f"requirements-{name}.lock").read_text("ascii").splitlines()
+    return {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if not line.startswith("#"))}
+
+
+def test_the_lock_of_ray_fulfils_its_extra():
     (wanted,) = (Requirement(line) for line in PROJECT["optional-dependencies"]["ray"])
-    (pin,) = own["ray"].specifier
+    (pin,) = lock_beside("ray")["ray"].specifier
     assert wanted.specifier.contains(pin.version) and pin.operator == "=="
-    assert not own.keys() & pins().keys(), "installed twice: .venv-ray lies in front of .venv"
+
+
+@pytest.mark.parametrize("name", ["ray", "alternatives"])
+def test_what_is_installed_beside_is_exact_and_repeats_nothing(name):
+    own = lock_beside(name)
+    assert all([pin.operator for pin in r.specifier] == ["=="] for r in own.values())
+    assert not own.keys() & pins().keys(), f"installed twice: .venv-{name} lies in front of .venv"
+
+
+@pytest.mark.parametrize(("trace", "said"), [("", "no trace given"), ("nothing.jsonl", "nothing.jsonl is not a file")])
+def test_alternatives_without_a_trace_say_so_in_one_line(trace, said):
+    run = subprocess.run(["sh", "scripts/alternatives.sh", trace], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
+    assert run.stderr.startswith(f"alternatives: {said}")
