@@ -7,7 +7,7 @@ import itertools
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +18,6 @@ from kvlab.lab.routers import Holders
 
 class Index(ABC):
     """The blocks of each node, as a router knows them. Times are in seconds and never go back."""
-
-    records: Mapping[int, int]
-    """How many blocks it has for each node."""
 
     @abstractmethod
     def matched(self, now: float, keys: Sequence[int]) -> Counter[int]:
@@ -48,7 +45,6 @@ class Exact(Index):
 
     def __init__(self) -> None:
         self._holders = Holders()
-        self.records = self._holders.records
 
     def matched(self, now: float, keys: Sequence[int]) -> Counter[int]:
         """See `Index`."""
@@ -66,7 +62,6 @@ class Sent(Index):
         self._room = room
         self._kept: dict[int, LRU[int]] = {}
         self._holders = Holders()
-        self.records = self._holders.records
 
     def matched(self, now: float, keys: Sequence[int]) -> Counter[int]:
         """See `Index`."""
@@ -111,7 +106,6 @@ class Events(Index):
         self._seq: Counter[int] = Counter()
         self._has: dict[int, set[int]] = {}
         self._index: Any = BlockIndex(lambda: self._now)  # of any keys, though it says bytes
-        self.records: dict[int, int] = {}
 
     def matched(self, now: float, keys: Sequence[int]) -> Counter[int]:
         """See `Index`."""
@@ -131,7 +125,6 @@ class Events(Index):
         has, seq = self._has.setdefault(node, set()), self._seq[node]
         has.update(added)
         has.difference_update(removed)
-        self.records[node] = len(has)
         for at in self._arrivals(now):
             self._later(at, lambda: self._apply(node, seq, added, removed))
 

@@ -296,7 +296,7 @@ def _replay_nodes(requests: Iterable[Request], setup: Setup, hits: Hits, seconds
     computed, count, idle = [0] * setup.nodes, [0] * setup.nodes, [Running()] * setup.nodes
     room = float("inf") if setup.device is None else float(setup.device)
     for number, request in enumerate(_timed(requests, seconds)):
-        workers = seen(balance, holders.matched(request.blocks), idle, holders.records, room)
+        workers = seen(balance, holders.matched(request.blocks), idle, room)
         chosen = router(len(request.blocks), workers, number)
         gone: list[int] = []
         near = nodes[chosen].serve(request, gone)

@@ -8,8 +8,9 @@ them were compared with the real programs, see `docs/results`.
              requests hold. Source: NVIDIA Dynamo 1.3, "Routing Concepts"; its defaults, temperature 0
     lmetric  the smallest product of both. Source: the same
     sglang   if one worker has far more requests than another, the one with the fewest; else the one with the longest
-             prefix, if it is more than a share of the prompt; else the one with the smallest record.
-             Source: SGLang Model Gateway 0.3, "cache-aware"; its defaults
+             prefix, if it is more than a share of the prompt; else the one with the fewest requests.
+             Source: SGLang Model Gateway 0.3, "cache-aware", its defaults. Its documentation says "smallest tree" for
+             the last rule; the program (sglang-router 0.3.2) goes by requests
     llmd     the largest weighted sum of matched share, short queue and free memory. Source: llm-d router, its
              default profile
 """
@@ -40,7 +41,6 @@ class Seen(Candidate):
         to_compute: blocks of its requests that are not computed yet.
         held: blocks of requests that generate.
         waiting, requests: requests that wait, and all that have not ended.
-        record: blocks that the index has for it.
         memory: the share of its memory that requests hold, 0 … 1.
     """
 
@@ -48,7 +48,6 @@ class Seen(Candidate):
     held: float = 0.0
     waiting: int = 0
     requests: int = 0
-    record: int = 0
     memory: float = 0.0
 
 
@@ -81,7 +80,7 @@ def sglang(blocks: int, workers: Sequence[Seen], routed: int) -> int:
     longest = max(workers, key=lambda w: w.matched)
     if longest.matched > SGLANG_SHARE * blocks:
         return _best(lambda w: -w.matched, workers, routed)
-    return _best(lambda w: w.record, workers, routed)
+    return _best(lambda w: w.requests, workers, routed)
 
 
 def llmd(blocks: int, workers: Sequence[Seen], routed: int) -> int:
@@ -104,7 +103,6 @@ class Holders:
 
     def __init__(self) -> None:
         self._masks: dict[int, int] = {}
-        self.records: Counter[int] = Counter()
 
     def note(self, worker: int, cache: Container[int], used: Iterable[int], gone: Iterable[int]) -> None:
         """Take over what `cache` has now of the blocks that were used there and of those that were evicted."""
@@ -116,13 +114,10 @@ class Holders:
         """Note that a worker has a block, or that it does not."""
         before = self._masks.get(key, 0)
         after = before | (1 << worker) if has else before & ~(1 << worker)
-        if before == after:
-            return
-        self.records[worker] += 1 if has else -1
         if after:
             self._masks[key] = after
         else:
-            del self._masks[key]
+            self._masks.pop(key, None)
 
     def matched(self, keys: Sequence[int]) -> Counter[int]:
         """How many leading blocks each worker has, if any."""
@@ -179,7 +174,6 @@ def seen(
     balance: Balance,
     matched: Mapping[int, int],
     running: Sequence[Running],
-    records: Mapping[int, int],
     room: float,
 ) -> list[Seen]:
     """The workers as `ROUTERS` see them.
@@ -187,7 +181,6 @@ def seen(
     Args:
         matched: leading blocks of the request, by worker.
         running: what each worker does.
-        records: blocks that the index has, by worker.
         room: blocks that the memory of a worker holds.
     """
     workers = []
@@ -196,7 +189,7 @@ def seen(
         workers.append(
             Seen(
                 c.worker, c.matched, c.load, c.share, now.to_compute, now.held, now.waiting, now.requests,
-                records.get(c.worker, 0), min(1.0, (now.held + now.to_compute) / room) if room else 1.0,
+                min(1.0, (now.held + now.to_compute) / room) if room else 1.0,
             )
         )  # fmt: skip
     return workers

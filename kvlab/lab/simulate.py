@@ -274,7 +274,7 @@ class _World:
         now, keys = request.at_s, request.blocks
         self.run(now)
         matched = self.index.matched(now, keys)
-        workers = seen(self.balance, matched, self.running, self.index.records, self.room)
+        workers = seen(self.balance, matched, self.running, self.room)
         node = self.router(len(keys), workers, number)
         work = request.tokens - matched[node] * self.block_tokens + request.new
         self.balance.give(node, number, max(0, ceil(work / self.block_tokens)))

@@ -31,14 +31,14 @@ def test_lmetric_takes_the_least_product() -> None:
 
 
 def test_sglang_follows_long_prefixes_until_one_worker_has_far_more_requests() -> None:
-    def chosen(matched: list[float], requests: list[float], record: list[float]) -> int:
-        return sglang(10, workers(matched=matched, requests=requests, record=record), 0)
+    def chosen(matched: list[float], requests: list[float]) -> int:
+        return sglang(10, workers(matched=matched, requests=requests), 0)
 
-    assert chosen([4, 0], [64, 0], [9, 1]) == 0, "64 more is not more than 64"
-    assert chosen([4, 0], [65, 0], [9, 1]) == 1
-    assert chosen([4, 0], [300, 201], [9, 1]) == 0, "not 1.5 times as many"
-    assert chosen([3, 0], [0, 0], [9, 1]) == 1, "a share of 0.3 is not more than 0.3: the smaller record"
-    assert chosen([4, 0], [0, 0], [9, 1]) == 0
+    assert chosen([4, 0], [64, 0]) == 0, "64 more is not more than 64"
+    assert chosen([4, 0], [65, 0]) == 1
+    assert chosen([4, 0], [300, 201]) == 0, "not 1.5 times as many"
+    assert chosen([3, 0], [2, 1]) == 1, "a share of 0.3 is not more than 0.3: the one with fewer requests"
+    assert chosen([4, 0], [2, 1]) == 0
 
 
 def test_llmd_weighs_prefix_queue_and_memory() -> None:
@@ -53,7 +53,7 @@ def test_llmd_weighs_prefix_queue_and_memory() -> None:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_of_equal_workers_each_gets_its_share(name: str) -> None:
-    same = workers(matched=[0] * 5, record=[0] * 5)
+    same = workers(matched=[0] * 5)
     assert sorted(ROUTERS[name](7, same, routed) for routed in range(10)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -71,7 +71,6 @@ def test_holders_know_what_sets_know() -> None:
             if (n := next((i for i, k in enumerate(keys) if k not in some), len(keys)))
         }
         assert {w: n for w, n in holders.matched(keys).items() if n} == expected
-    assert {w: n for w, n in holders.records.items() if n} == {w: len(some) for w, some in enumerate(sets) if some}
 
 
 def test_what_routers_see_of_work() -> None:
@@ -80,13 +79,13 @@ def test_what_routers_see_of_work() -> None:
     running[1].begin(missing=2)
     running[1].generate(missing=3, blocks=8)
     balance.give(1, "r", 13)
-    one, two = seen(balance, {1: 4}, running, {1: 6}, room=20.0)
+    one, two = seen(balance, {1: 4}, running, room=20.0)
     assert one == Seen(0)
     assert (two.matched, two.load, two.share) == (4, 13, 13)
-    assert (two.to_compute, two.held, two.waiting, two.requests, two.record) == (2, 8, 1, 2, 6)
+    assert (two.to_compute, two.held, two.waiting, two.requests) == (2, 8, 1, 2)
     assert two.memory == (2 + 8) / 20
     running[1].end(blocks=8)
     running[1].generate(missing=2, blocks=5)
     running[1].end(blocks=5)
     assert running[1] == Running()
-    assert seen(balance, {}, running, {}, room=0.0)[0].memory == 1.0, "without room, memory is always full"
+    assert seen(balance, {}, running, room=0.0)[0].memory == 1.0, "without room, memory is always full"
