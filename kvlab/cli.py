@@ -177,11 +177,13 @@ def _serve(workers: int, router: str, requests: int, rate: float, store: str | N
     return SUCCESS
 
 
-def _replay(trace: str, block: int | None, curve: bool, json: bool, **options: Any) -> int:
+def _replay(trace: str, block: int | None, ids: str | None, curve: bool, json: bool, **options: Any) -> int:
     from kvlab.lab import replay, tables, traces
 
-    requests = traces.Trace(trace, block)
+    requests = traces.Trace(trace, block, ids=ids)
     if curve:
+        if _setup(**options) != replay.Setup():
+            raise InputError("expected --curve alone: it is that of LRU on one node, at every capacity")
         result = replay.curve_table(requests)
     else:
         result = replay.replay(requests, requests.block_tokens, _setup(**options)).as_json()
@@ -190,14 +192,22 @@ def _replay(trace: str, block: int | None, curve: bool, json: bool, **options: A
 
 
 def _simulate(
-    trace: str, block: int | None, costs: str, index: str, speed: float, bucket: float, json: bool, **options: Any
+    trace: str,
+    block: int | None,
+    ids: str | None,
+    costs: str,
+    index: str,
+    speed: float,
+    bucket: float,
+    json: bool,
+    **options: Any,
 ) -> int:
     from kvlab.lab import tables, traces
     from kvlab.lab.costs import COSTS
     from kvlab.lab.indexes import INDEXES
     from kvlab.lab.simulate import simulate
 
-    requests = traces.Trace(trace, block)
+    requests = traces.Trace(trace, block, ids=ids)
     for value, names, what in ((costs, COSTS, "costs"), (index, INDEXES, "index")):
         if value not in names:
             raise InputError(f"expected one of {', '.join(names)} as --{what}, got {value!r}")
@@ -240,7 +250,7 @@ def _count(text: str) -> int:
 
 def _rate(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0.000001 to 999999.999999, got {text!r}")
     return float(text)
 
 
@@ -249,11 +259,13 @@ def _seconds(text: str) -> float:
 
 
 def _capacity(text: str) -> int | None:
+    if text == "0":
+        return 0
     return None if text == "inf" else _count(text)
 
 
 def _capacities(text: str) -> list[int | None]:
-    parts = [0 if part == "0" else _capacity(part) for part in text.split(",")]
+    parts = [_capacity(part) for part in text.split(",")]
     if len(parts) not in (2, 3) or None in parts[1:]:
         raise argparse.ArgumentTypeError(f"expected two or three numbers as 6000,12000, got {text!r}")
     return parts
@@ -290,13 +302,18 @@ FILE = Option(
 BLOCK = Option(
     "--block", "tokens in a block of the trace (default: that of its form)", {"type": _count, "metavar": "N"}
 )
+IDS = Option(
+    "--ids",
+    "what an id of the trace stands for: prefix (a block and all before it) or content (one block)",
+    {"choices": ["prefix", "content"], "metavar": "NAME"},
+)
 CACHES = (
     Option(
         "--policy", "fifo, lru (default), lfu, s3fifo, arc or belady (a bound)", {"default": "lru", "metavar": "NAME"}
     ),
     Option(
         "--capacity",
-        "blocks that each node has room for (default inf)",
+        "blocks that each node has room for, 0 for no cache (default inf)",
         {"type": _capacity, "metavar": "BLOCKS"},
     ),
     Option(
@@ -340,7 +357,8 @@ BUCKET = Option(
 IMPORT = (
     Option(
         "file",
-        "JSONL: a prompt, messages or tokens on each line; a time and an answer if known",
+        'JSONL, on each line "prompt", "messages" or "tokens"; if known "answer" or "output_length", and "at_s" '
+        '(seconds) or "timestamp" (milliseconds)',
         {"metavar": "PROMPTS"},
     ),
     Option("--out", "the trace", {"metavar": "FILE", "required": True}),
@@ -377,13 +395,13 @@ COMMANDS = (
         "replay",
         "hit rates of a trace, without time: policies, tiers, several nodes and their router",
         _replay,
-        (FILE, BLOCK, *CACHES, CURVE, JSON),
+        (FILE, BLOCK, IDS, *CACHES, CURVE, JSON),
     ),
     Command(
         "simulate",
         "time to first token of a trace on simulated nodes: queues, prefills, transfers",
         _simulate,
-        (FILE, BLOCK, *CACHES, COSTS, INDEX, SPEED, BUCKET, JSON),
+        (FILE, BLOCK, IDS, *CACHES, COSTS, INDEX, SPEED, BUCKET, JSON),
     ),
     Command(
         "trace import",

@@ -204,6 +204,8 @@ def trace(tmp_path: Path) -> str:
         ("", {"device": 5}),
         ("--capacity inf --policy arc", {"device": 5}),
         ("--capacity 1", {}),
+        ("--capacity 0", {}),
+        ("--ids content", {"device": 5}),
         ("--capacity 2 --policy belady", {"device": 4}),
         ("--tiers 2,9", {"device": 3, "host": 2}),
         ("--tiers 0,9 --mode exclusive", {"host": 5}),
@@ -243,9 +245,12 @@ def test_simulate_lets_requests_come_faster_and_spreads_them(trace: str, capsys:
     [
         ("replay {} --router magic", "expected one of round_robin, least_loaded, .* as the router, got 'magic'"),
         ("replay {} --policy belady", "expected a capacity for belady"),
-        ("replay {} --block 16", "line 1: expected 64 hash_ids .* blocks of 512 fit: give their size"),
+        ("replay {} --block 16", "line 1: expected 64 hash_ids .* this fits blocks of 512: use --block"),
         ("replay {} --tiers 1,2 --capacity 5", "expected --capacity or --tiers, got both"),
         ("replay {} --mode exclusive", "expected a host tier"),
+        ("replay {} --curve --policy arc", "expected --curve alone"),
+        ("replay {} --curve --ttl 5", "expected --curve alone"),
+        ("replay {} --nodes 99999999", "expected at most 10,000 nodes"),
         ("replay .", "expected a trace file, got: Is a directory"),
         ("simulate {} --costs dear", "expected one of llama8b_h100 as --costs, got 'dear'"),
         ("simulate {} --index no", "expected one of exact, sent, events, naive as --index, got 'no'"),
@@ -261,7 +266,7 @@ def test_mistakes_of_replays_are_one_line(
 
 
 @pytest.mark.parametrize(
-    "options", ["--tiers 1", "--tiers 1,inf", "--capacity 0", "--capacity x", "--nodes 0", "--ttl -1"]
+    "options", ["--tiers 1", "--tiers 1,inf", "--capacity -1", "--capacity x", "--nodes 0", "--ttl -1"]
 )
 def test_options_of_replays_that_are_no_numbers(options: str, trace: str) -> None:
     with pytest.raises(SystemExit) as stopped:

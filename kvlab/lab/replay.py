@@ -30,10 +30,12 @@ from kvlab.lab.traces import Request
 
 SOURCES: Final = ("device", "host", "store")
 ENDLESS: Final = sys.maxsize
+MOST_NODES: Final = 10_000
 ABOUT: Final = (
     "a request finds the leading blocks that are there. hit_rate: found / all, by blocks, by tokens, by full blocks, "
     "and the mean of the shares of all requests; hits_by_source: blocks found by tier; imbalance: blocks that the "
-    "busiest node did not find, by the mean; accesses_per_s: blocks replayed a second, without reading the file"
+    "busiest node computes, divided by the mean, 1 is even; span_s: from the first request to the last; "
+    "accesses_per_s: blocks replayed a second, without reading the file"
 )
 POLICY_NAMES: Final = (*POLICIES, "belady")
 MODES: Final = ("inclusive", "exclusive")
@@ -148,10 +150,15 @@ class Hits:
     found_tokens: int = 0
     found_full_blocks: int = 0
     shares: float = 0.0
+    begin_s: float = 0.0
+    end_s: float = 0.0
 
     def add(self, request: Request, found: Sequence[int]) -> None:
         """Count a request that found so many blocks, by source."""
         total, size, full = sum(found), len(request.blocks), request.tokens // self.block_tokens
+        if not self.requests:
+            self.begin_s = request.at_s
+        self.end_s = request.at_s
         self.requests += 1
         self.blocks += size
         self.tokens += request.tokens
@@ -205,6 +212,7 @@ class Replayed:
             "hits_by_source": {source: hits.by_source[source] for source in SOURCES},
             "imbalance": self.imbalance,
             "accesses_per_s": hits.blocks / self.seconds if self.seconds else None,
+            "span_s": hits.end_s - hits.begin_s,
             "requests": hits.requests,
             "blocks": hits.blocks,
             "tokens": hits.tokens,
@@ -242,6 +250,8 @@ class Setup:
         for name, names in (("policy", POLICY_NAMES), ("mode", MODES), ("router", tuple(ROUTERS))):
             if getattr(self, name) not in names and not callable(getattr(self, name)):
                 raise InputError(f"expected one of {', '.join(names)} as the {name}, got {getattr(self, name)!r}")
+        if self.nodes > MOST_NODES:
+            raise InputError(f"expected at most {MOST_NODES:,} nodes, got {self.nodes:,}")
         if self.nodes < 1 or any((size or 0) < 0 for size in (self.device, self.host, self.store)):
             raise InputError(f"expected at least one node and capacities of 0 or more, got {self}")
         if self.ttl_s is not None and not self.ttl_s >= 0:
@@ -369,7 +379,7 @@ def curve_table(requests: Iterable[Request], points: int = 24) -> dict[str, Any]
     last = len(curve) - 1
     capacities = sorted({round(last ** (i / (points - 1))) for i in range(points)})
     return {
-        "about": "hit_rate: found blocks / all blocks of an LRU cache of so many blocks; the last one misses nothing",
+        "about": "hit_rate: found / all blocks of an LRU cache of so many blocks; the last one equals an endless one",
         "blocks": blocks,
         "rows": [{"capacity": c, "hit_rate": curve[c] / blocks if blocks else 0.0} for c in capacities],
     }

@@ -30,8 +30,9 @@ from kvlab.lab.serving import percentile
 from kvlab.lab.traces import Request
 
 ABOUT: Final = (
-    "hit_rate, hits_by_source, imbalance: as in a replay; ttft: seconds from the arrival of a request to its first "
-    "token, at percentiles; end_to_end: to its last one; busy: the share of the time in which nodes compute or generate"
+    "hit_rate, hits_by_source, imbalance, span_s: as in a replay; ttft: seconds from the arrival of a request to its "
+    "first token, at percentiles; end_to_end: to its last one; busy: the share of the time in which nodes compute or "
+    "generate"
 )
 COMPUTED: Final = "computed"
 ENDED: Final = "ended"
@@ -211,6 +212,7 @@ class Simulated:
             "hit_rate": self.hits.rates(),
             "hits_by_source": {name: self.hits.by_source[name] for name in SOURCES},
             "imbalance": self.imbalance,
+            "span_s": self.hits.end_s - self.hits.begin_s,
             "ttft_mean_s": sum(ttft) / len(ttft),
             **{f"ttft_p{p}_s": percentile(ttft, p) for p in (50, 95, 99)},
             "end_to_end_p95_s": percentile(end_to_end, 95),

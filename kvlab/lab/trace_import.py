@@ -38,6 +38,9 @@ SHORTEST_SALT: Final = 16
 DEFAULT_BLOCK: Final = {"kvlab": 16, **BLOCK_TOKENS}
 _PROMPTS: Final = ("prompt", "messages", "tokens")
 _TIMES: Final = {"timestamp": 1000, "at_s": 1}
+_UNITS: Final = {"timestamp": "milliseconds", "at_s": "seconds"}
+SECONDS_NOW: Final = (1e9, 1e10)
+"""Seconds since 1970 in our days. As milliseconds, they would be days of January 1970."""
 _TOLD: Final = (
     "the file tells its reader when each request came, how long its prompt and its answer are, and which prompts "
     "begin alike, so whoever knows one of these prompts finds those that begin like it; "
@@ -53,7 +56,8 @@ class Imported:
         requests, tokens: how many, and tokens of all prompts.
         answers: requests whose answer has a known length; the length of others is written as 0.
         texts: requests whose answer has a text; their blocks are in the trace if its form has a place for them.
-        timed: whether the lines have times. Without, the requests come one second apart.
+        timed: the field that times are from. Without, the requests come one second apart.
+        first, span_s: the first value of that field, and seconds from the first request to the last.
         joined: why messages were joined without a chat template; None if none were.
         salt_file: where the salt is from; None if it was not kept.
     """
@@ -65,17 +69,25 @@ class Imported:
     tokens: int = 0
     answers: int = 0
     texts: int = 0
-    timed: bool = True
+    timed: str = ""
+    first: float = 0.0
+    span_s: float = 0.0
     joined: str | None = None
 
     def lines(self) -> list[str]:
         """Return what the user should know, as lines of text; the last one is what the file gives away."""
         count, unknown = f"{self.requests:,} requests", self.requests - self.answers
         lines = [f"{count} with {self.tokens:,} prompt tokens, form {self.form}, blocks of {self.block_tokens} tokens"]
-        if not self.timed:
+        if self.timed:
+            lines.append(f"times: from {self.timed} ({_UNITS[self.timed]}), over {self.span_s:g} s")
+            if self.timed == "timestamp" and SECONDS_NOW[0] < self.first < SECONDS_NOW[1]:
+                lines.append("warning: these times look like seconds since 1970; if so, name the field at_s")
+        else:
             lines.append("times: the lines have none, so the requests come one second apart")
         if unknown:
-            lines.append(f"answers: {unknown:,} have no length, which is written as 0")
+            lines.append(
+                f"answers: {unknown:,} have no length, which is written as 0; a simulation makes them in no time"
+            )
         if self.texts and self.form != "kvlab":
             lines.append("answers: their blocks are not written; only the form kvlab has a place for them")
         if self.joined:
@@ -187,7 +199,7 @@ class _Reader:
             raise InputError("expected timestamp (ms) or at_s, got both")
         name = names[0] if names else ""
         if self._time is None:
-            self._time, self._done.timed = name, bool(name)
+            self._time = self._done.timed = name
         if name != self._time:
             raise InputError(
                 f"expected {self._time or 'no time'} as in the first line, got {name or 'no time'}; "
@@ -201,9 +213,11 @@ class _Reader:
         at_s = at / _TIMES[name]
         if not self._done.requests:
             self._begin = self._last = at_s
+            self._done.first = at
         if at_s < self._last:
             raise InputError(f"comes {self._last - at_s:g} s before the line before it; sort the lines by time")
         self._last = at_s
+        self._done.span_s = at_s - self._begin
         return at_s - self._begin
 
     def _prompt(self, row: dict[str, Any]) -> tuple[list[int], str]:

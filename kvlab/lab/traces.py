@@ -122,7 +122,7 @@ class Trace:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
-            with self.file.open(encoding="utf-8") as lines:
+            with self.file.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield number, self._row(number, line)
@@ -145,14 +145,17 @@ class Trace:
             raise self._wrong(number, f"expected the fields {', '.join(_OWN[:4])}; missing: {', '.join(missing)}")
         at, tokens, new, ids = (row[name] for name in _OWN[:4])
         kept = row.get("kept_ids")
-        if not _is_number(at) or not _is_count(tokens) or not _is_count(new) or tokens == 0:
-            raise self._wrong(number, f"expected a time and two lengths, got {at!r}, {tokens!r} and {new!r}")
+        if not _is_number(at):
+            raise self._wrong(number, f"expected timestamp as a number below 1e15, got {at!r:.60}")
+        for name, length, least in (("input_length", tokens, 1), ("output_length", new, 0)):
+            if not _is_count(length) or length < least:
+                raise self._wrong(number, f"expected {name} as a whole number from {least}, got {length!r:.60}")
         if not all(_are_ids(some) for some in (ids, ids if kept is None else kept)):
             raise self._wrong(number, "expected hash_ids to be a list of whole numbers or of texts")
-        if kept is not None and len(kept) > -(-(tokens + new) // self.block_tokens):
-            raise self._wrong(number, f"expected at most one of kept_ids for each block of {tokens} + {new} tokens")
         if row.get("block_size", self.block_tokens) != self.block_tokens:
             raise self._wrong(number, f"expected a block size of {self.block_tokens}, got {row['block_size']!r}")
+        if kept is not None and len(kept) > -(-(tokens + new) // self.block_tokens):
+            raise self._wrong(number, f"expected at most one of kept_ids for each block of {tokens} + {new} tokens")
         self._check_length(number, tokens, len(ids))
         extra = {name: value for name, value in row.items() if name not in _OWN}
         return Request(at if self.form == "bailian" else at / 1000, tokens, new, ids, kept, extra)
@@ -162,7 +165,7 @@ class Trace:
         if ids == -(-tokens // size):
             return
         fitting = [2**i for i in range(21) if -(-tokens // 2**i) == ids]
-        remedy = f"; blocks of {' or '.join(map(str, fitting))} fit: give their size" if fitting else ""
+        remedy = f"; this fits blocks of {' or '.join(map(str, fitting))}: use --block" if fitting else ""
         raise self._wrong(
             number, f"expected {-(-tokens // size)} hash_ids for {tokens} tokens in blocks of {size}, got {ids}{remedy}"
         )
@@ -184,7 +187,7 @@ class _Prefixes:
             if known.get(key, before) != before:
                 raise InputError(
                     f"block {i} has the id {key!r}, which followed another block before: ids must stand for whole "
-                    f'prefixes; if they stand for the content of blocks, read them with ids "content"'
+                    f"prefixes; if they stand for the content of single blocks: --ids content"
                 )
             if len(known) < CHECKED_IDS:
                 known[key] = before

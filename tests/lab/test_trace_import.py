@@ -165,7 +165,7 @@ def test_answers_are_kept_as_their_text_encodes(tmp_path: Path) -> None:
     assert part.kept == trace_ids(tokens, 16, SALT, new[:50])[1] and len(part.kept) < len(whole.kept or ())
     assert length.kept == empty.kept == unknown.kept == trace_ids(tokens, 16, SALT)[1]
     assert done.answers == 5
-    assert "answers: 1 have no length, which is written as 0" in done.lines()
+    assert any(line.startswith("answers: 1 have no length, which is written as 0") for line in done.lines())
 
 
 @pytest.mark.parametrize(("name", "factor"), [("timestamp", 1000), ("at_s", 1)])
@@ -173,7 +173,17 @@ def test_times_count_from_the_first_request(name: str, factor: int, tmp_path: Pa
     times = [1_700_000_000.5, 1_700_000_000.5, 1_700_000_003, 1_700_009_000.25]
     done, trace = imported(tmp_path, *({"tokens": [1], name: at * factor} for at in times))
     assert [request.at_s for request in trace] == [0, 0, 2.5, 8999.75]
-    assert done.timed and not any(line.startswith("times:") for line in done.lines())
+    told = {
+        "timestamp": "times: from timestamp (milliseconds), over 8999.75 s",
+        "at_s": "times: from at_s (seconds), over",
+    }
+    assert any(line.startswith(told[name]) for line in done.lines())
+    assert not any(line.startswith("warning") for line in done.lines())
+
+
+def test_seconds_that_are_called_milliseconds_are_noticed(tmp_path: Path) -> None:
+    done, _ = imported(tmp_path, *({"tokens": [1], "timestamp": at} for at in (1_700_000_000.5, 1_700_000_300)))
+    assert "warning: these times look like seconds since 1970; if so, name the field at_s" in done.lines()
 
 
 def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -380,12 +390,12 @@ def test_the_command_says_what_the_file_gives_away(tmp_path: Path, capsys: pytes
     first = capsys.readouterr().out.splitlines()
     assert main([*arguments, "--salt-file", str(tmp_path / "salt")]) == SUCCESS
     second = capsys.readouterr().out.splitlines()
-    assert len(first) == len(second) == 2, "what was written, and one sentence"
-    for line in (first[1], second[1]):
+    assert len(first) == len(second) == 3, "what was written, its times, and one sentence"
+    for line in (first[2], second[2]):
         assert line.startswith("the file tells its reader when each request came, how long its prompt and its answer")
         assert "which prompts begin alike" in line
-    assert first[1].endswith("the salt was not kept, so nobody can test whether a text is in it")
-    assert second[1].endswith(f"whoever has the salt in {tmp_path / 'salt'} can test for any text whether it is in it")
+    assert first[2].endswith("the salt was not kept, so nobody can test whether a text is in it")
+    assert second[2].endswith(f"whoever has the salt in {tmp_path / 'salt'} can test for any text whether it is in it")
 
 
 def test_a_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:

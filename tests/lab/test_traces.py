@@ -74,6 +74,11 @@ def test_a_real_trace_is_written_as_it_was() -> None:
     assert again.getvalue() == TRACE.read_text()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("\ufeff" + json.dumps(ROW), "utf-8")
+    assert len(list(Trace(tmp_path / "t"))) == 1
+
+
 def test_a_trace_is_read_a_line_at_a_time(tmp_path: Path) -> None:
     file = tmp_path / "large.jsonl"
     with file.open("w") as lines:
@@ -106,13 +111,17 @@ def test_a_file_is_replaced_only_when_all_is_written(tmp_path: Path) -> None:
         ("[1]", r"expected a JSON object, got '\[1\]'"),
         ("[" * 100_000, "expected a JSON object"),
         ({"timestamp": 0}, "missing: input_length, output_length, hash_ids"),
-        ({**ROW, "timestamp": None}, "expected a time and two lengths, got None"),
-        ({**ROW, "timestamp": True}, "expected a time and two lengths, got True"),
-        ('{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "expected a time .* got nan"),
-        ('{"timestamp": 1e999, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "expected a time .* got inf"),
-        ({**ROW, "input_length": 0, "hash_ids": []}, "expected a time and two lengths"),
-        ({**ROW, "input_length": -5}, "expected a time and two lengths"),
-        ({**ROW, "output_length": 1.5}, "expected a time and two lengths"),
+        ({**ROW, "timestamp": None}, "expected timestamp as a number below 1e15, got None"),
+        ({**ROW, "timestamp": True}, "expected timestamp as a number below 1e15, got True"),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "expected timestamp .* got nan"),
+        (
+            '{"timestamp": 1e999, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
+            "expected timestamp .* got inf",
+        ),
+        ({**ROW, "input_length": 0, "hash_ids": []}, "expected input_length as a whole number from 1, got 0"),
+        ({**ROW, "input_length": 10**30}, "expected input_length as a whole number from 1, got 1000"),
+        ({**ROW, "input_length": -5}, "expected input_length as a whole number from 1, got -5"),
+        ({**ROW, "output_length": 1.5}, "expected output_length as a whole number from 0, got 1.5"),
         ({**ROW, "hash_ids": 4}, "expected hash_ids to be a list of whole numbers or of texts"),
         ({**ROW, "hash_ids": [1, 2, [3]]}, "expected hash_ids to be a list"),
         ({**ROW, "hash_ids": [1, 2, 3.5]}, "expected hash_ids to be a list"),
@@ -121,15 +130,16 @@ def test_a_file_is_replaced_only_when_all_is_written(tmp_path: Path) -> None:
         ({**ROW, "kept_ids": [1, 2, 3, 4]}, "expected at most one of kept_ids for each block of 1025 \\+ 7 tokens"),
         (
             {**ROW, "hash_ids": [1, 2]},
-            "expected 3 hash_ids for 1025 tokens in blocks of 512, got 2; blocks of 1024 fit",
+            "expected 3 hash_ids for 1025 tokens in blocks of 512, got 2; this fits blocks of 1024: use --block",
         ),
-        ({**ROW, "hash_ids": list(range(65))}, "got 65; blocks of 16 fit: give their size"),
+        ({**ROW, "hash_ids": list(range(65))}, "got 65; this fits blocks of 16: use --block"),
         ({**ROW, "hash_ids": list(range(60))}, "expected 3 hash_ids for 1025 tokens in blocks of 512, got 60$"),
         ({**ROW, "block_size": 64}, "expected a block size of 512, got 64"),
+        ({**ROW, "block_size": 64, "kept_ids": [1] * 99}, "expected a block size of 512, got 64"),
         ({**ROW, "timestamp": 499}, r"comes at 0\.499 s, after a line at 0\.5 s; sort the lines by time"),
         ({**ROW, "hash_ids": [4, 6, 5]}, "block 1 has the id 6, which followed another block before"),
         ({**ROW, "hash_ids": [4, 5, 4]}, "block 2 has the id 4, which followed another block before"),
-        ({**ROW, "hash_ids": [9, 5, 6]}, 'block 1 has the id 5, which .* stand for whole prefixes; .* ids "content"'),
+        ({**ROW, "hash_ids": [9, 5, 6]}, "block 1 has the id 5, which .* stand for whole prefixes; .*: --ids content"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(row: Any, told: str, tmp_path: Path) -> None:
