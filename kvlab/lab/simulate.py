@@ -238,7 +238,7 @@ def simulate(
         plan: fetch from the store only where that is expected to be sooner than computing.
 
     Raises:
-        InputError: there are no requests, or the setup is only for replays.
+        InputError: there are no requests, they are not in order, or the setup is only for replays.
     """
     if setup.policy == "belady":
         raise InputError("expected a policy that can run, got belady: it knows the future")
@@ -274,6 +274,10 @@ class _World:
     def arrive(self, number: int, request: Request) -> None:
         """Route a request that comes now, and queue it on its node."""
         now, keys = request.at_s, request.blocks
+        if self.jobs and now < self.jobs[-1].request.at_s:
+            raise InputError(
+                f"expected requests in the order of their arrival, got request {number} before the last one"
+            )
         self.run(now)
         matched = self.index.matched(now, keys)
         workers = seen(self.balance, matched, self.running, self.room)

@@ -67,12 +67,20 @@ def from_blocks(chains: Iterable[Sequence[int]], block_tokens: int = 1) -> list[
 def spread(requests: Iterable[Request], bucket_s: float = 0.0, speed: float = 1.0) -> Iterator[Request]:
     """Spread requests of one time evenly over the `bucket_s` seconds after it, then let all come `speed` times as fast.
 
+    Their order stays: where the next time is sooner, they are spread up to it.
     Many traces have coarse times: that of Mooncake has all requests of three seconds at one of them.
     """
-    for _, group in itertools.groupby(requests, lambda request: request.at_s):
-        same = list(group)
-        for place, request in enumerate(same):
-            yield replace(request, at_s=(request.at_s + bucket_s * place / len(same)) / speed)
+    before: list[Request] = []
+    for at, group in itertools.groupby(requests, lambda request: request.at_s):
+        if before:
+            yield from _spread(before, min(bucket_s, at - before[0].at_s), speed)
+        before = list(group)
+    yield from _spread(before, bucket_s, speed)
+
+
+def _spread(same: list[Request], seconds: float, speed: float) -> Iterator[Request]:
+    for place, request in enumerate(same):
+        yield replace(request, at_s=(request.at_s + seconds * place / len(same)) / speed)
 
 
 class Trace:

@@ -125,6 +125,8 @@ def test_results_have_names_that_do_not_change() -> None:
 def test_what_cannot_be_simulated_is_refused() -> None:
     with pytest.raises(InputError, match="expected at least one request"):
         simulate([], 16, Setup(), SECOND)
+    with pytest.raises(InputError, match="in the order of their arrival, got request 1 before"):
+        simulate([Request(5, 1, 1, [1]), Request(4, 1, 1, [2])], 1, Setup(), SECOND)
     with pytest.raises(InputError, match="it knows the future"):
         simulate([Request(0, 1, 1, [1])], 1, Setup("belady", 5), SECOND)
 

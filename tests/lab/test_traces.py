@@ -200,3 +200,10 @@ def test_requests_of_one_time_are_spread_in_their_order() -> None:
     assert [r.at_s for r in spread(requests, 3.0)] == [0.0, 1.0, 2.0, 3.0, 6.0, 7.5]
     assert [r.at_s for r in spread(requests, 0.0, speed=2.0)] == [0.0, 0.0, 0.0, 1.5, 3.0, 3.0]
     assert [r.blocks for r in spread(requests, 3.0)] == [r.blocks for r in requests]
+
+
+def test_spread_requests_never_pass_those_of_the_next_time() -> None:
+    requests = [Request(at, 1, 1, [n]) for n, at in enumerate([0.0, 0.0, 1.0, 1.0, 9.0, 9.0])]
+    times = [r.at_s for r in spread(requests, 3.0)]
+    assert times == [0.0, 0.5, 1.0, 2.5, 9.0, 10.5] == sorted(times)
+    assert not list(spread([], 3.0))
