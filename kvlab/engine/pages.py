@@ -116,6 +116,7 @@ class PagePool:
             one, nothing is remembered after a table is closed.
         page_tokens: tokens in a page.
         policy: the eviction policy, a name in `kvlab.core.policies.POLICIES`.
+        prefix_caching: False to remember nothing even with a namespace.
 
     Attributes:
         data: [L, P, H, pages, page_tokens, D].
@@ -135,6 +136,7 @@ class PagePool:
         namespace: Namespace | None = None,
         page_tokens: int = PAGE_TOKENS,
         policy: str = "lru",
+        prefix_caching: bool = True,
     ) -> None:
         for name, size in (("pages", pages), ("page_tokens", page_tokens)):
             if type(size) is not int or size < 1:
@@ -142,7 +144,7 @@ class PagePool:
         if namespace is not None and namespace.block_tokens % page_tokens:
             sizes = f"blocks of {namespace.block_tokens} tokens and pages of {page_tokens}"
             raise ConfigError(f"expected a block that is made of whole pages, got {sizes}")
-        self.namespace, self.page_tokens = namespace, page_tokens
+        self.namespace, self.page_tokens, self.prefix_caching = namespace, page_tokens, prefix_caching
         self.pages_per_block = namespace.block_tokens // page_tokens if namespace else pages
         self.data = model.new_kv(pages * page_tokens)[:, :, 0].unflatten(3, (pages, page_tokens))
         self.free = Runs(pages)
@@ -261,7 +263,7 @@ class PagePool:
         per_block = self.pages_per_block
         if len(keys) * per_block > len(table.pages) or list(keys[: len(table.keys)]) != table.keys[: len(keys)]:
             raise InputError(f"expected the keys of the {len(table.pages) // per_block} full blocks of this table")
-        for i in range(len(table.keys), len(keys)):
+        for i in range(len(table.keys), len(keys) if self.prefix_caching else 0):
             if keys[i] not in self.index:
                 pages = table.pages[i * per_block : (i + 1) * per_block]
                 displaced = self.index.add(keys[i], Block(pages, keys[i - 1] if i else None))

@@ -30,7 +30,7 @@ from kvlab.engine.pages import PagePool, PoolExhausted
 from kvlab.engine.requests import Busy, Output
 from kvlab.engine.scheduler import IDLE_S, Scheduler
 from kvlab.engine.tiers import TieredCache
-from kvlab.errors import InputError, KVLabError
+from kvlab.errors import ConfigError, InputError, KVLabError
 from kvlab.model import load_model
 
 TICK_S: Final = 0.25
@@ -57,6 +57,7 @@ class WorkerSettings:
         pages: of the page pool, 16 tokens each.
         host_bytes: host memory for blocks, in front of the store.
         tiers: further settings of `TieredCache`.
+        prefix_caching: whether pages of earlier requests are used again. With a store they always are.
         max_batch, max_step_tokens: see `Scheduler`.
         threads: of PyTorch, in each worker.
     """
@@ -70,6 +71,7 @@ class WorkerSettings:
     pages: int = 1024
     host_bytes: int = 64 << 20
     tiers: Mapping[str, Any] = field(default_factory=dict)
+    prefix_caching: bool = True
     max_batch: int = 16
     max_step_tokens: int = 256
     threads: int = 1
@@ -93,6 +95,8 @@ def build(settings: WorkerSettings, max_waiting: int) -> Scheduler:
     Raises:
         KVLabError: a setting cannot be used.
     """
+    if settings.store and not settings.prefix_caching:
+        raise ConfigError("expected prefix_caching with a store, got False: what comes from a store is found by prefix")
     torch.set_num_threads(settings.threads)
     model = load_model(settings.model) if settings.model else load_model()
     cache = DistributedKVCache(
@@ -105,7 +109,7 @@ def build(settings: WorkerSettings, max_waiting: int) -> Scheduler:
     )
     return Scheduler(
         model,
-        PagePool(model, settings.pages, cache.namespace),
+        PagePool(model, settings.pages, cache.namespace, prefix_caching=settings.prefix_caching),
         TieredCache(cache, settings.host_bytes, **settings.tiers) if settings.store else None,
         max_batch=settings.max_batch,
         max_step_tokens=settings.max_step_tokens,

@@ -5,6 +5,7 @@ its text encodes to.
 
 An answer is what the model samples, and this may be another split of its text into tokens than the tokenizer's. The
 next prompt has the text of the answer, encoded anew, so from there on the blocks of such an answer are not found.
+Answers are parts of the text too, unless a model gives them (`Reply`): then a real engine computes the same ones.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SPREAD: Final = 1.0
 """Sigma of lognormal lengths, assumed: between answers in ServeGen (exponential: 0.8) and TraceLab (1.3)."""
 CLEARED_AFTER: Final = 4
 SMALLEST_ROOM: Final = 64
+Reply = Callable[[list[int], int], list[int]]
+"""Returns so many tokens that a model samples after a prompt."""
 MARGIN: Final = 8
 """A message may encode to some tokens more than it was cut to, and an answer be sampled with some more."""
 
@@ -78,6 +81,10 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """Return a message with this text."""
         return [*self._tokenizer.encode(text), END]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, without the ends of messages in it."""
+        return self._tokenizer.decode([token for token in tokens if token != END])
 
     def message(self, number: int, length: int) -> list[int]:
         """Return a message of about `length` tokens. Different numbers begin at different places of the text."""
@@ -138,6 +145,7 @@ class Talk:
         gap_s, gap_spread: seconds between two turns: their mean, and their sigma.
         retokenised: see `RETOKENISED`.
         cleared: of messages that are `CLEARED_AFTER` turns old only a note is left.
+        reply: gives the answers; without one they are parts of the text, and `retokenised` counts.
     """
 
     text: Text
@@ -149,6 +157,7 @@ class Talk:
     gap_spread: float = SPREAD
     retokenised: float = 0.0
     cleared: bool = False
+    reply: Reply | None = None
 
     def turns(
         self, session: int, at_s: float, rng: random.Random, count: int, opening: Callable[[float], list[int]]
@@ -179,7 +188,11 @@ class Talk:
             if sum(map(len, messages)) > room - len(sampled):
                 while len(messages) > 1 and sum(map(len, messages)) > room // 2:
                     del messages[:2]
-            yield Turn(at_s, begin + [token for one in self._shown(messages) for token in one], sampled, session, turn)
+            prompt = begin + [token for one in self._shown(messages) for token in one]
+            if self.reply is not None:
+                sampled = self.reply(prompt, len(answer))
+                answer = self.text.encode(self.text.decode(sampled))
+            yield Turn(at_s, prompt, sampled, session, turn)
             messages.append(answer)
             at_s += drawn(rng, self.gap_s, self.gap_spread)
 

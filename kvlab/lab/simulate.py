@@ -1,9 +1,10 @@
 """Replay with time: queues, prefills, decode steps and transfers on simulated nodes.
 
 What is modelled. A request comes at its time, whether or not others are done. A router sends it to a node. There it
-waits its turn; its KV is fetched meanwhile from the node's host memory and from the store, each over a link that
-carries one transfer after the other. Then its prefill runs, in steps in which the requests that generate go on too.
-Its blocks are in the store, and known to the router's index, when the prefill has ended.
+waits until fewer than `Costs.batch` requests are admitted. Then it is looked up in the store, and its KV is fetched
+from the node's host memory and from the store, each over a link that carries one transfer after the other. Meanwhile
+those before it are computed. Then its prefill runs, in steps in which the requests that generate go on too. Its blocks
+are in the store, and known to the router's index, when the prefill has ended.
 
 What is not. Memory of a node limits its cache only: no request is preempted. A node's device has a block as soon as
 the request is there, since the requests of a node are computed in order. Writes cost nothing.
@@ -44,8 +45,9 @@ class Job:
 
     Attributes:
         number, node: of the request, and where it is.
-        found: leading blocks by source: device, host, store.
-        compute, past: tokens to compute, and tokens whose KV is there or fetched.
+        found: leading blocks by source: device, host, store; the last one from its admission on.
+        missing: blocks that it would compute without the store.
+        compute, past: tokens to compute, and tokens whose KV is there or fetched, from its admission on.
         ready_at: when its KV has been fetched.
         added, removed: blocks that its node has when it is computed, and that it then lacks.
         remaining, context: tokens to generate after the first one, and tokens that the next one attends to.
@@ -56,11 +58,12 @@ class Job:
     number: int
     node: int
     found: tuple[int, int, int]
-    compute: int
-    past: int
-    ready_at: float
     added: list[int]
     removed: list[int]
+    compute: int = 0
+    past: int = 0
+    ready_at: float = 0.0
+    missing: int = field(init=False)
     remaining: int = field(init=False)
     context: int = field(init=False)
     first_at: float = field(init=False)
@@ -68,11 +71,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.remaining, self.context = max(0, self.request.new - 1), self.request.tokens + 1
-
-    @property
-    def missing(self) -> int:
-        """Blocks to compute."""
-        return len(self.request.blocks) - sum(self.found)
+        self.missing = len(self.request.blocks) - sum(self.found)
 
     @property
     def ttft_s(self) -> float:
@@ -102,38 +101,55 @@ Event = tuple[float, str, Job]
 
 
 class Machine:
-    """The queue and the batch of one node. It runs to a given time; what has begun by then runs to its end."""
+    """The queue and the batch of one node. What has begun runs to its end.
+
+    Attributes:
+        now: when its last action has ended.
+        waiting, admitted: requests to be computed, in the order of their arrival.
+        batch: requests that generate.
+    """
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.now = self.busy_s = 0.0
         self.waiting: deque[Job] = deque()
+        self.admitted: deque[Job] = deque()
         self.batch: list[Job] = []
         self.host = Pipe(costs.host)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.admitted or self.batch)
+
     def submit(self, job: Job) -> None:
         """Add a job that comes now to the queue."""
-        if not (self.waiting or self.batch):
+        if self.is_idle:
             self.now = max(self.now, job.request.at_s)
         self.waiting.append(job)
 
-    def begins_at(self, now: float) -> float:
-        """When a job that comes now would begin at the earliest, without the requests that generate."""
-        return max(self.now, now) + sum(self.costs.prefill(job.compute, job.past) for job in self.waiting)
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request can be admitted."""
+        return len(self.admitted) + len(self.batch) < self.costs.batch
 
-    def run(self, until: float) -> Iterator[Event]:
-        """Run, and yield what happens. An event may be later than `until`."""
-        while self.now < until:
-            head = self.waiting[0] if self.waiting else None
-            if head is not None and len(self.batch) < self.costs.batch and head.ready_at <= self.now:
-                yield from self._prefill(self.waiting.popleft())
-            elif self.batch:
-                stop = until if head is None or head.ready_at <= self.now else min(until, head.ready_at)
-                yield from self._decode(stop)
-            elif head is not None:
-                self.now = head.ready_at
-            else:
-                return
+    def begins_at(self, now: float) -> float:
+        """When a job that is admitted now would begin at the earliest, without the requests that generate."""
+        return max(self.now, now) + sum(self.costs.prefill(job.compute, job.past) for job in self.admitted)
+
+    def act(self, until: float) -> Iterator[Event]:
+        """Do one thing, a prefill or decode steps until something else is to be done, and yield what happens then.
+
+        Args:
+            until: when the next request comes, anywhere.
+        """
+        head = self.admitted[0] if self.admitted else None
+        if head is not None and head.ready_at <= self.now:
+            yield from self._prefill(self.admitted.popleft())
+        elif self.batch:
+            yield from self._decode(until if head is None else min(until, head.ready_at))
+        elif head is not None:
+            self.now = head.ready_at
 
     def _prefill(self, job: Job) -> Iterator[Event]:
         chunks = self.costs.chunks(job.compute)
@@ -257,7 +273,7 @@ def simulate(
 
 
 class _World:
-    """Nodes, store, router and index. What happens is known to them when it has happened, not when it was computed."""
+    """Nodes, store, router and index. All that happens is done in the order of time."""
 
     def __init__(self, block_tokens: int, setup: Setup, costs: Costs, index: Index, plan: bool) -> None:
         self.block_tokens, self.costs, self.index, self.plan = block_tokens, costs, index, plan
@@ -268,7 +284,7 @@ class _World:
         self.room = float("inf") if setup.device is None else float(setup.device)
         self.running = [Running() for _ in range(setup.nodes)]
         self.jobs: list[Job] = []
-        self._working: set[int] = set()
+        self._working: list[tuple[float, int]] = []  # a heap: when a node that is not idle does the next thing
         self._events: list[tuple[float, str, int]] = []  # a heap: when, what, and of which job
 
     def arrive(self, number: int, request: Request) -> None:
@@ -284,63 +300,75 @@ class _World:
         node = self.router(len(keys), workers, number)
         work = request.tokens - matched[node] * self.block_tokens + request.new
         self.balance.give(node, number, max(0, ceil(work / self.block_tokens)))
-        job = self._job(number, request, node)
+        job, machine = self._job(number, request, node), self.machines[node]
         self.jobs.append(job)
         self.running[node].begin(job.missing)
-        self.machines[node].submit(job)
-        self._working.add(node)
+        was_idle = machine.is_idle
+        machine.submit(job)
+        if was_idle:
+            heapq.heappush(self._working, (machine.now, node))
+        self._admit(now, node)
 
     def run(self, until: float) -> None:
-        """Run all nodes to a time, and take note of what has happened by then."""
-        for node in [*self._working]:
+        """Let the nodes work until the next request comes."""
+        while self._working and self._working[0][0] < until:
+            at, node = heapq.heappop(self._working)
+            self._settle(at)
+            self._admit(at, node)
             machine = self.machines[node]
-            for at, what, job in machine.run(until):
-                heapq.heappush(self._events, (at, what, job.number))
-            if not (machine.waiting or machine.batch):
-                self._working.remove(node)
+            for when, what, job in machine.act(until):
+                heapq.heappush(self._events, (when, what, job.number))
+            if not machine.is_idle:
+                heapq.heappush(self._working, (machine.now, node))
+        self._settle(until)
+
+    def _settle(self, until: float) -> None:
+        """Take note of what has happened by then."""
         while self._events and self._events[0][0] <= until:
             at, what, number = heapq.heappop(self._events)
-            self._happen(at, what, self.jobs[number])
-
-    def _happen(self, at: float, what: str, job: Job) -> None:
-        running, blocks = self.running[job.node], len(job.request.blocks)
-        if what == ENDED:
-            running.end(blocks)
-            self.balance.report(job.number, 0)
-            return
-        running.generate(job.missing, blocks)
-        self.index.changed(at, job.node, job.added, job.removed)
-        if self.store is not None:
-            self.store.serve(job.request)
+            job = self.jobs[number]
+            running, blocks = self.running[job.node], len(job.request.blocks)
+            if what == ENDED:
+                running.end(blocks)
+                self.balance.report(job.number, 0)
+                continue
+            running.generate(job.missing, blocks)
+            self.index.changed(at, job.node, job.added, job.removed)
+            if self.store is not None:
+                self.store.serve(job.request)
 
     def _job(self, number: int, request: Request, node: int) -> Job:
-        """Look up a request's blocks, and fetch those that are not on the device."""
-        cache, now, tokens = self.caches[node], request.at_s, request.tokens
-        gone: list[int] = []
+        """Look up a request's blocks in the memory of its node, which has what is before it in the queue."""
+        cache, gone = self.caches[node], list[int]()
         device, host = cache.serve(request, gone)
         used = request.used
-        self.index.sent(now, node, used, cache, gone)
-        ready_at = now
-        if host:
-            ready_at = self.machines[node].host.carry(now, self._bytes(tokens, device, host))
-        near = device + host
-        store = 0 if self.store is None else self.store.leading(request.blocks[near:])
-        if store and not self._is_sooner(node, request, near, store):
-            store = 0
-        if store:
-            ready_at = max(ready_at, self.pipe.carry(now, self._bytes(tokens, near, store)))
-        past = self._past(tokens, near + store)
-        return Job(
-            request, number, node, (device, host, store), tokens - past, past, ready_at,
-            added=[key for key in used if key in cache], removed=[key for key in gone if key not in cache],
-        )  # fmt: skip
+        self.index.sent(request.at_s, node, used, cache, gone)
+        added, removed = [key for key in used if key in cache], [key for key in gone if key not in cache]
+        return Job(request, number, node, (device, host, 0), added, removed)
 
-    def _is_sooner(self, node: int, request: Request, near: int, store: int) -> bool:
+    def _admit(self, now: float, node: int) -> None:
+        """Look up requests in the store, and begin to fetch what is not on the device, while there is room for them."""
+        machine = self.machines[node]
+        while machine.waiting and machine.has_room:
+            job = machine.waiting.popleft()
+            request, (device, host, _) = job.request, job.found
+            job.ready_at = now
+            if host:
+                job.ready_at = machine.host.carry(now, self._bytes(request.tokens, device, host))
+            near = device + host
+            store = 0 if self.store is None else self.store.leading(request.blocks[near:])
+            if store and self._is_sooner(now, machine, request, near, store):
+                job.ready_at = max(job.ready_at, self.pipe.carry(now, self._bytes(request.tokens, near, store)))
+                job.found = device, host, store
+            job.past = self._past(request.tokens, sum(job.found))
+            job.compute = request.tokens - job.past
+            machine.admitted.append(job)
+
+    def _is_sooner(self, now: float, machine: Machine, request: Request, near: int, store: int) -> bool:
         """Whether a request is expected to begin its answer sooner if it fetches blocks of the store."""
         if not self.plan:
             return True
-        now, tokens = request.at_s, request.tokens
-        begin = self.machines[node].begins_at(now)
+        tokens, begin = request.tokens, machine.begins_at(now)
         fetched = max(begin, self.pipe.done_at(now, self._bytes(tokens, near, store)))
         with_, without = self._past(tokens, near + store), self._past(tokens, near)
         cost = self.costs.prefill

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from kvlab.errors import InputError
-from kvlab.lab.conversations import RETOKENISED, Talk, Text, Turn, drawn, in_time
+from kvlab.lab.conversations import RETOKENISED, Reply, Talk, Text, Turn, drawn, in_time
 from kvlab.lab.replay import replay
 from kvlab.lab.trace_ids import trace_ids
 from kvlab.lab.traces import Request, from_blocks
@@ -63,6 +63,7 @@ def agentic(
     step_s: float = 13.4,
     per_second: float = 0.02,
     retokenised: float = RETOKENISED,
+    reply: Reply | None = None,
 ) -> list[Turn]:
     """Agents with tool loops: each step appends an answer and the result of a tool.
 
@@ -78,13 +79,14 @@ def agentic(
             of generation and 0.1 s of tools, a tenth above 20 and 10; its few tools of minutes are left out.
         per_second: new sessions (assumed).
         retokenised: see `RETOKENISED`.
+        reply: a model that gives the answers.
 
     Raises:
         InputError: the layout is unknown, or the context has no room for more than what prompts begin with.
     """
     text = _text("agentic", layout, seed)
     cleared = layout == "cleared"
-    talk = Talk(text, context, task * scale, answer * scale, result * scale, step_s, 1.2, retokenised, cleared)
+    talk = Talk(text, context, task * scale, answer * scale, result * scale, step_s, 1.2, retokenised, cleared, reply)
 
     def session(number: int, at_s: float, rng: random.Random) -> Iterator[Turn]:
         kind = rng.randrange(kinds)
@@ -117,6 +119,7 @@ def chat(
     think_s: float = 100.0,
     per_second: float = 0.2,
     retokenised: float = RETOKENISED,
+    reply: Reply | None = None,
 ) -> list[Turn]:
     """Chats: each turn appends an answer and a message of the user.
 
@@ -130,13 +133,14 @@ def chat(
         think_s: mean seconds between turns. Source: ServeGen, about 100.
         per_second: new chats (assumed).
         retokenised: see `RETOKENISED`.
+        reply: a model that gives the answers.
 
     Raises:
         InputError: as of `agentic`.
     """
     text = _text("chat", layout, seed)
     size, replies = message * scale, answer * scale
-    talk = Talk(text, context, size, replies, size, think_s, retokenised=retokenised)
+    talk = Talk(text, context, size, replies, size, think_s, retokenised=retokenised, reply=reply)
     shared = text.part("system", system * scale)
 
     def session(number: int, at_s: float, rng: random.Random) -> Iterator[Turn]:

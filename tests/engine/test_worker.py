@@ -22,7 +22,7 @@ from kvlab.engine.router import BlockIndex
 from kvlab.engine.scheduler import Scheduler
 from kvlab.engine.worker import KEY_BYTES, Worker, WorkerSettings, build
 from kvlab.engine.workers import COMMAND
-from kvlab.errors import KVLabError
+from kvlab.errors import ConfigError, KVLabError
 from kvlab.stores import MemoryStore
 from tests.engine.test_generate import words
 from tests.harness.helpers import attentive_model
@@ -298,6 +298,18 @@ def test_without_a_store_a_worker_has_pages_and_no_other_tier(tmp_path: Path, mo
 def test_bad_settings_are_errors_of_the_package(settings: WorkerSettings) -> None:
     with pytest.raises(KVLabError, match=r"/no/folder|bogus|fp64"):
         build(settings, 5)
+
+
+def test_prefix_caching_can_be_switched_off_but_not_with_a_store() -> None:
+    for caching, found in ((True, 64), (False, 0)):
+        scheduler = build(WorkerSettings(pages=32, prefix_caching=caching), 5)
+        for name in ("first", "again"):
+            record = scheduler.submit(name, words(70), 2)
+            assert [*scheduler.run()][-1].record is record
+        assert (record.sources["device"], scheduler.pool.index.idle) == (found, found // 16), caching
+        scheduler.pool.check_integrity()
+    with pytest.raises(ConfigError, match="prefix_caching with a store"):
+        build(WorkerSettings(store="memory://", prefix_caching=False), 5)
 
 
 def start(first: bytes) -> tuple[int, list[str], str]:

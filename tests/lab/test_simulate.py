@@ -97,6 +97,25 @@ def test_the_store_has_blocks_when_they_are_computed_not_before() -> None:
     assert [sum(job.found) for job in simulate(requests, 1, Setup(nodes=3, store=9), costs).jobs] == [0, 0, 4]
 
 
+def test_a_request_is_looked_up_in_the_store_when_it_is_admitted() -> None:
+    """All come at once; with one request at a time the last one finds what another node has computed meanwhile."""
+    twice = [Request(0, 4, 1, [1, 2, 3, 4]), Request(0, 4, 1, [5, 6, 7, 8])]
+    requests = [*twice, *(Request(0, 4, 1, request.blocks) for request in reversed(twice))]
+    setup, costs = Setup(device=0, nodes=2, store=9), replace(SECOND, store=Link(0.0, 1e9))
+    for batch, store in ((1, [0, 0, 4, 4]), (2, [0, 0, 0, 0])):
+        jobs = simulate(requests, 1, setup, replace(costs, batch=batch)).jobs
+        assert [job.found[2] for job in jobs] == store, batch
+
+
+@pytest.mark.parametrize(("busy_s", "found"), [(2, 0), (10, 9)])
+def test_nodes_work_in_the_order_of_time(busy_s: int, found: int) -> None:
+    """Node 0 computes nine blocks until 9. Node 1 is busy, and then admits a request for the same blocks."""
+    long, other = Request(0, 9, 1, range(9)), Request(0, busy_s, 1, range(20, 20 + busy_s))
+    requests = [long, other, Request(0, 1, 1, [40]), Request(0, 9, 1, range(9))]
+    setup, costs = Setup(device=0, nodes=2, store=99), replace(SECOND, store=Link(0.0, 1e9), batch=1)
+    assert [sum(job.found) for job in simulate(requests, 1, setup, costs).jobs] == [0, 0, 0, found]
+
+
 def test_a_fetch_that_is_slower_than_computing_is_not_made() -> None:
     slow = replace(SECOND, store=Link(latency_s=50.0))
     requests = [Request(at, 4, 1, [1, 2, 3, 4]) for at in (0.0, 10.0)]

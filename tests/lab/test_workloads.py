@@ -271,3 +271,21 @@ def test_with_a_common_first_block_the_longest_prefix_sends_all_to_one_node() ->
     assert longest.requests == [400, 0] and longest.imbalance == 2.0
     assert cost.imbalance < 1.05 and cost.hit_rate > longest.hit_rate + 0.15
     assert cost.hit_rate > 0.95 * replay(stream, 1, Setup(device=160)).hit_rate
+
+
+# --- answers of a model -------------------------------------------------------------------------
+def test_a_model_that_gives_the_answers_is_asked_with_each_prompt_and_answered_in_the_next() -> None:
+    asked: list[tuple[list[int], int]] = []
+    spoken = Tokenizer().encode("the same words again and again, in every answer of it")
+
+    def reply(prompt: list[int], length: int) -> list[int]:
+        asked.append((prompt, length))
+        return (spoken * length)[:length]
+
+    turns = [turn for turn in chat(9, reply=reply) if turn.session == 8] or pytest.fail("there is no such session")
+    assert all((turn.tokens, len(turn.answer)) in asked for turn in turns)
+    text = Tokenizer().decode
+    for turn, following in pairwise(turns):
+        grown = text(turn.tokens + turn.answer + [END])
+        assert text(following.tokens).startswith(grown) or len(following.tokens) < len(turn.tokens)
+    assert [len(turn.answer) for turn in chat(9, reply=reply)] == [len(turn.answer) for turn in chat(9, retokenised=0)]
