@@ -218,6 +218,17 @@ def _simulate(
     return SUCCESS
 
 
+def _strategies(rounds: int, workload: list[str] | None, predict: bool, predicted: str | None, json: bool) -> int:
+    from kvlab.lab import strategies, strategy_runs, tables
+
+    if predicted and (predict or workload or rounds != ROUNDS):
+        raise InputError("expected --predicted alone: the file says which workloads and rounds")
+    kinds = workload or [*strategies.MADE]
+    result = strategies.predict(rounds, kinds) if predict else strategy_runs.run(predicted, rounds, kinds)
+    _print_json(result) if json else print(tables.text(result))
+    return SUCCESS
+
+
 def _trace_import(
     file: str, out: str, tokenizer: str | None, block: int | None, salt_file: str | None, form: str
 ) -> int:
@@ -271,6 +282,7 @@ def _capacities(text: str) -> list[int | None]:
     return parts
 
 
+ROUNDS = 3
 STORE = Option(
     "--store", "URL of a store, for example redis://localhost:6379 (default: KVLAB_STORE, if set)", {"metavar": "URL"}
 )
@@ -354,6 +366,16 @@ BUCKET = Option(
     "spread requests of one time over so many seconds; 3 for the traces of Mooncake (default 0)",
     {"type": _seconds, "default": 0.0, "metavar": "S"},
 )
+STRATEGIES = (
+    Option("--rounds", "seeds of each workload (default 3)", {"type": _count, "default": ROUNDS, "metavar": "N"}),
+    Option(
+        "--workload",
+        "agentic, chat, structured or unique; may be given several times (default: all)",
+        {"action": "append", "choices": ["agentic", "chat", "structured", "unique"], "metavar": "NAME"},
+    ),
+    Option("--predict", "only measure the costs, and print what is expected (minutes)", {"action": "store_true"}),
+    Option("--predicted", "what --predict --json has printed, to compare with", {"metavar": "FILE"}),
+)
 IMPORT = (
     Option(
         "file",
@@ -402,6 +424,12 @@ COMMANDS = (
         "time to first token of a trace on simulated nodes: queues, prefills, transfers",
         _simulate,
         (FILE, BLOCK, IDS, *CACHES, COSTS, INDEX, SPEED, BUCKET, JSON),
+    ),
+    Command(
+        "strategies",
+        "no cache, local pages, Redis and all tiers on four workloads: measured and predicted (takes most of an hour)",
+        _strategies,
+        (*STRATEGIES, JSON),
     ),
     Command(
         "trace import",

@@ -1,0 +1,265 @@
+"""Four strategies on the same workers, with the same requests: what each more tier gives, and where it gives nothing.
+
+    no cache      each prompt is computed
+    local pages   each worker finds prefixes in the pages of its own pool
+    redis         the same, and a Redis server that the workers share
+    full          the same, and host memory before Redis, and the cost router; the others send requests in turn
+
+Two loads of the same requests. In the first they come open-loop at half of what the workers are expected to serve
+without a cache: it gives latencies, counted from the intended arrival. In the second all come at once, so that no
+worker rests: it gives the throughput. Every run begins with new processes and an empty Redis.
+
+The simulator predicts both loads from costs that are measured before (`calibrate`). Predictions can be kept in a file,
+so that they exist before there is anything to compare them with.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+from kvlab.core.keys import Namespace
+from kvlab.engine import generate
+from kvlab.engine.pages import PAGE_TOKENS, PagePool
+from kvlab.engine.worker import WorkerSettings
+from kvlab.errors import InputError
+from kvlab.lab.calibrate import Calibrated, calibrate
+from kvlab.lab.conversations import Turn
+from kvlab.lab.costs import Costs
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.replay import SOURCES, Hits, Setup
+from kvlab.lab.serving import Arrival, percentile
+from kvlab.lab.simulate import Simulated, simulate
+from kvlab.lab.traces import Request
+from kvlab.lab.workloads import CONTEXT, WORKLOADS, as_trace
+from kvlab.model import Llama, load_model
+from kvlab.model.fingerprint import spec_of
+from kvlab.testbed.server import RedisServer
+
+WORKERS: Final = 2
+BATCH: Final = 4
+LIGHT: Final = 0.5
+POOL, HOST, STORE = 0.1, 0.3, 1.0
+"""Capacities by the working set, which is all distinct full blocks of a workload: of each worker, and of Redis."""
+MADE: Final[dict[str, dict[str, Any]]] = {
+    "agentic": {"sessions": 16},
+    "chat": {"sessions": 64, "scale": 0.5},
+    "structured": {"requests": 120, "scale": 0.5},
+    "unique": {"requests": 120},
+}
+CONVERSATIONS: Final = ("agentic", "chat")
+"""Workloads whose prompts contain earlier answers."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a worker has, and how requests are routed."""
+
+    name: str
+    pages: bool = True
+    redis: bool = False
+    host: bool = False
+    router: str = "round_robin"
+
+    def settings(self, load: Load, url: str | None = None) -> WorkerSettings:
+        """Return the settings of its workers; `url` is that of Redis, if it has one."""
+        return WorkerSettings(
+            store=url if self.redis else None,
+            pages=load.pool_blocks * load.block_tokens // PAGE_TOKENS,
+            host_bytes=load.host_blocks * load.block_bytes if self.host else 0,
+            prefix_caching=self.pages,
+            max_batch=BATCH,
+        )
+
+    def setup(self, load: Load, nodes: int = WORKERS) -> Setup:
+        """Return the same for the simulator."""
+        return Setup(
+            device=load.pool_blocks if self.pages else 0,
+            host=load.host_blocks if self.host else None,
+            store=load.store_blocks if self.redis else None,
+            nodes=nodes,
+            router=self.router,
+        )
+
+
+STRATEGIES: Final = (
+    Strategy("no cache", pages=False),
+    Strategy("local pages"),
+    Strategy("redis", redis=True),
+    Strategy("full", redis=True, host=True, router="cost"),
+)
+
+
+# --- loads --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Load:
+    """The requests of a workload, and how much memory goes with them.
+
+    Attributes:
+        kind, seed: of the workload.
+        turns: the requests, in the order of their times.
+        block_tokens, token_bytes: of a block, and of the KV of a token.
+        trace: the blocks of the requests.
+        working_set: distinct full blocks of all prompts and answers.
+    """
+
+    kind: str
+    seed: int
+    turns: list[Turn]
+    block_tokens: int
+    token_bytes: int
+    trace: list[Request] = field(init=False, repr=False)
+    working_set: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.turns:
+            raise InputError(f"expected a workload with requests, got none of {self.kind}")
+        object.__setattr__(self, "trace", as_trace(self.turns, self.block_tokens))
+        blocks = {block for request in self.trace for block in request.used}
+        object.__setattr__(self, "working_set", len(blocks))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's KV."""
+        return self.block_tokens * self.token_bytes
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks that the pool of a worker has room for: its share, and at least the longest request there may be."""
+        longest = max(len(turn.tokens) + len(turn.answer) for turn in self.turns)
+        return max(int(POOL * self.working_set), -(-max(CONTEXT, longest) // self.block_tokens) + 1)
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks that the host memory of a worker has room for."""
+        return int(HOST * self.working_set)
+
+    @property
+    def store_blocks(self) -> int:
+        """Blocks that Redis has room for."""
+        return int(STORE * self.working_set)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds between the first request and the last one, as they were made."""
+        return self.turns[-1].at_s - self.turns[0].at_s
+
+    def arrivals(self, speed: float) -> list[Arrival]:
+        """Return what to send: so many times as fast as it was made; with `inf` all at once."""
+        return [
+            Arrival((turn.at_s - self.turns[0].at_s) / speed, turn.tokens, len(turn.answer), turn.session)
+            for turn in self.turns
+        ]
+
+    def requests(self, speed: float) -> list[Request]:
+        """Return the same for the simulator."""
+        times = [arrival.at_s for arrival in self.arrivals(speed)]
+        return [replace(request, at_s=at_s) for request, at_s in zip(self.trace, times, strict=True)]
+
+
+def make_load(kind: str, seed: int, model: Llama, **settings: Any) -> Load:
+    """Make the requests of a workload, with the answers that the model will give.
+
+    Raises:
+        InputError: the workload is unknown.
+    """
+    if kind not in MADE:
+        raise InputError(f"expected one of the workloads {', '.join(MADE)}, got {kind!r}")
+    settings = {**MADE[kind], **settings}
+    if kind in CONVERSATIONS:
+        settings["reply"] = _reply(model)
+    spec = spec_of(model)
+    turns = WORKLOADS[kind](seed=seed, **settings)
+    return Load(kind, seed, turns, spec.block_tokens(), spec.kv_bytes_per_token())
+
+
+def _reply(model: Llama) -> Callable[[list[int], int], list[int]]:
+    """Greedy answers. Conversations go on, so what they begin with stays in a pool."""
+    spec = spec_of(model)
+    names = Namespace(spec.fingerprint, "fp32", b"", spec.block_tokens())
+    pool = PagePool(model, 4096, names)
+    return lambda prompt, length: generate(model, prompt, length, pool=pool, stop_at_eos=False).tokens
+
+
+# --- predictions --------------------------------------------------------------------------------
+def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) -> dict[str, Any]:
+    """Measure what work costs, and simulate all that `run` measures. Takes minutes; nothing of a load is served.
+
+    Args:
+        rounds: seeds of each workload.
+        made: further settings of the workloads.
+
+    Raises:
+        KVLabError: workers or a `redis-server` do not start.
+    """
+    model = load_model()
+    loads = [make_load(kind, seed, model, **made) for kind in kinds for seed in range(rounds)]
+    with RedisServer() as server:
+        shared = calibrate(STRATEGIES[-1].settings(loads[0], server.url), WORKERS)
+    own = calibrate(STRATEGIES[0].settings(loads[0]), WORKERS)
+    costs = {strategy.name: shared if strategy.redis else own for strategy in STRATEGIES}
+    speeds = [light_speed(load, own) for load in loads]
+    rows = []
+    for kind in kinds:
+        for strategy in STRATEGIES:
+            chosen = [(load, speed) for load, speed in zip(loads, speeds, strict=True) if load.kind == kind]
+            rows.append(predicted_row(strategy, chosen, costs[strategy.name]))
+    return {
+        "about": "what the simulator expects of each strategy, before it is measured; costs in seconds",
+        "loads": [
+            {"workload": load.kind, "seed": load.seed, "speed": speed, "requests": len(load.turns)}
+            | {"per_second": len(load.turns) * speed / load.span_s, "working_set": load.working_set}
+            for load, speed in zip(loads, speeds, strict=True)
+        ],
+        "rows": rows,
+        "costs": {"without a store": _as_json(own), "with a store": _as_json(shared)},
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def light_speed(load: Load, costs: Calibrated, share: float = LIGHT) -> float:
+    """Return the speed at which a load is so much of what the workers are expected to serve without a cache."""
+    burst = simulated(load, STRATEGIES[0], costs.streaming, float("inf"))
+    return share * load.span_s / burst.seconds
+
+
+def simulated(load: Load, strategy: Strategy, costs: Costs, speed: float, nodes: int = WORKERS) -> Simulated:
+    """Simulate a load under a strategy."""
+    return simulate(load.requests(speed), load.block_tokens, strategy.setup(load, nodes), costs)
+
+
+def predicted_row(strategy: Strategy, loads: Sequence[tuple[Load, float]], costs: Calibrated) -> dict[str, Any]:
+    """Return what a strategy is expected to give, over all rounds of a workload with their speeds."""
+    lights = [simulated(load, strategy, costs.idle, speed) for load, speed in loads]
+    bursts = [simulated(load, strategy, costs.streaming, float("inf")) for load, _ in loads]
+    ttft = [1000 * job.ttft_s for light in lights for job in light.jobs]
+    latency = [1000 * (job.end_at - job.request.at_s) for light in lights for job in light.jobs]
+    hits = Hits(loads[0][0].block_tokens)
+    for light in lights:
+        for job in light.jobs:
+            hits.add(job.request, job.found)
+    return {
+        "strategy": strategy.name,
+        "workload": loads[0][0].kind,
+        "tok_per_s": statistics.median(_tokens_per_s(burst) for burst in bursts),
+        **{f"ttft_p{p}_ms": percentile(ttft, p) for p in (50, 95)},
+        **{f"latency_p{p}_ms": percentile(latency, p) for p in (50, 95)},
+        "hit_rate": rates(hits),
+    }
+
+
+def _tokens_per_s(burst: Simulated) -> float:
+    return sum(job.request.new for job in burst.jobs) / burst.seconds
+
+
+def rates(hits: Hits) -> dict[str, float]:
+    """Return the hit rates by their four names, and the share of all blocks by tier."""
+    blocks = max(1, hits.blocks)
+    return {**hits.rates(), **{source: hits.by_source[source] / blocks for source in SOURCES}}
+
+
+def _as_json(calibrated: Calibrated) -> dict[str, Any]:
+    return {name: asdict(costs) for name, costs in vars(calibrated).items()}

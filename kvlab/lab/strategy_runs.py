@@ -1,0 +1,253 @@
+"""Runs of the four strategies of `kvlab.lab.strategies`, and tables of what came of them.
+
+python -m kvlab strategies --json
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from kvlab.engine import generate
+from kvlab.engine.workers import WorkerGroup
+from kvlab.errors import InputError
+from kvlab.lab.intervals import interval
+from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.replay import SOURCES, Hits
+from kvlab.lab.serving import Served, offer, percentile, tokens_per_second
+from kvlab.lab.strategies import MADE, STRATEGIES, WORKERS, Load, Strategy, make_load, predict, rates
+from kvlab.lab.timing import NOISY_BEYOND
+from kvlab.lab.traces import Request
+from kvlab.model import Tokenizer, held_out_tokens, load_model
+from kvlab.testbed.server import RedisServer
+
+ABOUT: Final = (
+    "four strategies on the same workers with the same requests. Light load: open-loop at half of the expected "
+    "capacity without a cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by "
+    "the four names of a replay, and the share of prompt tokens by tier; time_saved_s: sum over all requests of the "
+    "TTFT without a cache minus this one; bytes: to and from Redis. Burst: all requests at once; tok_per_s: generated "
+    "tokens of all workers a second, median of the rounds. interval: 95 %, bootstrap over conversations; of tok_per_s "
+    "smallest and largest round. noisy: a fixed piece of work took 10 % more or less than usual beside this cell. "
+    "order: how many times better the second strategy is, paired by request or by round. predicted: simulated before"
+)
+ENOUGH_FOR_P99: Final = 1000
+PACE_TOKENS: Final = 256
+REDIS_RECORD: Final = 7 / 6
+"""Memory that Redis takes by the bytes of a block of 384 KiB: with its header it needs jemalloc's next size, 448."""
+REDIS_BASE: Final = 8 << 20
+WITHIN: Final = 0.2
+
+
+@dataclass
+class Cell:
+    """What came of one strategy and one workload, over all rounds so far.
+
+    Attributes:
+        served: requests of the light load, with the group of each: requests of one conversation, in one round.
+        bursts: generated tokens a second, by round.
+        moved: bytes read from Redis and written there, in the light loads.
+        paces: seconds of a fixed piece of work, before and after each run.
+    """
+
+    strategy: Strategy
+    kind: str
+    block_tokens: int
+    served: list[Served] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    bursts: list[float] = field(default_factory=list)
+    moved: dict[str, int] = field(default_factory=lambda: {"read": 0, "written": 0})
+    paces: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> list[float]:
+        """Milliseconds from the intended arrival to the first token."""
+        return [one.ttft_ms for one in self.served]
+
+    @property
+    def latency_ms(self) -> list[float]:
+        """Milliseconds from the intended arrival to the last token."""
+        return [1000 * (one.token_at[-1] - one.arrived_at) for one in self.served]
+
+    @property
+    def hits(self) -> Hits:
+        """What the requests of the light loads found, in blocks."""
+        hits = Hits(self.block_tokens)
+        for one in self.served:
+            assert one.record is not None, "a worker died"
+            found = [-(-one.record.sources[source] // self.block_tokens) for source in SOURCES]
+            tokens = len(one.arrival.tokens)
+            hits.add(Request(one.arrival.at_s, tokens, 1, range(-(-tokens // self.block_tokens))), found)
+        return hits
+
+
+def run(
+    predicted: str | None = None, rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any
+) -> dict[str, Any]:
+    """Measure all strategies on all workloads, and set what was predicted beside it. Takes most of an hour.
+
+    Args:
+        predicted: a file with the result of `predict`; without one it is predicted first.
+        rounds, kinds, made: as of `predict`; a file has its own rounds and kinds.
+
+    Raises:
+        InputError: the file cannot be read, or its loads are others.
+        KVLabError: workers or a `redis-server` do not start, or a request failed.
+    """
+    expected = _read(predicted) if predicted else predict(rounds, kinds, **made)
+    model, pace = load_model(), _Pace()
+    cells: dict[tuple[str, str], Cell] = {}
+    for number, told in enumerate(expected["loads"]):
+        load = make_load(told["workload"], told["seed"], model, **made)
+        if load.working_set != told["working_set"]:
+            raise InputError(f"expected the loads that were predicted, got another one of {load.kind}, {load.seed}")
+        for place in range(len(STRATEGIES)):
+            strategy = STRATEGIES[(place + number) % len(STRATEGIES)]
+            cell = cells.setdefault((load.kind, strategy.name), Cell(strategy, load.kind, load.block_tokens))
+            _measure(cell, load, told["speed"], pace)
+    ordered = [cells[kind, s.name] for kind in dict.fromkeys(kind for kind, _ in cells) for s in STRATEGIES]
+    usual = statistics.median(seconds for cell in ordered for seconds in cell.paces)
+    return {
+        "about": ABOUT,
+        "rows": [_row(cell, cells[cell.kind, STRATEGIES[0].name], usual) for cell in ordered],
+        "order": [row for kind in dict.fromkeys(c.kind for c in ordered) for row in _order(kind, cells)],
+        "predicted": [_compared(row, cells[row["workload"], row["strategy"]]) for row in expected["rows"]],
+        "loads": expected["loads"],
+        "pace_ms": 1000 * usual,
+        "machine": describe_machine(),
+        "predicted_on": expected["machine"],
+        "versions": versions(),
+    }
+
+
+def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
+    """Serve the light load and the burst, each with new workers and an empty Redis."""
+    for one_speed in (speed, float("inf")):
+        with _serving(cell.strategy, load) as group:
+            cell.paces.append(pace.seconds())
+            served = offer(group, load.arrivals(one_speed))
+            cell.paces.append(pace.seconds())
+            if one_speed != speed:
+                cell.bursts.append(tokens_per_second(served))
+                return
+            cell.served += served
+            cell.groups += [(load.seed, one.arrival.group) for one in served]
+            for stats in group.stats().values():
+                cell.moved["read"] += stats["cache"]["bytes_read"]
+                cell.moved["written"] += stats["cache"]["bytes_written"]
+
+
+@contextmanager
+def _serving(strategy: Strategy, load: Load) -> Iterator[WorkerGroup]:
+    """New workers, with a new Redis if the strategy has one."""
+    with ExitStack() as stack:
+        url = None
+        if strategy.redis:
+            size = int(load.store_blocks * load.block_bytes * REDIS_RECORD) + REDIS_BASE
+            arguments = ("--maxmemory", str(size), "--maxmemory-policy", "allkeys-lru")
+            url = stack.enter_context(RedisServer(*arguments)).url
+        settings = strategy.settings(load, url)
+        yield stack.enter_context(WorkerGroup(WORKERS, settings, router=strategy.router, max_requests=1 << 20))
+
+
+class _Pace:
+    """A fixed piece of work, which shows how fast the machine is now."""
+
+    def __init__(self) -> None:
+        self._model = load_model()
+        self._prompt = held_out_tokens(Tokenizer())[:PACE_TOKENS]
+        self.seconds()
+
+    def seconds(self, repeats: int = 5) -> float:
+        """Return the median of some repeats."""
+        return statistics.median(generate(self._model, self._prompt, 1).ttft_s for _ in range(repeats))
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
+        content["loads"], content["rows"], content["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"expected a file with predictions, got {file}: {error}") from error
+    return content
+
+
+# --- tables -------------------------------------------------------------------------------------
+def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
+    """One cell, as JSON has it; `bare` is the same workload without a cache."""
+    ttft, latency = cell.ttft_ms, cell.latency_ms
+    percents = (50, 95, 99) if len(ttft) >= ENOUGH_FOR_P99 else (50, 95)
+    row: dict[str, Any] = {
+        "strategy": cell.strategy.name,
+        "workload": cell.kind,
+        "requests": len(ttft),
+        "tok_per_s": statistics.median(cell.bursts),
+        "tok_per_s_interval": [min(cell.bursts), max(cell.bursts)],
+    }
+    for name, values in (("ttft", ttft), ("latency", latency)):
+        for percent in percents:
+            row[f"{name}_p{percent}_ms"] = percentile(values, percent)
+        for percent in (50, 95):
+            low_high = interval(partial(np.percentile, q=percent), values, groups=cell.groups)
+            row[f"{name}_p{percent}_ms_interval"] = [*low_high]
+    return row | {
+        "hit_rate": rates(cell.hits),
+        "time_saved_s": sum(a - b for a, b in zip(bare.ttft_ms, ttft, strict=True)) / 1000,
+        "bytes": cell.moved,
+        "ttft_ms_by_percent": [percentile(ttft, percent) for percent in range(5, 100, 5)],
+        "noisy": any(abs(seconds / usual - 1) > NOISY_BEYOND for seconds in cell.paces),
+    }
+
+
+def _order(kind: str, cells: dict[tuple[str, str], Cell]) -> Iterator[dict[str, Any]]:
+    """How each strategy compares with the one before it, and the richest with the poorest."""
+    names = [strategy.name for strategy in STRATEGIES]
+    for poor, rich in [*itertools.pairwise(names), (names[0], names[-1])]:
+        a, b = cells[kind, poor], cells[kind, rich]
+        by_round = [y / x for x, y in zip(a.bursts, b.bursts, strict=True)]
+        yield _comparison(kind, poor, rich, "tok_per_s", statistics.median(by_round), min(by_round), max(by_round))
+        for percent in (50, 95):
+
+            def ratio(x: Any, y: Any, percent: int = percent) -> float:
+                return float(np.percentile(x, percent) / np.percentile(y, percent))
+
+            low, high = interval(ratio, a.ttft_ms, b.ttft_ms, groups=a.groups)
+            middle = ratio(a.ttft_ms, b.ttft_ms)
+            yield _comparison(kind, poor, rich, f"ttft_p{percent}_ms", middle, low, high)
+
+
+def _comparison(kind: str, poor: str, rich: str, metric: str, times: float, low: float, high: float) -> dict[str, Any]:
+    said = "better" if low > 1 else "worse" if high < 1 else "no difference shown"
+    return {
+        "workload": kind,
+        "from": poor,
+        "to": rich,
+        "metric": metric,
+        "times_better": times,
+        "low": low,
+        "high": high,
+        "said": said,
+    }
+
+
+def _compared(row: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """A prediction beside what was measured."""
+    measured = {
+        "tok_per_s": statistics.median(cell.bursts),
+        **{f"ttft_p{p}_ms": percentile(cell.ttft_ms, p) for p in (50, 95)},
+        "hit_rate": cell.hits.rates()["tokens"],
+    }
+    told = {**row, "hit_rate": row["hit_rate"]["tokens"]}
+    pairs = {name: {"predicted": told[name], "measured": value} for name, value in measured.items()}
+    for name in ("tok_per_s", "ttft_p50_ms", "ttft_p95_ms"):
+        pairs[name]["ratio"] = pairs[name]["predicted"] / pairs[name]["measured"]
+    within = all(abs(pairs[name]["ratio"] - 1) <= WITHIN for name in ("tok_per_s", "ttft_p50_ms"))
+    return {"strategy": row["strategy"], "workload": row["workload"], "within": within, **pairs}
