@@ -7,7 +7,8 @@
 A step is one pass of the model (`kvlab.engine.batch`): the next token of every request that decodes, and as many
 prompt tokens of the others as fit into the budget. So a request joins or leaves between two steps, and a long prompt
 does not stop the answers of the others for longer than a chunk takes. A step waits for no store: look-ups, fetches
-and saves are under way in other threads meanwhile. There is one exception: with exclusive tiers and write-back, a block
+and saves are under way in other threads meanwhile. A request whose next block is just being computed or fetched by
+another one is not admitted before that is done. There is one exception: with exclusive tiers and write-back, a block
 that leaves the device may displace one in host memory that must be written first.
 
 When the pool is full, the request that was admitted last gives its pages back and starts again later, with the
@@ -52,6 +53,7 @@ class _Request:
         limit: the most new tokens.
         table: while it is admitted.
         job: the prefill, while it is not done.
+        keys: of the full blocks that the prefill gives.
         todo: what the job wants computed, as far as that was not done; None while it waits for a store.
         known: leading tokens whose KV is in the table.
         saved: leading blocks that were offered to the cache.
@@ -63,6 +65,7 @@ class _Request:
     stop_at_eos: bool
     table: BlockTable | None = None
     job: Filling | None = None
+    keys: Sequence[bytes] = ()
     todo: Step | None = None
     known: int = 0
     saved: int = 0
@@ -213,6 +216,9 @@ class Scheduler:
                 return
             keys = self.pool.keys(request.tokens)
             table = self.pool.new_table(keys, counts=False)
+            if len(table.keys) < len(keys) and self._is_coming(keys[len(table.keys)]):
+                self.pool.close(table)
+                return
             try:
                 self._make_room(request, table, len(request.tokens))
                 self._keep_headroom()
@@ -224,7 +230,7 @@ class Scheduler:
                     continue  # nothing else would give pages back before the store answers
                 self._refused = request.record.id, room
                 return
-            request.table = table
+            request.table, request.keys = table, keys
             first_time = not request.record.preemptions
             request.job = filling(request.tokens, table, self.cache, waits=False, counts=first_time)
             self._active.append(self._waiting.popleft())
@@ -232,6 +238,13 @@ class Scheduler:
                 self.pool.counts += Counter(requested=len(keys), hits=len(table.keys))
                 request.record.admitted_at = self._clock()
             self._go_on(request, None)
+
+    def _is_coming(self, key: bytes) -> bool:
+        """Whether a request that is being filled will put this block into the index.
+
+        Its turn to be computed comes first anyway. A request that waits for that computes or fetches nothing twice.
+        """
+        return self.pool.prefix_caching and any(key in r.keys for r in self._active if r.job is not None)
 
     def _make_room(self, request: _Request, table: BlockTable, tokens: int) -> None:
         """Give a table room for `tokens` tokens, and some pages ahead if many are free.

@@ -56,7 +56,7 @@ class Calibrated:
     streaming: Costs
 
 
-def calibrate(settings: WorkerSettings, workers: int = 2, rounds: int = 7) -> Calibrated:
+def calibrate(settings: WorkerSettings, workers: int = 2, rounds: int = 5) -> Calibrated:
     """Measure prefills, decode steps, and fetches from host memory and from the store, if there is one.
 
     Args:

@@ -25,10 +25,12 @@ from kvlab.engine import generate
 from kvlab.engine.pages import PAGE_TOKENS, PagePool
 from kvlab.engine.worker import WorkerSettings
 from kvlab.errors import InputError
+from kvlab.lab import cost
 from kvlab.lab.calibrate import Calibrated, calibrate
 from kvlab.lab.conversations import Turn
-from kvlab.lab.costs import Costs
+from kvlab.lab.costs import COSTS, Costs
 from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.prices import GPU, HOURS, RAM, Interval, Price, interval
 from kvlab.lab.replay import SOURCES, Hits, Setup
 from kvlab.lab.serving import Arrival, percentile
 from kvlab.lab.simulate import Simulated, simulate
@@ -49,6 +51,15 @@ MADE: Final[dict[str, dict[str, Any]]] = {
     "structured": {"requests": 120, "scale": 0.5},
     "unique": {"requests": 120},
 }
+AT_SCALE: Final[dict[str, dict[str, Any]]] = {
+    "agentic": {"sessions": 16, "scale": 1.0},
+    "chat": {"sessions": 128, "scale": 1.0},
+    "structured": {"requests": 240, "scale": 1.0},
+    "unique": {"requests": 240, "scale": 1.0},
+}
+"""The same with the lengths of their sources, for a model of a usual size."""
+SCALE_CONTEXT: Final = 131_072
+SCALE_BLOCK: Final = 16
 CONVERSATIONS: Final = ("agentic", "chat")
 """Workloads whose prompts contain earlier answers."""
 
@@ -249,6 +260,35 @@ def predicted_row(strategy: Strategy, loads: Sequence[tuple[Load, float]], costs
         **{f"latency_p{p}_ms": percentile(latency, p) for p in (50, 95)},
         "hit_rate": rates(hits),
     }
+
+
+def computed(name: str = "llama8b_h100", seed: int = 0, kinds: Sequence[str] = tuple(AT_SCALE)) -> list[dict[str, Any]]:
+    """Return rows like those of a prediction for a model and a device that are not here. Nothing of them is measured.
+
+    Args:
+        name: of `kvlab.lab.costs.COSTS`. Each worker is one of these nodes.
+    """
+    costs, rows = COSTS[name], list[dict[str, Any]]()
+    both = Calibrated(costs, costs)
+    for kind in kinds:
+        turns = WORKLOADS[kind](seed=seed, context=SCALE_CONTEXT, **AT_SCALE[kind])
+        load = Load(kind, seed, turns, SCALE_BLOCK, costs.kv_bytes)
+        speed = light_speed(load, both)
+        for strategy in STRATEGIES:
+            row = predicted_row(strategy, [(load, speed)], both)
+            usd = usd_per_mtok(row["tok_per_s"], strategy, load, GPU.times(WORKERS))
+            rows.append({**row, "usd_per_mtok": usd[1], "usd_per_mtok_band": [usd[0], usd[2]]})
+    return rows
+
+
+def usd_per_mtok(tok_per_s: float, strategy: Strategy, load: Load, machine: Price) -> Interval:
+    """Return dollars for a million generated tokens, if the workers never rest: their machine, and the RAM of Redis.
+
+    Args:
+        machine: price of an hour of what all workers run on.
+    """
+    gib = load.store_blocks * load.block_bytes / 2**30 if strategy.redis else 0.0
+    return interval(lambda hour, month: cost.usd_per_mtok(tok_per_s, hour + gib * month / HOURS), machine, RAM)
 
 
 def _tokens_per_s(burst: Simulated) -> float:

@@ -22,9 +22,21 @@ from kvlab.engine.workers import WorkerGroup
 from kvlab.errors import InputError
 from kvlab.lab.intervals import interval
 from kvlab.lab.machine import describe_machine, versions
+from kvlab.lab.prices import VM, Interval
 from kvlab.lab.replay import SOURCES, Hits
 from kvlab.lab.serving import Served, offer, percentile, tokens_per_second
-from kvlab.lab.strategies import MADE, STRATEGIES, WORKERS, Load, Strategy, make_load, predict, rates
+from kvlab.lab.strategies import (
+    MADE,
+    STRATEGIES,
+    WORKERS,
+    Load,
+    Strategy,
+    computed,
+    make_load,
+    predict,
+    rates,
+    usd_per_mtok,
+)
 from kvlab.lab.timing import NOISY_BEYOND
 from kvlab.lab.traces import Request
 from kvlab.model import Tokenizer, held_out_tokens, load_model
@@ -33,11 +45,13 @@ from kvlab.testbed.server import RedisServer
 ABOUT: Final = (
     "four strategies on the same workers with the same requests. Light load: open-loop at half of the expected "
     "capacity without a cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by "
-    "the four names of a replay, and the share of prompt tokens by tier; time_saved_s: sum over all requests of the "
+    "the four names of a replay, and the share of blocks by tier; time_saved_s: sum over all requests of the "
     "TTFT without a cache minus this one; bytes: to and from Redis. Burst: all requests at once; tok_per_s: generated "
     "tokens of all workers a second, median of the rounds. interval: 95 %, bootstrap over conversations; of tok_per_s "
-    "smallest and largest round. noisy: a fixed piece of work took 10 % more or less than usual beside this cell. "
-    "order: how many times better the second strategy is, paired by request or by round. predicted: simulated before"
+    "smallest and largest round. usd_per_mtok: dollars for a million generated tokens, if the machine, 2 rented vCPUs, "
+    "never rests, with the RAM of Redis. noisy: a fixed piece of work beside this cell took 10 % more or less than "
+    "usual. order: how many times better the second strategy is, paired by request or by round. predicted: simulated "
+    "before. computed: two nodes with one H100 each and Llama 3.1 8B, from data sheets; nothing of it is measured"
 )
 ENOUGH_FOR_P99: Final = 1000
 PACE_TOKENS: Final = 256
@@ -56,6 +70,7 @@ class Cell:
         bursts: generated tokens a second, by round.
         moved: bytes read from Redis and written there, in the light loads.
         paces: seconds of a fixed piece of work, before and after each run.
+        usd: dollars for a million generated tokens in the bursts: low, mid, high.
     """
 
     strategy: Strategy
@@ -66,6 +81,7 @@ class Cell:
     bursts: list[float] = field(default_factory=list)
     moved: dict[str, int] = field(default_factory=lambda: {"read": 0, "written": 0})
     paces: list[float] = field(default_factory=list)
+    usd: list[Interval] = field(default_factory=list)
 
     @property
     def ttft_ms(self) -> list[float]:
@@ -120,6 +136,7 @@ def run(
         "rows": [_row(cell, cells[cell.kind, STRATEGIES[0].name], usual) for cell in ordered],
         "order": [row for kind in dict.fromkeys(c.kind for c in ordered) for row in _order(kind, cells)],
         "predicted": [_compared(row, cells[row["workload"], row["strategy"]]) for row in expected["rows"]],
+        "computed": computed(),
         "loads": expected["loads"],
         "pace_ms": 1000 * usual,
         "machine": describe_machine(),
@@ -137,6 +154,7 @@ def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
             cell.paces.append(pace.seconds())
             if one_speed != speed:
                 cell.bursts.append(tokens_per_second(served))
+                cell.usd.append(usd_per_mtok(cell.bursts[-1], cell.strategy, load, VM))
                 return
             cell.served += served
             cell.groups += [(load.seed, one.arrival.group) for one in served]
@@ -185,6 +203,7 @@ def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
     """One cell, as JSON has it; `bare` is the same workload without a cache."""
     ttft, latency = cell.ttft_ms, cell.latency_ms
     percents = (50, 95, 99) if len(ttft) >= ENOUGH_FOR_P99 else (50, 95)
+    usd = [statistics.median(part) for part in zip(*cell.usd, strict=True)]
     row: dict[str, Any] = {
         "strategy": cell.strategy.name,
         "workload": cell.kind,
@@ -200,6 +219,8 @@ def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
             row[f"{name}_p{percent}_ms_interval"] = [*low_high]
     return row | {
         "hit_rate": rates(cell.hits),
+        "usd_per_mtok": usd[1],
+        "usd_per_mtok_band": [usd[0], usd[2]],
         "time_saved_s": sum(a - b for a, b in zip(bare.ttft_ms, ttft, strict=True)) / 1000,
         "bytes": cell.moved,
         "ttft_ms_by_percent": [percentile(ttft, percent) for percent in range(5, 100, 5)],

@@ -203,17 +203,39 @@ def test_every_prompt_token_has_one_source() -> None:
     assert cache.stats().sources == {"store": 5, "host": 1}
 
 
-def test_two_requests_with_the_same_cold_prefix_both_compute_it_and_a_third_shares_it() -> None:
+def test_of_two_requests_with_the_same_cold_prefix_one_computes_it_and_the_other_waits_for_it() -> None:
     scheduler = serving(cache=tiered())
     prefix = words(3 * B)
     twins = [scheduler.submit(str(i), [*prefix, i], 4, stop_at_eos=False) for i in range(2)]
     to_the_end(scheduler)
     third = scheduler.submit("third", [*prefix, 7], 4, stop_at_eos=False)
     to_the_end(scheduler)
-    assert [record.sources for record in twins] == [{"computed": 49}] * 2
-    assert third.sources == {"device": 48, "computed": 1}
+    assert [record.sources for record in (*twins, third)] == [{"computed": 49}, *[{"device": 48, "computed": 1}] * 2]
     assert [r.tokens for r in (*twins, third)] == [plain([*prefix, i], 4) for i in (0, 1, 7)]
     assert all_pages_back(scheduler)
+
+
+def test_who_waits_for_a_prefix_computes_it_if_the_other_one_is_cancelled() -> None:
+    scheduler = serving(cache=tiered(), max_step_tokens=16)
+    prefix = words(3 * B)
+    first, second = (scheduler.submit(str(i), [*prefix, i], 4, stop_at_eos=False) for i in range(2))
+    scheduler.step()
+    assert first.admitted_at and not second.admitted_at
+    assert scheduler.cancel("0")
+    to_the_end(scheduler)
+    assert second.sources == {"computed": 49} and second.tokens == plain([*prefix, 1], 4)
+    assert all_pages_back(scheduler)
+
+
+def test_without_prefix_caching_nobody_waits_for_a_prefix() -> None:
+    names = tiered().namespace
+    pool = PagePool(MODEL, 64, names, prefix_caching=False)
+    with Scheduler(MODEL, pool, max_step_tokens=16) as scheduler:
+        twins = [scheduler.submit(str(i), [*words(3 * B), i], 4, stop_at_eos=False) for i in range(2)]
+        scheduler.step()
+        assert all(record.admitted_at for record in twins)
+        to_the_end(scheduler)
+        assert [record.sources for record in twins] == [{"computed": 49}] * 2
 
 
 @pytest.mark.parametrize("page_tokens", [4, B])
