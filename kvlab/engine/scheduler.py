@@ -7,9 +7,10 @@
 A step is one pass of the model (`kvlab.engine.batch`): the next token of every request that decodes, and as many
 prompt tokens of the others as fit into the budget. So a request joins or leaves between two steps, and a long prompt
 does not stop the answers of the others for longer than a chunk takes. A step waits for no store: look-ups, fetches
-and saves are under way in other threads meanwhile. A request whose next block is just being computed or fetched by
-another one is not admitted before that is done. There is one exception: with exclusive tiers and write-back, a block
+and saves are under way in other threads meanwhile. There is one exception: with exclusive tiers and write-back, a block
 that leaves the device may displace one in host memory that must be written first.
+
+A request whose next block is just being computed or fetched by another one is not admitted before that is done.
 
 When the pool is full, the request that was admitted last gives its pages back and starts again later, with the
 tokens it already has. What it then finds or computes a second time is no hit, and `Record.recomputed` counts it.
