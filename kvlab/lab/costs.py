@@ -34,6 +34,7 @@ class Costs:
             these requests attend to.
         chunk: tokens of a prompt that one step computes. The requests that generate go on in these steps.
         batch: the most requests that generate at the same time on a node.
+        room: tokens whose KV fits into a node for its requests, without those that were on the device; None: endless.
         host, store: from a node's host memory, and from the store that all share.
         source: where the numbers are from.
     """
@@ -48,6 +49,7 @@ class Costs:
     step_token_s: float = 0.0
     chunk: int = 512
     batch: int = 256
+    room: int | None = None
     host: Link = field(default_factory=Link)
     store: Link = field(default_factory=Link)
     source: str = ""

@@ -1,12 +1,12 @@
 """Replay with time: queues, prefills, decode steps and transfers on simulated nodes.
 
 What is modelled. A request comes at its time, whether or not others are done. A router sends it to a node. There it
-waits until fewer than `Costs.batch` requests are admitted. Then it is looked up in the store, and its KV is fetched
-from the node's host memory and from the store, each over a link that carries one transfer after the other. Meanwhile
-those before it are computed. Then its prefill runs, in steps in which the requests that generate go on too. Its blocks
-are in the store, and known to the router's index, when the prefill has ended.
+waits until fewer than `Costs.batch` requests are admitted and there is `Costs.room` for it. Then it is looked up in the
+store, and its KV is fetched from the node's host memory and from the store, each over a link that carries one transfer
+after the other. Meanwhile those before it are computed. Then its prefill runs, in steps in which the requests that
+generate go on too. Its blocks are in the store, and known to the router's index, when the prefill has ended.
 
-What is not. Memory of a node limits its cache only: no request is preempted. A node's device has a block as soon as
+What is not. No request is preempted. A node's device has a block as soon as
 the request is there, since the requests of a node are computed in order. Writes cost nothing.
 
 With one node and no store, the hits are those of `replay`. The laws that a simulator must keep are in `laws`.
@@ -49,6 +49,7 @@ class Job:
         missing: blocks that it would compute without the store.
         compute, past: tokens to compute, and tokens whose KV is there or fetched, from its admission on.
         ready_at: when its KV has been fetched.
+        shared: prompt tokens that its node's device had.
         added, removed: blocks that its node has when it is computed, and that it then lacks.
         remaining, context: tokens to generate after the first one, and tokens that the next one attends to.
         first_at, end_at: when its first token and its last one were there.
@@ -58,6 +59,7 @@ class Job:
     number: int
     node: int
     found: tuple[int, int, int]
+    shared: int
     added: list[int]
     removed: list[int]
     compute: int = 0
@@ -96,6 +98,11 @@ class Pipe:
         return done
 
 
+def _held(job: Job) -> int:
+    """Tokens that a request needs memory for: those that its node's device had are there anyway."""
+    return job.context - 1 - job.shared
+
+
 Event = tuple[float, str, Job]
 """When, `COMPUTED` or `ENDED`, and which job."""
 
@@ -128,10 +135,12 @@ class Machine:
             self.now = max(self.now, job.request.at_s)
         self.waiting.append(job)
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, job: Job) -> bool:
         """Whether one more request can be admitted."""
-        return len(self.admitted) + len(self.batch) < self.costs.batch
+        active = [*self.admitted, *self.batch]
+        if len(active) >= self.costs.batch:
+            return False
+        return self.costs.room is None or not active or sum(map(_held, active)) + _held(job) <= self.costs.room
 
     def begins_at(self, now: float) -> float:
         """When a job that is admitted now would begin at the earliest, without the requests that generate."""
@@ -344,12 +353,13 @@ class _World:
         used = request.used
         self.index.sent(request.at_s, node, used, cache, gone)
         added, removed = [key for key in used if key in cache], [key for key in gone if key not in cache]
-        return Job(request, number, node, (device, host, 0), added, removed)
+        shared = self._past(request.tokens, device)
+        return Job(request, number, node, (device, host, 0), shared, added, removed)
 
     def _admit(self, now: float, node: int) -> None:
         """Look up requests in the store, and begin to fetch what is not on the device, while there is room for them."""
         machine = self.machines[node]
-        while machine.waiting and machine.has_room:
+        while machine.waiting and machine.has_room(machine.waiting[0]):
             job = machine.waiting.popleft()
             request, (device, host, _) = job.request, job.found
             job.ready_at = now

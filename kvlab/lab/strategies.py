@@ -60,6 +60,8 @@ AT_SCALE: Final[dict[str, dict[str, Any]]] = {
 """The same with the lengths of their sources, for a model of a usual size."""
 SCALE_CONTEXT: Final = 131_072
 SCALE_BLOCK: Final = 16
+SCALE_ROOM: Final = 56 * 10**9 // 131_072
+"""Tokens whose KV fits beside 16 GB of weights and 8 GB of other things (assumed) on 80 GB."""
 CONVERSATIONS: Final = ("agentic", "chat")
 """Workloads whose prompts contain earlier answers."""
 
@@ -239,6 +241,8 @@ def light_speed(load: Load, costs: Calibrated, share: float = LIGHT) -> float:
 
 def simulated(load: Load, strategy: Strategy, costs: Costs, speed: float, nodes: int = WORKERS) -> Simulated:
     """Simulate a load under a strategy."""
+    if costs.room is None:
+        costs = replace(costs, room=load.pool_blocks * load.block_tokens)
     return simulate(load.requests(speed), load.block_tokens, strategy.setup(load, nodes), costs)
 
 
@@ -268,7 +272,7 @@ def computed(name: str = "llama8b_h100", seed: int = 0, kinds: Sequence[str] = t
     Args:
         name: of `kvlab.lab.costs.COSTS`. Each worker is one of these nodes.
     """
-    costs, rows = COSTS[name], list[dict[str, Any]]()
+    costs, rows = replace(COSTS[name], room=SCALE_ROOM), list[dict[str, Any]]()
     both = Calibrated(costs, costs)
     for kind in kinds:
         turns = WORKLOADS[kind](seed=seed, context=SCALE_CONTEXT, **AT_SCALE[kind])

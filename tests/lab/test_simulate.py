@@ -107,6 +107,16 @@ def test_a_request_is_looked_up_in_the_store_when_it_is_admitted() -> None:
         assert [job.found[2] for job in jobs] == store, batch
 
 
+def test_memory_limits_how_many_requests_are_admitted() -> None:
+    """Each needs 4 tokens, then one more for each token of its answer; what the device had is there anyway."""
+    costs, requests = replace(SECOND, room=8), [Request(0, 4, 3, range(4 * n, 4 * n + 4)) for n in range(2)]
+    assert firsts(requests, costs=costs) == [4, 8]
+    assert firsts(requests, costs=replace(SECOND, room=7)) == [4, 10], "the second one begins when the first has ended"
+    assert firsts(requests[:1], costs=replace(SECOND, room=1)) == [4], "one alone is always admitted"
+    again = [Request(0, 4, 3, range(4)), Request(0, 5, 3, range(5))]
+    assert firsts(again, costs=replace(SECOND, room=7)) == [4, 5]
+
+
 @pytest.mark.parametrize(("busy_s", "found"), [(2, 0), (10, 9)])
 def test_nodes_work_in_the_order_of_time(busy_s: int, found: int) -> None:
     """Node 0 computes nine blocks until 9. Node 1 is busy, and then admits a request for the same blocks."""

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
-import numpy as np
-
 from kvlab.core.keys import Namespace
 from kvlab.engine.pages import PAGE_TOKENS, PagePool
 from kvlab.engine.scheduler import Scheduler
+from kvlab.lab.calibrate import COLD, CONTEXTS, PAUSE_S, WARM, fit
 from kvlab.lab.costs import Costs
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.replay import Setup
@@ -35,12 +34,7 @@ ABOUT = (
     "scheduler; load: requests a second by what the costs allow without hits; hit_rate: prompt tokens found / all; "
     "ttft in milliseconds; ratio: predicted by measured, median over the rounds; costs in milliseconds"
 )
-COLD: Final = ((16, 0), (64, 0), (128, 0), (256, 0), (512, 0), (1024, 0), (1536, 0))
-WARM: Final = ((16, 256), (64, 256), (16, 1024), (64, 1024), (256, 1024), (16, 1600))
-"""Prefills that are timed: tokens to compute, and tokens before them that are on the device; whole blocks of them."""
-PAUSE_S: Final = 0.05
 BATCHES: Final = (1, 2, 4, 8)
-CONTEXTS: Final = (64, 512, 1024)
 GROUPS: Final = 16
 PREFIX: Final = 512
 COMMON: Final = 64
@@ -82,9 +76,9 @@ def measure(model: Llama, text: list[int], rounds: int = 5) -> Costs:
     """Measure what prefills and decode steps of the scheduler cost on this machine, while it is idle."""
     prefills = [_median(_first_tokens(model, text, n, past, rounds)) for n, past in (*COLD, *WARM)]
     terms = [(1, n, past, n * past + n * (n + 1) / 2) for n, past in (*COLD, *WARM)]
-    prefill = _fit(terms, prefills)
+    prefill = fit(terms, prefills)
     steps = [(b, b * c, _median(_steps(model, text, b, c))) for b in BATCHES for c in CONTEXTS]
-    step = _fit([(1, requests, tokens) for requests, tokens, _ in steps], [s for *_, s in steps])
+    step = fit([(1, requests, tokens) for requests, tokens, _ in steps], [s for *_, s in steps])
     return Costs(
         kv_bytes=spec_of(model).kv_bytes_per_token(),
         prefill_s=prefill[0],
@@ -131,19 +125,6 @@ def _steps(model: Llama, text: list[int], batch: int, context: int) -> Iterator[
             begin = time.perf_counter()
             scheduler.step()
             yield time.perf_counter() - begin
-
-
-def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Coefficients of 0 or more, by least squares of relative errors."""
-    weights = 1 / np.asarray(seconds)
-    matrix = np.asarray(terms, float) * weights[:, None]
-    chosen = list(range(matrix.shape[1]))
-    while True:
-        solved = np.linalg.lstsq(matrix[:, chosen], np.ones(len(weights)), rcond=None)[0]
-        if (solved >= 0).all():
-            fitted = dict(zip(chosen, solved.tolist(), strict=True))
-            return [fitted.get(i, 0.0) for i in range(matrix.shape[1])]
-        chosen.pop(int(solved.argmin()))
 
 
 # --- loads --------------------------------------------------------------------------------------

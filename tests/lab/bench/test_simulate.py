@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 
 from kvlab.lab.bench import simulate as bench
-from kvlab.lab.bench.simulate import _fit
 
 
 def test_bench_simulate_reports_predicted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,14 +22,3 @@ def test_bench_simulate_reports_predicted_and_measured(monkeypatch: pytest.Monke
         assert measured > 0 < predicted and row[f"ttft_p{percent}_ratio"] == pytest.approx(predicted / measured)
     assert all(cost >= 0 for cost in result["costs"].values()) and result["costs"]["prefill_token_s"] > 0
     assert json.loads(json.dumps(result)) == result
-
-
-def test_a_fit_finds_the_costs_and_none_below_zero() -> None:
-    rng = random.Random(0)
-    terms = [(1, rng.uniform(10, 500), rng.uniform(0, 900), rng.uniform(0, 1e5)) for _ in range(30)]
-    costs = (2e-3, 1e-4, 3e-6, 5e-8)
-    seconds = [sum(cost * term for cost, term in zip(costs, row, strict=True)) for row in terms]
-    assert _fit(terms, seconds) == pytest.approx(costs)
-    falling = [s - 4e-6 * row[2] for s, row in zip(seconds, terms, strict=True)]
-    fitted = _fit(terms, falling)
-    assert fitted[2] == 0.0 and min(fitted) >= 0
