@@ -432,6 +432,12 @@ COMMANDS = (
         (*STRATEGIES, JSON),
     ),
     Command(
+        "cost",
+        "what a shared tier costs and saves, computed from dated prices: break-even, return on investment",
+        _bench("kvlab.lab.cost_table"),
+        (JSON,),
+    ),
+    Command(
         "trace import",
         "make a trace of prompts: lengths, times and salted ids of blocks, no texts",
         _trace_import,
