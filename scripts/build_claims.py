@@ -472,7 +472,10 @@ def judged(holds: str | Mapping[str, Any], files: Files) -> str:
     """
     if isinstance(holds, str):
         return holds
-    values = [found.value for reference in holds.get("values", ()) for found in look_up(reference, files)]
+    try:
+        values = [found.value for reference in holds.get("values", ()) for found in look_up(reference, files)]
+    except ZeroDivisionError:
+        raise ClaimError(f"a value of {holds['values']} is divided by 0") from None
     (name, *more) = [key for key in holds if key != "values"] or [""]
     if not values or more or name not in ("at_least", "at_most", "between"):
         raise ClaimError(f"expected values, and at_least, at_most or between, got {dict(holds)}")

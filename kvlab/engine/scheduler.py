@@ -10,7 +10,7 @@ does not stop the answers of the others for longer than a chunk takes. A step wa
 and saves are under way in other threads meanwhile. There is one exception: with exclusive tiers and write-back, a block
 that leaves the device may displace one in host memory that must be written first.
 
-A request whose next block is just being computed or fetched by another one is not admitted before that is done.
+A request that lacks mostly what another one is being filled with waits for that, and lets those behind it pass.
 
 When the pool is full, the request that was admitted last gives its pages back and starts again later, with the
 tokens it already has. What it then finds or computes a second time is no hit, and `Record.recomputed` counts it.
@@ -20,6 +20,7 @@ Sources: Yu et al., 2022 (Orca: iteration-level scheduling); Agrawal et al., 202
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections import Counter, deque
@@ -54,7 +55,7 @@ class _Request:
         limit: the most new tokens.
         table: while it is admitted.
         job: the prefill, while it is not done.
-        keys: of the full blocks that the prefill gives.
+        keys: of its full blocks, from the first attempt to admit it on.
         todo: what the job wants computed, as far as that was not done; None while it waits for a store.
         known: leading tokens whose KV is in the table.
         saved: leading blocks that were offered to the cache.
@@ -118,6 +119,8 @@ class Scheduler:
             raise ConfigError(f"expected max_step_tokens of at least max_batch ({max_batch}), got {max_step_tokens}")
         if cache is not None and (not isinstance(cache, TieredCache) or cache.namespace != pool.namespace):
             raise ConfigError("expected a TieredCache, and a pool with its namespace: PagePool(…, cache.namespace)")
+        if cache is not None and not pool.prefix_caching:
+            raise ConfigError("expected a pool with prefix_caching for a cache: it would never save anything")
         if pool.tables or (pool.owner is not None and pool.owner() is not None):
             raise ConfigError("expected a pool that nobody uses; each scheduler has a pool of its own")
         pool.owner = weakref.ref(self)
@@ -212,14 +215,14 @@ class Scheduler:
     def _admit(self) -> None:
         """Give requests their pages, in the order in which they came, as long as there are enough."""
         while self._waiting and len(self._active) < self.max_batch:
-            request, room = self._waiting[0], self.pool.free.total + self.pool.index.idle
+            request = self._next()
+            if request is None:
+                return
+            room = self.pool.free.total + self.pool.index.idle
             if self._refused == (request.record.id, room):  # nothing has changed; asking is a use of its blocks
                 return
-            keys = self.pool.keys(request.tokens)
+            keys = request.keys
             table = self.pool.new_table(keys, counts=False)
-            if len(table.keys) < len(keys) and self._is_coming(keys[len(table.keys)]):
-                self.pool.close(table)
-                return
             try:
                 self._make_room(request, table, len(request.tokens))
                 self._keep_headroom()
@@ -231,21 +234,26 @@ class Scheduler:
                     continue  # nothing else would give pages back before the store answers
                 self._refused = request.record.id, room
                 return
-            request.table, request.keys = table, keys
+            request.table = table
             first_time = not request.record.preemptions
             request.job = filling(request.tokens, table, self.cache, waits=False, counts=first_time)
-            self._active.append(self._waiting.popleft())
+            self._waiting.remove(request)
+            self._active.append(request)
             if first_time:
                 self.pool.counts += Counter(requested=len(keys), hits=len(table.keys))
                 request.record.admitted_at = self._clock()
             self._go_on(request, None)
 
-    def _is_coming(self, key: bytes) -> bool:
-        """Whether a request that is being filled will put this block into the index.
-
-        Its turn to be computed comes first anyway. A request that waits for that computes or fetches nothing twice.
-        """
-        return self.pool.prefix_caching and any(key in r.keys for r in self._active if r.job is not None)
+    def _next(self) -> _Request | None:
+        """The first request that waits, without those that lack mostly what others are being filled with."""
+        coming = {key for r in self._active if r.job is not None for key in r.keys}
+        for request in itertools.islice(self._waiting, self.max_batch):
+            request.keys = request.keys or self.pool.keys(request.tokens)
+            missing = [*itertools.dropwhile(self.pool.index.__contains__, request.keys)]
+            found_later = sum(1 for _ in itertools.takewhile(coming.__contains__, missing))
+            if not (found_later and self.pool.prefix_caching) or 2 * found_later < len(missing):
+                return request
+        return None
 
     def _make_room(self, request: _Request, table: BlockTable, tokens: int) -> None:
         """Give a table room for `tokens` tokens, and some pages ahead if many are free.
@@ -312,6 +320,7 @@ class Scheduler:
         self._publish(request)  # what nobody needs until then, it finds again
         self._active.remove(request)
         self._release(request)
+        request.keys = ()  # there are more tokens now
         self._waiting.appendleft(request)
 
     def _go_on(self, request: _Request, logits: Tensor | None) -> None:

@@ -57,7 +57,7 @@ class WorkerSettings:
         pages: of the page pool, 16 tokens each.
         host_bytes: host memory for blocks, in front of the store.
         tiers: further settings of `TieredCache`.
-        prefix_caching: whether pages of earlier requests are used again. With a store they always are.
+        prefix_caching: whether pages of earlier requests are used again. A store needs it.
         max_batch, max_step_tokens: see `Scheduler`.
         threads: of PyTorch, in each worker.
     """

@@ -1,6 +1,7 @@
 """What work costs in worker processes of this machine: the terms of `Costs`, measured before there is a load.
 
-Requests of chosen lengths go to all workers at the same time, so that each worker has the company that it has later.
+Requests of chosen lengths go to all workers at the same time, so that each worker has the company that it has later;
+only what comes from the store is fetched by one worker after the other.
 
     idle       one request each, after a pause
     streaming  many requests each at once; what counts is the time from one first token to the next
@@ -65,7 +66,7 @@ def calibrate(settings: WorkerSettings, workers: int = 2, rounds: int = 5) -> Ca
     Raises:
         KVLabError: workers do not start, or a request did not find what it should have found.
     """
-    idle, streaming = (_compute(settings, workers, rounds, count) for count in (1, STREAM))
+    idle, streaming = _compute(settings, workers, rounds)
     host = store = Link()
     if settings.store:
         host, store = (_link(settings, workers, rounds, idle.kv_bytes, tier) for tier in ("host", "store"))
@@ -110,6 +111,10 @@ class _Asker:
         """Send the same prompt to each worker."""
         return self.ask([prompt] * self.workers)
 
+    def ask_in_turn(self, prompt: list[int]) -> list[Answer]:
+        """The same, one worker after the other."""
+        return [answer for _ in range(self.workers) for answer in self.ask([prompt])]
+
 
 def _found(answer: Answer, tier: str, tokens: int) -> None:
     record = answer.record
@@ -119,33 +124,39 @@ def _found(answer: Answer, tier: str, tokens: int) -> None:
 
 
 # --- computing ----------------------------------------------------------------------------------
-def _compute(settings: WorkerSettings, workers: int, rounds: int, count: int) -> Costs:
-    """Measure prefills and decode steps.
-
-    Args:
-        count: requests to each worker at once.
-    """
+def _compute(settings: WorkerSettings, workers: int, rounds: int) -> tuple[Costs, Costs]:
+    """Measure prefills, of workers that rest and of those that do not, and decode steps."""
     plain = replace(settings, pages=ROOMY, prefix_caching=True)
+    lengths = (*COLD, *WARM)
     with WorkerGroup(workers, plain, router="round_robin") as group:
         asker = _Asker(group, workers)
-        prefills = [statistics.median(_prefills(asker, n, past, rounds, count)) for n, past in (*COLD, *WARM)]
+        prefills = [
+            [statistics.median(_prefills(asker, n, past, rounds, count)) for n, past in lengths]
+            for count in (1, STREAM)
+        ]
         batches = sorted({1, 2, settings.max_batch})
         steps = [(b, b * c, statistics.median(_steps(asker, b, c))) for b in batches for c in CONTEXTS]
-    prefill = fit([(1, n, past, n * past + n * (n + 1) / 2) for n, past in (*COLD, *WARM)], prefills)
     step = fit([(1, requests, tokens) for requests, tokens, _ in steps], [seconds for *_, seconds in steps])
-    return Costs(
-        kv_bytes=spec_of(load_model(settings.model) if settings.model else load_model()).kv_bytes_per_token(),
-        prefill_s=prefill[0],
-        prefill_token_s=prefill[1],
-        prefill_past_s=prefill[2],
-        prefill_pair_s=prefill[3],
-        step_s=step[0],
-        step_request_s=step[1],
-        step_token_s=step[2],
-        chunk=settings.max_step_tokens,
-        batch=settings.max_batch,
-        source="measured on this machine",
-    )
+    kv_bytes = spec_of(load_model(settings.model) if settings.model else load_model()).kv_bytes_per_token()
+
+    def costs(seconds: list[float]) -> Costs:
+        prefill = fit([(1, n, past, n * past + n * (n + 1) / 2) for n, past in lengths], seconds)
+        return Costs(
+            kv_bytes=kv_bytes,
+            prefill_s=prefill[0],
+            prefill_token_s=prefill[1],
+            prefill_past_s=prefill[2],
+            prefill_pair_s=prefill[3],
+            step_s=step[0],
+            step_request_s=step[1],
+            step_token_s=step[2],
+            chunk=settings.max_step_tokens,
+            batch=settings.max_batch,
+            source="measured on this machine",
+        )
+
+    idle, streaming = map(costs, prefills)
+    return idle, streaming
 
 
 def _prefills(asker: _Asker, length: int, past: int, rounds: int, count: int) -> Iterator[float]:
@@ -203,9 +214,10 @@ def _link(settings: WorkerSettings, workers: int, rounds: int, kv_bytes: int, ti
                 for _ in range(3):  # two of them are longer than the pool
                     asker.ask_all(asker.text(LONG))
                 time.sleep(SAVED_S)
-                fetched = asker.ask_all(before + asker.text(OWN))
+                ask = asker.ask_all if in_host else asker.ask_in_turn  # they share the way to the store
+                fetched = ask(before + asker.text(OWN))
                 time.sleep(PAUSE_S)
-                there = asker.ask_all(before + asker.text(OWN))
+                there = ask(before + asker.text(OWN))
                 for one, again in zip(fetched, there, strict=True):
                     _found(one, tier, tokens)
                     _found(again, "device", tokens)

@@ -47,7 +47,7 @@ class Turn:
     Attributes:
         at_s: when it comes, in seconds.
         tokens: the prompt, with all of the conversation so far.
-        answer: the tokens as the model samples them, `END` at last.
+        answer: the tokens as the model samples them, `END` at last unless a `Reply` gave them.
         session, turn: numbers from 0. A session is the same whatever the number of sessions.
     """
 

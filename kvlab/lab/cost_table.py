@@ -10,7 +10,17 @@ from dataclasses import asdict
 from math import inf
 from typing import Any, Final
 
-from kvlab.lab.cost import LLAMA_70B, Load, Node, Tier, break_even_keep_s, cached_input_discount, h100, prompt_needed, roi
+from kvlab.lab.cost import (
+    LLAMA_70B,
+    Load,
+    Node,
+    Tier,
+    break_even_keep_s,
+    cached_input_discount,
+    h100,
+    prompt_needed,
+    roi,
+)
 from kvlab.lab.costs import LLAMA_8B
 from kvlab.lab.prices import GPU, MANAGED, PRICES, RAM, RATES
 from kvlab.lab.replay import replay
@@ -18,13 +28,15 @@ from kvlab.lab.strategies import AT_SCALE, SCALE_BLOCK, SCALE_CONTEXT
 from kvlab.lab.workloads import WORKLOADS, as_trace
 
 ABOUT: Final = (
-    "computed from prices, data sheets and made workloads; nothing is measured. rows: a shared tier of 64 GiB for each "
-    "workload on H100s, at the hit rate by tokens of a cache that never evicts, blocks of 16; saving_usd a month: low, "
-    "mid, high over all bands of prices, GPUs paid by the second (fractional) or by the month (whole); "
-    "break_even_months: with the middle prices, none if never. keep: seconds for which the RAM of a prompt's KV costs "
-    "as much as computing it once more. prompt_needed: tokens of a prompt from which on 100,000 requests a month save "
-    "so much, with the best, middle and worst prices, none if 131,072 are not enough. discounts: share of the input "
-    "bill that a vendor's cache saves by hit rate, what is not found being written"
+    "computed from prices, data sheets and made workloads; nothing is measured. rows: a shared tier of 64 GiB against "
+    "no cache at all, for each workload on H100s, at the hit rate by tokens of a cache that never evicts, blocks of "
+    "16: more than a tier adds to engines with caches of their own. saving_usd a month: low, mid, high over all bands "
+    "of prices, GPUs paid by the second; saved_usd_per_month: mid; saving_whole_usd: whole nodes; store_load: the "
+    "share of the store's bandwidth that the hits need, above 1 they cannot be fetched; break_even_months: with the "
+    "middle prices, none if never. keep: seconds for which the RAM of a prompt's KV costs as much as computing it once "
+    "more. prompt_needed: tokens of a prompt from which on 100,000 requests a month save so much, with the best, "
+    "middle and worst prices, none if 131,072 are not enough. discounts: share of the input bill that a vendor's cache "
+    "saves by hit rate, what is not found being written"
 )
 REQUESTS: Final = (100_000, 1_000_000, 10_000_000, 100_000_000)
 NODES: Final = {"Llama 3.1 8B, one H100": h100(LLAMA_8B), "Llama 3.1 70B, four H100": h100(LLAMA_70B, 4)}
@@ -40,8 +52,8 @@ def run() -> dict[str, Any]:
     first, *larger = NODES
     return {
         "about": ABOUT,
-        "rows": _rows(NODES[first], loads),
-        "larger_model": [row for name in larger for row in _rows(NODES[name], loads)],
+        "rows": _rows(first, loads),
+        "larger_model": [row for name in larger for row in _rows(name, loads)],
         "keep": [_keep(name, node) for name, node in NODES.items()],
         "prompt_needed": [_needed(name, node, usd) for name, node in NODES.items() for usd in SAVINGS],
         "discounts": [
@@ -62,14 +74,15 @@ def _load(kind: str) -> Load:
     return Load(1, prompt, new, rate)
 
 
-def _rows(node: Node, loads: dict[str, Load]) -> list[dict[str, Any]]:
-    rows = []
+def _rows(name: str, loads: dict[str, Load]) -> list[dict[str, Any]]:
+    rows, node = [], NODES[name]
     for kind, one in loads.items():
         for requests in REQUESTS:
             load = Load(requests, one.prompt, one.new, one.hit_rate)
             result = roi(load, node, Tier(GIB))
             rows.append(
                 {
+                    "model": name,
                     "workload": kind,
                     "requests_per_month": requests,
                     "prompt": load.prompt,

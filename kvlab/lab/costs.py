@@ -34,7 +34,7 @@ class Costs:
             these requests attend to.
         chunk: tokens of a prompt that one step computes. The requests that generate go on in these steps.
         batch: the most requests that generate at the same time on a node.
-        room: tokens whose KV fits into a node for its requests, without those that were on the device; None: endless.
+        room: tokens whose KV fits into a node for the requests that are admitted; None: endless.
         host, store: from a node's host memory, and from the store that all share.
         source: where the numbers are from.
     """

@@ -102,7 +102,10 @@ def check_hits_never_cost(simulate: Simulate = simulate) -> None:
 
 
 def check_bandwidth_never_costs(simulate: Simulate = simulate) -> None:
-    """With twice the bandwidth, to the host or to the store, no request waits longer, and some wait less."""
+    """With twice the bandwidth, to the host or to the store, no request waits longer, and some wait less.
+
+    It holds where all are admitted when they come. Else who is admitted sooner may look for a block too early.
+    """
     for link in ("host", "store"):
         path: Link = getattr(COSTS, link)
         changed: dict[str, Any] = {link: Link(path.latency_s, 2 * path.bytes_per_s)}

@@ -6,8 +6,9 @@ store, and its KV is fetched from the node's host memory and from the store, eac
 after the other. Meanwhile those before it are computed. Then its prefill runs, in steps in which the requests that
 generate go on too. Its blocks are in the store, and known to the router's index, when the prefill has ended.
 
-What is not. No request is preempted. A node's device has a block as soon as
-the request is there, since the requests of a node are computed in order. Writes cost nothing.
+What is not. No request is preempted. A node's device has the blocks of a request, those of its answer too, as soon as
+it is there, since the requests of a node are computed in order; so where the next turn of a conversation comes before
+the last one is answered, too much is found. Writes cost nothing.
 
 With one node and no store, the hits are those of `replay`. The laws that a simulator must keep are in `laws`.
 """
@@ -99,7 +100,7 @@ class Pipe:
 
 
 def _held(job: Job) -> int:
-    """Tokens that a request needs memory for: those that its node's device had are there anyway."""
+    """Tokens that a request needs memory for, beside those that its node's device had."""
     return job.context - 1 - job.shared
 
 
@@ -114,6 +115,7 @@ class Machine:
         now: when its last action has ended.
         waiting, admitted: requests to be computed, in the order of their arrival.
         batch: requests that generate.
+        ended: those that have ended in its last action.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -122,6 +124,7 @@ class Machine:
         self.waiting: deque[Job] = deque()
         self.admitted: deque[Job] = deque()
         self.batch: list[Job] = []
+        self.ended: list[Job] = []
         self.host = Pipe(costs.host)
 
     @property
@@ -135,12 +138,15 @@ class Machine:
             self.now = max(self.now, job.request.at_s)
         self.waiting.append(job)
 
-    def has_room(self, job: Job) -> bool:
-        """Whether one more request can be admitted."""
-        active = [*self.admitted, *self.batch]
+    def has_room(self, job: Job, now: float, block_tokens: int) -> bool:
+        """Whether one more request can be admitted. What its last action does may end later than now."""
+        active = [*self.admitted, *self.batch, *(other for other in self.ended if other.end_at > now)]
         if len(active) >= self.costs.batch:
             return False
-        return self.costs.room is None or not active or sum(map(_held, active)) + _held(job) <= self.costs.room
+        if self.costs.room is None or not active:
+            return True
+        shared = {key for one in (*active, job) for key in one.request.blocks[: one.found[0]]}
+        return len(shared) * block_tokens + sum(map(_held, (*active, job))) <= self.costs.room
 
     def begins_at(self, now: float) -> float:
         """When a job that is admitted now would begin at the earliest, without the requests that generate."""
@@ -153,6 +159,7 @@ class Machine:
             until: when the next request comes, anywhere.
         """
         head = self.admitted[0] if self.admitted else None
+        self.ended = []
         if head is not None and head.ready_at <= self.now:
             yield from self._prefill(self.admitted.popleft())
         elif self.batch:
@@ -167,6 +174,7 @@ class Machine:
         for other in self.batch:
             if other.remaining <= chunks:
                 other.end_at = self.now + seconds * other.remaining / chunks
+                self.ended.append(other)
                 yield other.end_at, ENDED, other
             other.remaining -= chunks
             other.context += chunks
@@ -178,6 +186,7 @@ class Machine:
             self.batch.append(job)
         else:
             job.end_at = self.now
+            self.ended.append(job)
             yield self.now, ENDED, job
 
     def _decode(self, stop: float) -> Iterator[Event]:
@@ -192,6 +201,7 @@ class Machine:
             job.context += steps
             if not job.remaining:
                 job.end_at = self.now
+                self.ended.append(job)
                 yield self.now, ENDED, job
         self.batch = [job for job in self.batch if job.remaining]
 
@@ -359,7 +369,7 @@ class _World:
     def _admit(self, now: float, node: int) -> None:
         """Look up requests in the store, and begin to fetch what is not on the device, while there is room for them."""
         machine = self.machines[node]
-        while machine.waiting and machine.has_room(machine.waiting[0]):
+        while machine.waiting and machine.has_room(machine.waiting[0], now, self.block_tokens):
             job = machine.waiting.popleft()
             request, (device, host, _) = job.request, job.found
             job.ready_at = now

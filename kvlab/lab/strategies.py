@@ -18,6 +18,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Any, Final
 
 from kvlab.core.keys import Namespace
@@ -62,6 +63,9 @@ SCALE_CONTEXT: Final = 131_072
 SCALE_BLOCK: Final = 16
 SCALE_ROOM: Final = 56 * 10**9 // 131_072
 """Tokens whose KV fits beside 16 GB of weights and 8 GB of other things (assumed) on 80 GB."""
+REDIS_RECORD: Final = 7 / 6
+"""Memory that Redis takes by the bytes of a block of 384 KiB: with its header it needs jemalloc's next size, 448."""
+REDIS_BASE: Final = 8 << 20
 CONVERSATIONS: Final = ("agentic", "chat")
 """Workloads whose prompts contain earlier answers."""
 
@@ -114,6 +118,7 @@ class Load:
         kind, seed: of the workload.
         turns: the requests, in the order of their times.
         block_tokens, token_bytes: of a block, and of the KV of a token.
+        pool: blocks that the pool of a worker has room for; None: the share `POOL`.
         trace: the blocks of the requests.
         working_set: distinct full blocks of all prompts and answers.
     """
@@ -123,6 +128,7 @@ class Load:
     turns: list[Turn]
     block_tokens: int
     token_bytes: int
+    pool: int | None = None
     trace: list[Request] = field(init=False, repr=False)
     working_set: int = field(init=False)
 
@@ -141,6 +147,8 @@ class Load:
     @property
     def pool_blocks(self) -> int:
         """Blocks that the pool of a worker has room for: its share, and at least the longest request there may be."""
+        if self.pool is not None:
+            return self.pool
         longest = max(len(turn.tokens) + len(turn.answer) for turn in self.turns)
         return max(int(POOL * self.working_set), -(-max(CONTEXT, longest) // self.block_tokens) + 1)
 
@@ -234,15 +242,19 @@ def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) ->
 
 
 def light_speed(load: Load, costs: Calibrated, share: float = LIGHT) -> float:
-    """Return the speed at which a load is so much of what the workers are expected to serve without a cache."""
+    """Return the speed at which a load is so much of what the workers are expected to serve without a cache.
+
+    Its rate is that of the middle 80 % of its requests: conversations that go on long after the others count little.
+    """
     burst = simulated(load, STRATEGIES[0], costs.streaming, float("inf"))
-    return share * load.span_s / burst.seconds
+    middle = [request.at_s for request in load.trace][len(load.trace) // 10 : -(len(load.trace) // 10) or None]
+    span_s = (middle[-1] - middle[0]) * len(load.trace) / max(1, len(middle) - 1)
+    return share * span_s / burst.seconds
 
 
 def simulated(load: Load, strategy: Strategy, costs: Costs, speed: float, nodes: int = WORKERS) -> Simulated:
     """Simulate a load under a strategy."""
-    if costs.room is None:
-        costs = replace(costs, room=load.pool_blocks * load.block_tokens)
+    costs = replace(costs, room=load.pool_blocks * load.block_tokens)
     return simulate(load.requests(speed), load.block_tokens, strategy.setup(load, nodes), costs)
 
 
@@ -272,11 +284,11 @@ def computed(name: str = "llama8b_h100", seed: int = 0, kinds: Sequence[str] = t
     Args:
         name: of `kvlab.lab.costs.COSTS`. Each worker is one of these nodes.
     """
-    costs, rows = replace(COSTS[name], room=SCALE_ROOM), list[dict[str, Any]]()
+    costs, rows = COSTS[name], list[dict[str, Any]]()
     both = Calibrated(costs, costs)
     for kind in kinds:
         turns = WORKLOADS[kind](seed=seed, context=SCALE_CONTEXT, **AT_SCALE[kind])
-        load = Load(kind, seed, turns, SCALE_BLOCK, costs.kv_bytes)
+        load = Load(kind, seed, turns, SCALE_BLOCK, costs.kv_bytes, pool=SCALE_ROOM // SCALE_BLOCK)
         speed = light_speed(load, both)
         for strategy in STRATEGIES:
             row = predicted_row(strategy, [(load, speed)], both)
@@ -291,8 +303,13 @@ def usd_per_mtok(tok_per_s: float, strategy: Strategy, load: Load, machine: Pric
     Args:
         machine: price of an hour of what all workers run on.
     """
-    gib = load.store_blocks * load.block_bytes / 2**30 if strategy.redis else 0.0
+    gib = maxmemory(load) / 2**30 if strategy.redis else 0.0
     return interval(lambda hour, month: cost.usd_per_mtok(tok_per_s, hour + gib * month / HOURS), machine, RAM)
+
+
+def maxmemory(load: Load) -> int:
+    """Return the bytes that a Redis may use that is to have room for a load's `store_blocks`."""
+    return int(load.store_blocks * load.block_bytes * REDIS_RECORD) + REDIS_BASE
 
 
 def _tokens_per_s(burst: Simulated) -> float:
@@ -306,4 +323,9 @@ def rates(hits: Hits) -> dict[str, float]:
 
 
 def _as_json(calibrated: Calibrated) -> dict[str, Any]:
-    return {name: asdict(costs) for name, costs in vars(calibrated).items()}
+    """Return costs as JSON has them: a bandwidth without a limit is None."""
+    told = {name: asdict(costs) for name, costs in vars(calibrated).items()}
+    for costs in told.values():
+        for link in (costs["host"], costs["store"]):
+            link["bytes_per_s"] = None if link["bytes_per_s"] == inf else link["bytes_per_s"]
+    return told

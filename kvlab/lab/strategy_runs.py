@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 
 from kvlab.engine import generate
 from kvlab.engine.workers import WorkerGroup
-from kvlab.errors import InputError
+from kvlab.errors import InputError, KVLabError
 from kvlab.lab.intervals import interval
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.prices import VM, Interval
@@ -33,6 +34,7 @@ from kvlab.lab.strategies import (
     Strategy,
     computed,
     make_load,
+    maxmemory,
     predict,
     rates,
     usd_per_mtok,
@@ -55,10 +57,9 @@ ABOUT: Final = (
 )
 ENOUGH_FOR_P99: Final = 1000
 PACE_TOKENS: Final = 256
-REDIS_RECORD: Final = 7 / 6
-"""Memory that Redis takes by the bytes of a block of 384 KiB: with its header it needs jemalloc's next size, 448."""
-REDIS_BASE: Final = 8 << 20
 WITHIN: Final = 0.2
+SETTLE_S: Final = 1.0
+"""After this, what was to be saved is saved."""
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Cell:
     Attributes:
         served: requests of the light load, with the group of each: requests of one conversation, in one round.
         bursts: generated tokens a second, by round.
+        other_answers: answers that are not those with which the next prompts were made.
         moved: bytes read from Redis and written there, in the light loads.
         paces: seconds of a fixed piece of work, before and after each run.
         usd: dollars for a million generated tokens in the bursts: low, mid, high.
@@ -79,6 +81,7 @@ class Cell:
     served: list[Served] = field(default_factory=list)
     groups: list[tuple[int, int]] = field(default_factory=list)
     bursts: list[float] = field(default_factory=list)
+    other_answers: int = 0
     moved: dict[str, int] = field(default_factory=lambda: {"read": 0, "written": 0})
     paces: list[float] = field(default_factory=list)
     usd: list[Interval] = field(default_factory=list)
@@ -98,7 +101,7 @@ class Cell:
         """What the requests of the light loads found, in blocks."""
         hits = Hits(self.block_tokens)
         for one in self.served:
-            assert one.record is not None, "a worker died"
+            assert one.record is not None, "checked when it was served"
             found = [-(-one.record.sources[source] // self.block_tokens) for source in SOURCES]
             tokens = len(one.arrival.tokens)
             hits.add(Request(one.arrival.at_s, tokens, 1, range(-(-tokens // self.block_tokens))), found)
@@ -119,24 +122,27 @@ def run(
         KVLabError: workers or a `redis-server` do not start, or a request failed.
     """
     expected = _read(predicted) if predicted else predict(rounds, kinds, **made)
-    model, pace = load_model(), _Pace()
+    model, pace, at_scale = load_model(), _Pace(), computed()
     cells: dict[tuple[str, str], Cell] = {}
-    for number, told in enumerate(expected["loads"]):
+    kinds = [*dict.fromkeys(told["workload"] for told in expected["loads"])]
+    for told in expected["loads"]:
         load = make_load(told["workload"], told["seed"], model, **made)
         if load.working_set != told["working_set"]:
             raise InputError(f"expected the loads that were predicted, got another one of {load.kind}, {load.seed}")
         for place in range(len(STRATEGIES)):
-            strategy = STRATEGIES[(place + number) % len(STRATEGIES)]
+            strategy = STRATEGIES[(place + 2 * told["seed"] + kinds.index(load.kind)) % len(STRATEGIES)]
             cell = cells.setdefault((load.kind, strategy.name), Cell(strategy, load.kind, load.block_tokens))
             _measure(cell, load, told["speed"], pace)
     ordered = [cells[kind, s.name] for kind in dict.fromkeys(kind for kind, _ in cells) for s in STRATEGIES]
     usual = statistics.median(seconds for cell in ordered for seconds in cell.paces)
+    rows = [_row(cell, cells[cell.kind, STRATEGIES[0].name], usual) for cell in ordered]
     return {
         "about": ABOUT,
-        "rows": [_row(cell, cells[cell.kind, STRATEGIES[0].name], usual) for cell in ordered],
+        "rows": rows,
+        "noisy": any(row["noisy"] for row in rows),
         "order": [row for kind in dict.fromkeys(c.kind for c in ordered) for row in _order(kind, cells)],
         "predicted": [_compared(row, cells[row["workload"], row["strategy"]]) for row in expected["rows"]],
-        "computed": computed(),
+        "computed": at_scale,
         "loads": expected["loads"],
         "pace_ms": 1000 * usual,
         "machine": describe_machine(),
@@ -151,6 +157,9 @@ def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
         with _serving(cell.strategy, load) as group:
             cell.paces.append(pace.seconds())
             served = offer(group, load.arrivals(one_speed))
+            if any(one.record is None for one in served):
+                raise KVLabError(f"a worker died while it served {load.kind} with {cell.strategy.name}")
+            time.sleep(SETTLE_S)
             cell.paces.append(pace.seconds())
             if one_speed != speed:
                 cell.bursts.append(tokens_per_second(served))
@@ -158,6 +167,7 @@ def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
                 return
             cell.served += served
             cell.groups += [(load.seed, one.arrival.group) for one in served]
+            cell.other_answers += sum(one.tokens != turn.answer for one, turn in zip(served, load.turns, strict=True))
             for stats in group.stats().values():
                 cell.moved["read"] += stats["cache"]["bytes_read"]
                 cell.moved["written"] += stats["cache"]["bytes_written"]
@@ -169,8 +179,7 @@ def _serving(strategy: Strategy, load: Load) -> Iterator[WorkerGroup]:
     with ExitStack() as stack:
         url = None
         if strategy.redis:
-            size = int(load.store_blocks * load.block_bytes * REDIS_RECORD) + REDIS_BASE
-            arguments = ("--maxmemory", str(size), "--maxmemory-policy", "allkeys-lru")
+            arguments = ("--maxmemory", str(maxmemory(load)), "--maxmemory-policy", "allkeys-lru")
             url = stack.enter_context(RedisServer(*arguments)).url
         settings = strategy.settings(load, url)
         yield stack.enter_context(WorkerGroup(WORKERS, settings, router=strategy.router, max_requests=1 << 20))
@@ -192,7 +201,10 @@ class _Pace:
 def _read(file: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
-        content["loads"], content["rows"], content["machine"]
+        names = {(told["workload"], strategy.name) for told in content["loads"] for strategy in STRATEGIES}
+        if not names or {(row["workload"], row["strategy"]) for row in content["rows"]} != names:
+            raise ValueError("its rows are not those of its loads")
+        content["machine"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"expected a file with predictions, got {file}: {error}") from error
     return content
@@ -202,7 +214,6 @@ def _read(file: str) -> dict[str, Any]:
 def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
     """One cell, as JSON has it; `bare` is the same workload without a cache."""
     ttft, latency = cell.ttft_ms, cell.latency_ms
-    percents = (50, 95, 99) if len(ttft) >= ENOUGH_FOR_P99 else (50, 95)
     usd = [statistics.median(part) for part in zip(*cell.usd, strict=True)]
     row: dict[str, Any] = {
         "strategy": cell.strategy.name,
@@ -212,8 +223,9 @@ def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
         "tok_per_s_interval": [min(cell.bursts), max(cell.bursts)],
     }
     for name, values in (("ttft", ttft), ("latency", latency)):
-        for percent in percents:
-            row[f"{name}_p{percent}_ms"] = percentile(values, percent)
+        for percent in (50, 95, 99):
+            enough = percent < 99 or len(values) >= ENOUGH_FOR_P99
+            row[f"{name}_p{percent}_ms"] = percentile(values, percent) if enough else None
         for percent in (50, 95):
             low_high = interval(partial(np.percentile, q=percent), values, groups=cell.groups)
             row[f"{name}_p{percent}_ms_interval"] = [*low_high]
@@ -224,6 +236,7 @@ def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
         "time_saved_s": sum(a - b for a, b in zip(bare.ttft_ms, ttft, strict=True)) / 1000,
         "bytes": cell.moved,
         "ttft_ms_by_percent": [percentile(ttft, percent) for percent in range(5, 100, 5)],
+        "other_answers": cell.other_answers,
         "noisy": any(abs(seconds / usual - 1) > NOISY_BEYOND for seconds in cell.paces),
     }
 
@@ -255,6 +268,7 @@ def _comparison(kind: str, poor: str, rich: str, metric: str, times: float, low:
         "times_better": times,
         "low": low,
         "high": high,
+        "ends": "rounds" if metric == "tok_per_s" else "95 %",
         "said": said,
     }
 

@@ -227,6 +227,27 @@ def test_who_waits_for_a_prefix_computes_it_if_the_other_one_is_cancelled() -> N
     assert all_pages_back(scheduler)
 
 
+@pytest.mark.parametrize(("shared", "together"), [(1, True), (2, False)])
+def test_a_small_part_in_common_is_computed_twice_and_a_large_one_waited_for(shared: int, together: bool) -> None:
+    """Three blocks each; of one in common the wait would be longer than the work."""
+    scheduler = serving(cache=tiered(), max_step_tokens=16)
+    ends = [words((3 - shared) * B, seed=seed) for seed in (5, 6)]
+    first, second = (
+        scheduler.submit(name, [*words(shared * B), *end, 7], 4, stop_at_eos=False)
+        for name, end in zip("ab", ends, strict=True)
+    )
+    scheduler.step()
+    assert first.admitted_at and bool(second.admitted_at) == together
+    to_the_end(scheduler)
+    assert second.sources["device"] == (0 if together else shared * B)
+
+
+def test_a_cache_behind_a_pool_that_remembers_nothing_is_refused() -> None:
+    cache = tiered()
+    with pytest.raises(ConfigError, match="prefix_caching for a cache"):
+        Scheduler(MODEL, PagePool(MODEL, 8, cache.namespace, prefix_caching=False), cache)
+
+
 def test_without_prefix_caching_nobody_waits_for_a_prefix() -> None:
     names = tiered().namespace
     pool = PagePool(MODEL, 64, names, prefix_caching=False)

@@ -195,13 +195,16 @@ def test_the_others_go_on_while_one_waits_for_a_store_that_hangs(call: str) -> N
     scheduler.submit("talks", words(5, seed=8), 60, stop_at_eos=False)
     scheduler.submit("waits", prompt, 4, stop_at_eos=False)
     until(scheduler, store.began.is_set, stream)
+    scheduler.submit("too", [*prompt, 3], 4, stop_at_eos=False)
     scheduler.submit("joins", words(7, seed=9), 5, stop_at_eos=False)
     until(scheduler, lambda: stream.ended.keys() == {"talks", "joins"}, stream)
-    assert scheduler.is_waiting and "waits" not in stream.tokens and not store.gate.is_set()
+    assert scheduler.is_waiting and not {"waits", "too"} & stream.tokens.keys() and not store.gate.is_set()
     store.gate.set()
     to_the_end(scheduler, stream)
     assert stream.ended["waits"].sources == {"store": 48, "computed": 1}
+    assert stream.ended["too"].sources == {"device": 48, "computed": 2}, "it was not fetched twice"
     assert stream.tokens == {
+        "too": plain([*prompt, 3], 4),
         "talks": plain(words(5, seed=8), 60),
         "joins": plain(words(7, seed=9), 5),
         "waits": plain(prompt, 4),
