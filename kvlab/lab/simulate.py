@@ -50,7 +50,6 @@ class Job:
         missing: blocks that it would compute without the store.
         compute, past: tokens to compute, and tokens whose KV is there or fetched, from its admission on.
         ready_at: when its KV has been fetched.
-        shared: prompt tokens that its node's device had.
         added, removed: blocks that its node has when it is computed, and that it then lacks.
         remaining, context: tokens to generate after the first one, and tokens that the next one attends to.
         first_at, end_at: when its first token and its last one were there.
@@ -60,7 +59,6 @@ class Job:
     number: int
     node: int
     found: tuple[int, int, int]
-    shared: int
     added: list[int]
     removed: list[int]
     compute: int = 0
@@ -97,11 +95,6 @@ class Pipe:
         done = self.done_at(now, size)
         self.free_at = done - self.link.latency_s
         return done
-
-
-def _held(job: Job) -> int:
-    """Tokens that a request needs memory for, beside those that its node's device had."""
-    return job.context - 1 - job.shared
 
 
 Event = tuple[float, str, Job]
@@ -145,8 +138,9 @@ class Machine:
             return False
         if self.costs.room is None or not active:
             return True
-        shared = {key for one in (*active, job) for key in one.request.blocks[: one.found[0]]}
-        return len(shared) * block_tokens + sum(map(_held, (*active, job))) <= self.costs.room
+        blocks = {key for one in (*active, job) for key in one.request.blocks}  # prompts share those they begin with
+        generated = sum(one.context - 1 - one.request.tokens for one in active)
+        return len(blocks) * block_tokens + generated <= self.costs.room
 
     def begins_at(self, now: float) -> float:
         """When a job that is admitted now would begin at the earliest, without the requests that generate."""
@@ -363,8 +357,7 @@ class _World:
         used = request.used
         self.index.sent(request.at_s, node, used, cache, gone)
         added, removed = [key for key in used if key in cache], [key for key in gone if key not in cache]
-        shared = self._past(request.tokens, device)
-        return Job(request, number, node, (device, host, 0), shared, added, removed)
+        return Job(request, number, node, (device, host, 0), added, removed)
 
     def _admit(self, now: float, node: int) -> None:
         """Look up requests in the store, and begin to fetch what is not on the device, while there is room for them."""

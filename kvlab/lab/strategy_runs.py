@@ -27,6 +27,7 @@ from kvlab.lab.prices import VM, Interval
 from kvlab.lab.replay import SOURCES, Hits
 from kvlab.lab.serving import Served, offer, percentile, tokens_per_second
 from kvlab.lab.strategies import (
+    CONVERSATIONS,
     MADE,
     STRATEGIES,
     WORKERS,
@@ -69,7 +70,7 @@ class Cell:
     Attributes:
         served: requests of the light load, with the group of each: requests of one conversation, in one round.
         bursts: generated tokens a second, by round.
-        other_answers: answers that are not those with which the next prompts were made.
+        other_answers: of conversations, answers that are not those with which the next prompts were made.
         moved: bytes read from Redis and written there, in the light loads.
         paces: seconds of a fixed piece of work, before and after each run.
         usd: dollars for a million generated tokens in the bursts: low, mid, high.
@@ -167,7 +168,9 @@ def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
                 return
             cell.served += served
             cell.groups += [(load.seed, one.arrival.group) for one in served]
-            cell.other_answers += sum(one.tokens != turn.answer for one, turn in zip(served, load.turns, strict=True))
+            if load.kind in CONVERSATIONS:
+                pairs = zip(served, load.turns, strict=True)
+                cell.other_answers += sum(one.tokens != turn.answer for one, turn in pairs)
             for stats in group.stats().values():
                 cell.moved["read"] += stats["cache"]["bytes_read"]
                 cell.moved["written"] += stats["cache"]["bytes_written"]

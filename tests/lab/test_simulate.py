@@ -107,8 +107,17 @@ def test_a_request_is_looked_up_in_the_store_when_it_is_admitted() -> None:
         assert [job.found[2] for job in jobs] == store, batch
 
 
+def test_what_an_action_ends_later_still_has_its_place() -> None:
+    """The second one comes while the first is computed. It is looked up when that is done, and finds what came at 3."""
+    costs = replace(SECOND, store=Link(0.0, 1e9), batch=1)
+    first, other = Request(0, 4, 1, range(4)), Request(0, 3, 1, range(10, 13))
+    requests = [first, other, Request(1, 3, 1, range(10, 13))]
+    jobs = simulate(requests, 1, Setup(device=0, nodes=2, store=99), costs).jobs
+    assert (jobs[2].node, jobs[2].found[2], jobs[2].first_at) == (0, 3, pytest.approx(5))
+
+
 def test_memory_limits_how_many_requests_are_admitted() -> None:
-    """Each needs 4 tokens, then one more for each token of its answer; what the device had is there anyway."""
+    """Each needs 4 tokens, then one more for each token of its answer; what two begin with is there once."""
     costs, requests = replace(SECOND, room=8), [Request(0, 4, 3, range(4 * n, 4 * n + 4)) for n in range(2)]
     assert firsts(requests, costs=costs) == [4, 8]
     assert firsts(requests, costs=replace(SECOND, room=7)) == [4, 10], "the second one begins when the first has ended"
