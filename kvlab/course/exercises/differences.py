@@ -11,8 +11,13 @@ RTOL, ATOL = 1e-4, 1e-5
 
 
 def same(got: Any, expected: Any) -> bool:
-    """Equal; floats and tensors to a relative 1e-4, because a learner may sum in another order. NaN equals NaN."""
+    """Equal; floats and tensors to a relative 1e-4, because a learner may sum in another order. NaN equals NaN.
+
+    The floats may be in lists, tuples and dicts.
+    """
     try:
+        if isinstance(expected, list | tuple | dict) and type(got) is type(expected):
+            return _same_parts(got, expected)
         if isinstance(expected, torch.Tensor):
             got = torch.as_tensor(got)
             return got.shape == expected.shape and torch.allclose(got.double(), expected.double(), RTOL, ATOL, True)
@@ -23,6 +28,12 @@ def same(got: Any, expected: Any) -> bool:
         return False
 
 
+def _same_parts(got: Any, expected: Any) -> bool:
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(same(got[key], value) for key, value in expected.items())
+    return len(got) == len(expected) and all(same(g, e) for g, e in zip(got, expected, strict=True))
+
+
 def differences(got: Any, expected: Any) -> list[str]:
     """Lines that show both results at the place where they differ first, or in a tensor most."""
     if isinstance(expected, torch.Tensor):
@@ -31,6 +42,9 @@ def differences(got: Any, expected: Any) -> list[str]:
         return [f"got      {got!r}", f"expected {expected!r}"]
     if isinstance(expected, bytes | str | list | tuple) and type(got) is type(expected) and len(expected) + len(got):
         return _of_sequences(got, expected)
+    if isinstance(expected, dict) and isinstance(got, dict) and got.keys() == expected.keys():
+        key = next((key for key in expected if not same(got[key], expected[key])), None)
+        return [f"got      {short(got.get(key))} under {short(key)}", f"expected {short(expected.get(key))}"]
     kind = f" ({type(got).__name__})" if type(got) is not type(expected) else ""
     return [f"got      {short(got)}{kind}", f"expected {short(expected)}"]
 

@@ -37,6 +37,8 @@ def changed(at: tuple[int, ...], value: float) -> torch.Tensor:
         ("-" * 30 + "c", "-" * 30 + "d", ["got      'c' at index 30", "expected 'd'"]),
         (None, 4, ["got      None (NoneType)", "expected 4"]),
         ([], [], ["got      []", "expected []"]),
+        ({"a": 1, "b": 2.5}, {"a": 1, "b": 3.5}, ["got      2.5 under 'b'", "expected 3.5"]),
+        ({"a": 1}, {"b": 1}, ["got      {'a': 1}", "expected {'b': 1}"]),
     ],
     ids=str,
 )
@@ -50,6 +52,14 @@ def test_same_allows_for_the_order_of_sums() -> None:
     assert same(0.1 + 0.2, 0.3) and same(T + 1e-6, T) and same([1], [1])
     assert same(changed((0, 1, 2), float("nan")), changed((0, 1, 2), float("nan"))) and not same(T * float("nan"), T)
     assert not same(T[0], T) and not same("x", 1.0) and not same(1.001, 1.0) and not same(None, T)
+
+
+def test_same_looks_into_lists_tuples_and_dicts() -> None:
+    third = 1 / 3
+    for inside in (lambda x: [1, x], lambda x: (x, "a"), lambda x: {"a": x, "b": [2]}, lambda x: [{"a": (x,)}]):
+        assert same(inside(third + 1e-9), inside(third)) and not same(inside(0.34), inside(third))
+    assert not same([1.0], (1.0,)) and not same([1.0], [1.0, 2.0]) and not same({"a": 1.0}, {"b": 1.0})
+    assert same([T, None], [T, None]) and not same([T], [T + 1])
 
 
 def test_short_fits_a_line() -> None:
