@@ -7,7 +7,8 @@ package has and this page leaves out: lower precisions, compression, encryption,
 Redis Cluster and Sentinel, and not sending what the store already has. `MiniPool` is `kvlab.engine.pages` without
 runs of neighbouring pages, forks, counters and checks; `MiniTiers` and `MiniPlanner` are `kvlab.engine.tiers` and
 `kvlab.engine.planner` without threads, deadlines, gaps and an end that is computed too. `MiniScheduler` is
-`kvlab.engine.scheduler` without tiers, preemption, cancellation and limits.
+`kvlab.engine.scheduler` without tiers, preemption, cancellation and limits. `MiniReport` is what
+`kvlab.lab.serving`, `replay` and `intervals` say of a load, for a server that is only played.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import random
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -489,6 +491,76 @@ def blocks_to_save(computed: int, scheduled: int, saved: int, present: list[bool
 def trusted_blocks(filled: list[int], failed: list[int]) -> list[int]:
     """The blocks of a step that may be saved if some loads of it failed."""
     return [i for i in filled if i < min(failed, default=math.inf)]
+
+
+# --- a benchmark: lesson 10 ---------------------------------------------------------------------
+def open_loop(due: list[float], service: list[float], slots: int) -> list[float]:
+    """The latency of each request from when it was due, on a server that works on `slots` of them at a time."""
+    free = [0.0] * slots  # when each slot has ended its work
+    latencies = []
+    for at, took in zip(due, service, strict=True):
+        first = free.index(min(free))
+        free[first] = max(free[first], at) + took
+        latencies.append(free[first] - at)
+    return latencies
+
+
+def percentile(counts: dict[float, int], percent: float) -> float:
+    """The least value that so many percent of all values do not exceed; `counts` has how often each one came."""
+    total, seen = sum(counts.values()), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if 100 * seen >= percent * total:
+            return value
+    return math.nan  # there are no values
+
+
+def hit_rates(requests: list[tuple[int, int]], block_tokens: int) -> dict[str, float]:
+    """The four hit rates of requests, each of them its prompt's tokens and how many leading blocks it found."""
+    blocks = [math.ceil(tokens / block_tokens) for tokens, _ in requests]
+    full = [tokens // block_tokens for tokens, _ in requests]
+    found = [count for _, count in requests]
+    found_full = [min(count, most) for count, most in zip(found, full, strict=True)]
+    found_tokens = [min(count * block_tokens, tokens) for tokens, count in requests]
+    shares = [count / most for count, most in zip(found, blocks, strict=True)]
+    return {
+        "blocks": sum(found) / sum(blocks),
+        "tokens": sum(found_tokens) / sum(tokens for tokens, _ in requests),
+        "full_blocks": sum(found_full) / max(1, sum(full)),
+        "requests": sum(shares) / len(shares),
+    }
+
+
+def ratio_interval(a: list[float], b: list[float], groups: list[str], draws: list[list[str]]) -> tuple[float, float]:
+    """The ends between which 95 % of the ratios mean(a) / mean(b) lie, one ratio for each draw of groups."""
+    members = {name: [i for i, group in enumerate(groups) if group == name] for name in groups}
+    ratios = []
+    for drawn in draws:
+        places = [i for name in drawn for i in members[name]]
+        ratios.append(sum(a[i] for i in places) / sum(b[i] for i in places))
+    ratios.sort()
+    cut = len(ratios) // 40  # 2.5 % at each end
+    return ratios[cut], ratios[-1 - cut]
+
+
+class MiniReport:
+    """What a load gave on one server, from the milliseconds that each request took there."""
+
+    def __init__(self, due: list[float], service: list[float], groups: list[str], slots: int = 1) -> None:
+        self.latencies, self.groups = open_loop(due, service, slots), groups
+
+    def at(self, percent: float) -> float:
+        """The latency that so many percent of the requests do not exceed, in whole milliseconds."""
+        counts: dict[float, int] = {}
+        for latency in self.latencies:
+            counts[round(latency)] = counts.get(round(latency), 0) + 1
+        return percentile(counts, percent)
+
+    def times_faster_than(self, other: MiniReport, draws: int = 400) -> tuple[float, float]:
+        """The interval of the other one's mean latency by this one's. Whole groups are drawn, at random."""
+        rng, names = random.Random(0), sorted(set(self.groups))
+        drawn = [rng.choices(names, k=len(names)) for _ in range(draws)]
+        return ratio_interval(other.latencies, self.latencies, self.groups, drawn)
 
 
 # --- the cache around them ----------------------------------------------------------------------

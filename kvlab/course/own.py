@@ -32,7 +32,9 @@ from kvlab.engine import generate
 from kvlab.engine.pages import PagePool
 from kvlab.errors import ConfigError, InputError
 from kvlab.lab.demo import NEW_TOKENS, SUFFIX, TTL_S, Say
+from kvlab.lab.replay import Hits
 from kvlab.lab.timing import NOISY_BEYOND, time_rounds
+from kvlab.lab.traces import Request
 from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
 from kvlab.stores import MemoryStore
@@ -142,7 +144,10 @@ def run(path: str | Path, store: str, say: Say = print) -> dict[str, Any]:
     rate_of = own.module.hit_rate if own.has("hit_rate") else registry.find("hit_rate").reference
     parts_right = [
         part(own, model, sample, say)
-        for part in (_run_first_cache, _run_pool, _run_tiers, _run_planner, _run_scheduler, _run_connector)
+        for part in (
+            *(_run_first_cache, _run_pool, _run_tiers, _run_planner),
+            *(_run_scheduler, _run_connector, _run_report),
+        )
     ]
     rows, salt = [], os.urandom(16)  # no hit comes from an older run
     with _cache(own, store, spec_of(model), salt) as cache:
@@ -329,6 +334,36 @@ def _run_connector(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
         f"it stored is right: {right}"
     )
     return right and found == [256, 384, 384]
+
+
+def _run_report(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
+    """Judge the learner's cache with the learner's report: twelve requests of four groups, without it and with it.
+
+    Returns:
+        Whether the hit rates are those that kvlab counts, and the ends of the interval are in order.
+    """
+    made: Any = getattr(own.module, "MiniReport", None)
+    if made is None:
+        return True
+    cache_of: Any = cache_class(own.module)
+    cache: Any = cache_of(own.module.MiniRedis(fakeredis.FakeRedis()), spec_of(model), salt=os.urandom(16))
+    groups = [f"{i % 4}" for i in range(12)]
+    prompts = [sample[300 * int(group) :][:280] + sample[5000 + 20 * i :][:20] for i, group in enumerate(groups)]
+    cold, warm = ([generate(model, prompt, 1, how) for prompt in prompts] for how in (None, cache))
+    due = [20.0 * i for i in range(len(prompts))]
+    without, with_it = (made(due, [1000 * answer.ttft_s for answer in way], groups) for way in (cold, warm))
+    requests = [(answer.prompt_tokens, answer.cached_tokens // cache.block_tokens) for answer in warm]
+    rates, hits = own.module.hit_rates(requests, cache.block_tokens), Hits(cache.block_tokens)
+    for tokens, found in requests:
+        hits.add(Request(0.0, tokens, 1, range(-(-tokens // cache.block_tokens))), (found,))
+    same = all(abs(rates[name] - rate) < 1e-9 for name, rate in hits.rates().items())
+    low, high = with_it.times_faster_than(without)
+    say(
+        f"lesson 10: p95 from when a request was due {without.at(95):.0f} ms without your cache, {with_it.at(95):.0f} "
+        f"with it; means {low:.1f} to {high:.1f} times as fast; {rates['tokens']:.0%} of the tokens found, the four "
+        f"hit rates as kvlab counts them: {same}"
+    )
+    return same and low <= high
 
 
 def _engine_step(own: Own, model: Llama, cache: Any, connector: Any, prompt: list[int], promised: int) -> None:

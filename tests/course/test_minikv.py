@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import fakeredis
@@ -18,6 +20,11 @@ from kvlab.core.keys import Namespace
 from kvlab.course import minikv
 from kvlab.engine import PagePool, generate
 from kvlab.errors import InputError
+from kvlab.lab.costs import Costs
+from kvlab.lab.intervals import interval
+from kvlab.lab.replay import Hits, Setup
+from kvlab.lab.simulate import simulate
+from kvlab.lab.traces import Request
 from kvlab.stores import RedisStore
 from kvlab.testbed.server import RedisServer
 from tests.harness.helpers import attentive_model, blank, exact_kv, small_spec
@@ -107,3 +114,60 @@ def test_a_request_that_can_never_run_is_an_error_and_no_endless_loop() -> None:
     scheduler.submit("long", [1] * 60, 10)
     with pytest.raises(InputError, match="finds room"):
         scheduler.run()
+
+
+# --- the report of lesson 10 --------------------------------------------------------------------
+def test_latencies_from_when_due_are_those_of_the_simulator() -> None:
+    """With prefills only, a node of the simulator is a server with one slot."""
+    rng = random.Random(1)
+    requests = [
+        Request(at, rng.randint(1, 500), 1, range(n, n + 1))
+        for n, at in enumerate(sorted(rng.choices(range(99), k=60)))
+    ]
+    costs = Costs(kv_bytes=1, prefill_token_s=0.01, chunk=10**6)
+    simulated = simulate(requests, 512, Setup(device=0), costs).ttft_s
+    service = [costs.prefill(request.tokens, 0) for request in requests]
+    assert minikv.open_loop([request.at_s for request in requests], service, 1) == pytest.approx(simulated)
+
+
+def test_more_slots_never_make_a_request_later() -> None:
+    rng = random.Random(2)
+    due = sorted(rng.uniform(0, 100) for _ in range(200))
+    service = [rng.expovariate(1) for _ in due]
+    before = minikv.open_loop(due, service, 1)
+    for slots in range(2, 6):
+        after = minikv.open_loop(due, service, slots)
+        assert all(took - 1e-9 <= a <= b + 1e-9 for took, a, b in zip(service, after, before, strict=True))
+        before = after
+
+
+@pytest.mark.parametrize("block_tokens", [1, 16, 64, 512])
+def test_the_four_hit_rates_are_those_of_a_replay(block_tokens: int) -> None:
+    rng, hits, pairs = random.Random(block_tokens), Hits(block_tokens), []
+    for _ in range(50):
+        tokens = rng.randint(1, 2000)
+        blocks = -(-tokens // block_tokens)
+        pairs.append((tokens, rng.randint(0, blocks)))
+        hits.add(Request(0.0, tokens, 1, range(blocks)), (pairs[-1][1],))
+    assert minikv.hit_rates(pairs, block_tokens) == pytest.approx(hits.rates())
+
+
+def test_a_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
+    rng = random.Random(3)
+    values = [rng.randint(1, 30) for _ in range(97)]
+    for percent in (1, 25, 50, 95, 99, 100):
+        found = minikv.percentile(Counter(values), percent)
+        below = [sum(value <= x for value in values) / len(values) for x in (found, found - 1)]
+        assert found in values and below[0] >= percent / 100 > below[1]
+
+
+def test_the_interval_is_about_that_of_the_package_and_a_report_uses_all_parts() -> None:
+    rng = random.Random(4)
+    groups = [f"{i // 5}" for i in range(100)]
+    slow = [rng.uniform(20, 30) * (1 + int(group) % 3) for group in groups]
+    fast = [value / rng.uniform(2, 3) for value in slow]
+    due = [1000.0 * i for i in range(100)]  # nobody waits
+    a, b = (minikv.MiniReport(due, service, groups) for service in (slow, fast))
+    theirs = interval(lambda x, y: x.mean() / y.mean(), slow, fast, groups=groups)
+    assert b.times_faster_than(a) == pytest.approx(theirs, rel=0.03)
+    assert a.at(95) == minikv.percentile(Counter(map(round, slow)), 95)

@@ -23,6 +23,7 @@ from kvlab.course.exercises import (
     lesson_07,
     lesson_08,
     lesson_09,
+    lesson_10,
 )
 from kvlab.course.exercises.engine import Exercise
 from kvlab.errors import InputError
@@ -40,6 +41,7 @@ LESSONS = (
     lesson_07,
     lesson_08,
     lesson_09,
+    lesson_10,
 )
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
 """The exercises by the constants that hold them: what `exercises.HIT_RATE` means in a notebook."""
