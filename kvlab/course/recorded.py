@@ -1,16 +1,19 @@
 """Results that not every machine can produce: measured on this machine if possible, else read from a recording.
 
 Recordings are JSON files in the folder `recorded`. Each file names the machine of the measurement.
-A notebook that runs with `KVLAB_RECORD=1` updates its recordings. `python -m kvlab.course.recorded`
-updates the recordings that take minutes and that no notebook makes.
+A notebook that runs with `KVLAB_RECORD=1` updates its recordings. `python -m kvlab.course.recorded NAME …`
+updates recordings that no notebook makes: what takes minutes, and copies of results that are in docs/results or in the
+outputs of notebooks, for readers who have only the package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,9 @@ from kvlab.lab.machine import describe_machine
 from kvlab.lab.streams import accept_any_text
 
 RECORDED = Path(__file__).parent / "recorded"
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = 5
+"""Of the numbers in copied results."""
 Result = dict[str, Any]
 
 
@@ -47,10 +53,10 @@ def live_or_recorded(name: str, run: Callable[[], Result], needs: str = "redis-s
     return result
 
 
-def save_recording(name: str, result: Result) -> None:
-    """Write a recording with this machine's description."""
+def save_recording(name: str, result: Result, machine: str = "") -> None:
+    """Write a recording with the description of its machine, by default of this one."""
     RECORDED.mkdir(exist_ok=True)
-    content = {"machine": describe_machine(), "result": result}
+    content = {"machine": machine or describe_machine(), "result": result}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (RECORDED / f"{name}.json").write_text(text, "utf-8")
 
@@ -114,15 +120,77 @@ def _one_get(client: Any) -> Result:
 
 def _ray_serve() -> Result:
     """Ray Serve starts processes and reads its settings once, so it runs in a child process."""
-    python = Path(__file__).resolve().parents[2] / ".venv-ray" / "bin" / "python"
+    python = ROOT / ".venv-ray" / "bin" / "python"
     done = subprocess.run([str(python), "-m", "kvlab.lab.ray_serve"], check=True, capture_output=True, text=True)
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-SLOW = {"05_hung_defaults": _hung_defaults, "07_node_timeout": _node_timeouts, "08_ray": _ray_serve}
-"""The functions that make the recordings that no notebook makes."""
+# --- copies -------------------------------------------------------------------------------------
+def strategies() -> Result:
+    """What notebook 10 shows of docs/results/strategies.json, with its machine."""
+    content = json.loads((ROOT / "docs" / "results" / "strategies.json").read_text("utf-8"))
+    shown = ("rows", "order", "predicted", "computed", "loads", "machine")
+    copied: Result = _short({name: content[name] for name in shown})
+    return copied
+
+
+def answers() -> Result:
+    """What came out for the questions of `guesses`, by the stored outputs of notebooks 00 to 09."""
+    found: Result = {"machine": "the machines of the stored outputs, 2 cores each"}
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        for cell in [cell for cell in cells if cell["cell_type"] == "code"]:
+            names = re.findall(r'\bcame_out\(\s*"(\w+)"', "".join(cell["source"]))
+            printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+            values = re.findall(r"^measured: (\S+) .*\(you ", printed, re.MULTILINE)
+            found |= dict(zip(names, map(float, values), strict=True))
+    return found
+
+
+def trace(file: str | Path | None = None) -> Result:
+    """Replays of Mooncake's conversation trace, which does not ship.
+
+    Args:
+        file: where it is; by default what the environment variable TRACE says.
+    """
+    from kvlab.lab.replay import lru_curve, replay
+    from kvlab.lab.traces import Trace
+
+    requests = Trace(file or os.environ["TRACE"])
+    hits, curve = replay(requests, requests.block_tokens).hits, lru_curve(requests)
+    found = {f"{blocks:,}": curve[min(blocks, len(curve) - 1)] for blocks in (1_000, 10_000, 30_000, 50_000, 100_000)}
+    return {
+        "trace": "Mooncake, conversation_trace.jsonl (FAST 2025)",
+        "block_tokens": requests.block_tokens,
+        "requests": hits.requests,
+        "blocks": hits.blocks,
+        "mean_tokens": round(hits.tokens / hits.requests),
+        "rates": _short(hits.rates()),
+        "lru": _short({name: count / hits.blocks for name, count in {**found, "endless": curve[-1]}.items()}),
+    }
+
+
+def _short(value: Any) -> Any:
+    """The same with fewer digits."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+SLOW = {
+    "05_hung_defaults": _hung_defaults,
+    "07_node_timeout": _node_timeouts,
+    "08_ray": _ray_serve,
+    "10_trace": trace,
+    "10_strategies": strategies,
+    "10_answers": answers,
+}
+"""The functions that make the recordings that no notebook makes. A result may name its machine itself."""
 
 if __name__ == "__main__":
-    for slow, run in SLOW.items():
-        save_recording(slow, run())
+    for slow in sys.argv[1:] or [name for name in SLOW if name != "10_trace" or "TRACE" in os.environ]:
+        made = SLOW[slow]()
+        save_recording(slow, made, made.pop("machine", ""))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kvlab.course import engines, recorded
+from kvlab.course import engines, guesses, recorded
+from kvlab.course.claims import CLAIMS
 from kvlab.course.recorded import live_or_recorded
 from kvlab.errors import ConfigError
 
@@ -57,3 +58,34 @@ def test_the_notebooks_recordings_are_committed() -> None:
     for name in names:
         result, machine = recorded.load_recording(name)
         assert result and "cores" in machine
+
+
+# --- copies for readers who have only the package -----------------------------------------------
+TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+
+
+def test_the_copy_of_the_strategies_is_that_of_the_result() -> None:
+    made = recorded.strategies()
+    machine = made.pop("machine")
+    assert recorded.load_recording("10_strategies") == (made, machine), "python -m kvlab.course.recorded 10_strategies"
+
+
+def test_the_copied_answers_are_about_those_of_the_notebooks() -> None:
+    """About, because a notebook that runs again measures again; twice as much is another answer."""
+    made, (copied, _) = recorded.answers(), recorded.load_recording("10_answers")
+    assert copied.keys() == made.keys() - {"machine"} <= guesses.QUESTIONS.keys()
+    assert {claim.name for claim in CLAIMS if claim.lesson != "10"} <= copied.keys()
+    for name, value in copied.items():
+        assert value == pytest.approx(made[name], rel=0.5), f"{name}: python -m kvlab.course.recorded 10_answers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRACE.exists(), reason="Mooncake's conversation trace does not ship")
+def test_the_copied_replay_is_that_of_the_trace() -> None:
+    assert recorded.load_recording("10_trace")[0] == recorded.trace(TRACE)
+
+
+def test_the_copied_replay_has_the_known_hit_rates() -> None:
+    result, _ = recorded.load_recording("10_trace")
+    assert [round(rate, 3) for rate in result["rates"].values()] == [0.366, 0.374, 0.382, 0.384]
+    assert [round(rate, 3) for rate in result["lru"].values()] == [0.044, 0.211, 0.326, 0.355, 0.364, 0.366]
