@@ -6,6 +6,7 @@ is based on this document.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from IPython.display import Markdown
@@ -37,3 +38,23 @@ def table() -> Markdown:
     rows = [f"| {claim.question} | {claim.source:g} {claim.unit} | {claim.lesson} |" for claim in CLAIMS]
     head = ["| question | the source document says | notebook |", "|---|---|---|"]
     return Markdown("\n".join([*head, *rows]))  # type: ignore[no-untyped-call]
+
+
+def verdicts(came_out: Mapping[str, float], guessed: Mapping[str, float]) -> Markdown:
+    """The claims that have come out: each one's question, the reader's guess, the source's number, and what came out.
+
+    Args:
+        came_out, guessed: by the names of the claims.
+    """
+    head = ["| question | you guessed | the source document says | came out |", "|---|---|---|---|"]
+    rows = [
+        f"| {claim.question} | {_number(guessed.get(claim.name))} | {claim.source:g} | "
+        f"{_number(came_out[claim.name])} {claim.unit} |"
+        for claim in CLAIMS
+        if claim.name in came_out
+    ]
+    return Markdown("\n".join([*head, *rows]))  # type: ignore[no-untyped-call]
+
+
+def _number(value: float | None) -> str:
+    return "no guess" if value is None else f"{value:.3g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -60,8 +61,10 @@ def timeline(title: str, steps: Sequence[Mapping[str, int]], caption: str) -> No
     plots.show(fig, caption)
 
 
-def ecdf(milliseconds: Mapping[str, Sequence[float]], caption: str) -> None:
-    """Show for each time which share of the requests had their first token by then."""
+def ecdf(
+    milliseconds: Mapping[str, Sequence[float]], caption: str, legend: Literal["lower right", "center"] = "lower right"
+) -> None:
+    """Show for each time which share of the requests had their first token by then; `legend` is the place for it."""
     fig, ax = plots.new_figure("Time to the first token", "milliseconds", "share of requests")
     for (name, values), style in zip(milliseconds.items(), ("-", "--", ":", "-."), strict=False):
         sns.ecdfplot(x=list(values), ax=ax, label=name, linestyle=style, marker="")
@@ -70,7 +73,7 @@ def ecdf(milliseconds: Mapping[str, Sequence[float]], caption: str) -> None:
     ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= t <= high]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
     ax.minorticks_off()
-    ax.legend(loc="lower right")
+    ax.legend(loc=legend)
     plots.show(fig, caption)
 
 
