@@ -86,6 +86,38 @@ def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[floa
         chosen.pop(int(solved.argmin()))
 
 
+def fitted(
+    kv_bytes: int,
+    lengths: Sequence[tuple[int, int]],
+    prefills: Sequence[float],
+    steps: Sequence[tuple[int, int, float]],
+    chunk: int,
+    batch: int,
+) -> Costs:
+    """Return the costs that come closest to what was measured.
+
+    Args:
+        lengths, prefills: tokens computed and tokens before them, and the seconds of each.
+        steps: requests of a decode step, tokens that they attend to, and its seconds.
+        chunk, batch: see `Costs`.
+    """
+    prefill = fit([(1, n, past, n * past + n * (n + 1) / 2) for n, past in lengths], prefills)
+    step = fit([(1, requests, tokens) for requests, tokens, _ in steps], [seconds for *_, seconds in steps])
+    return Costs(
+        kv_bytes=kv_bytes,
+        prefill_s=prefill[0],
+        prefill_token_s=prefill[1],
+        prefill_past_s=prefill[2],
+        prefill_pair_s=prefill[3],
+        step_s=step[0],
+        step_request_s=step[1],
+        step_token_s=step[2],
+        chunk=chunk,
+        batch=batch,
+        source="measured on this machine",
+    )
+
+
 # --- requests -----------------------------------------------------------------------------------
 class _Asker:
     """Asks all workers of a group, each time with texts that none has seen."""
@@ -136,26 +168,12 @@ def _compute(settings: WorkerSettings, workers: int, rounds: int) -> tuple[Costs
         ]
         batches = sorted({1, 2, settings.max_batch})
         steps = [(b, b * c, statistics.median(_steps(asker, b, c))) for b in batches for c in CONTEXTS]
-    step = fit([(1, requests, tokens) for requests, tokens, _ in steps], [seconds for *_, seconds in steps])
     kv_bytes = spec_of(load_model(settings.model) if settings.model else load_model()).kv_bytes_per_token()
 
-    def costs(seconds: list[float]) -> Costs:
-        prefill = fit([(1, n, past, n * past + n * (n + 1) / 2) for n, past in lengths], seconds)
-        return Costs(
-            kv_bytes=kv_bytes,
-            prefill_s=prefill[0],
-            prefill_token_s=prefill[1],
-            prefill_past_s=prefill[2],
-            prefill_pair_s=prefill[3],
-            step_s=step[0],
-            step_request_s=step[1],
-            step_token_s=step[2],
-            chunk=settings.max_step_tokens,
-            batch=settings.max_batch,
-            source="measured on this machine",
-        )
-
-    idle, streaming = map(costs, prefills)
+    idle, streaming = (
+        fitted(kv_bytes, lengths, seconds, steps, chunk=settings.max_step_tokens, batch=settings.max_batch)
+        for seconds in prefills
+    )
     return idle, streaming
 
 

@@ -46,15 +46,19 @@ from kvlab.model import Tokenizer, held_out_tokens, load_model
 from kvlab.testbed.server import RedisServer
 
 ABOUT: Final = (
-    "four strategies on the same workers with the same requests. Light load: open-loop at half of the expected "
-    "capacity without a cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by "
-    "the four names of a replay, and the share of blocks by tier; time_saved_s: sum over all requests of the "
-    "TTFT without a cache minus this one; bytes: to and from Redis. Burst: all requests at once; tok_per_s: generated "
-    "tokens of all workers a second, median of the rounds. interval: 95 %, bootstrap over conversations; of tok_per_s "
+    "four strategies on the same two workers with the same requests. Of the working set, which is all distinct full "
+    "blocks of a workload, each worker's pages hold a tenth (at least the longest request), its host memory three "
+    "tenths, Redis all; full has the cost router too, the others send in turn. Percentiles are over all rounds; "
+    "requests, bytes and time_saved_s are summed. Light load: open-loop at half of the expected capacity without a "
+    "cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by the four names of "
+    "a replay, and the share of blocks by tier; time_saved_s: sum over all requests of the TTFT without a cache minus "
+    "this one; bytes: to and from Redis. Burst: all requests at once; tok_per_s: generated tokens of all workers a "
+    "second, median of the rounds. interval: 95 %, bootstrap over conversations, within these runs; of tok_per_s "
     "smallest and largest round. usd_per_mtok: dollars for a million generated tokens, if the machine, 2 rented vCPUs, "
     "never rests, with the RAM of Redis. noisy: a fixed piece of work beside this cell took 10 % more or less than "
     "usual. order: how many times better the second strategy is, paired by request or by round. predicted: simulated "
-    "before. computed: two nodes with one H100 each and Llama 3.1 8B, from data sheets; nothing of it is measured"
+    "before; within: tok_per_s and ttft_p50 within a fifth. computed: two nodes with one H100 each and Llama 3.1 8B, "
+    "from data sheets; nothing of it is measured"
 )
 ENOUGH_FOR_P99: Final = 1000
 PACE_TOKENS: Final = 256

@@ -18,7 +18,7 @@ from typing import Any, Final
 from kvlab.core.keys import Namespace
 from kvlab.engine.pages import PAGE_TOKENS, PagePool
 from kvlab.engine.scheduler import Scheduler
-from kvlab.lab.calibrate import COLD, CONTEXTS, PAUSE_S, WARM, fit
+from kvlab.lab.calibrate import COLD, CONTEXTS, PAUSE_S, WARM, fitted
 from kvlab.lab.costs import Costs
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.replay import Setup
@@ -74,24 +74,10 @@ def run(loads: Sequence[float] = (0.5, 1.0, 1.5, 2.0), requests: int = 100, roun
 # --- costs --------------------------------------------------------------------------------------
 def measure(model: Llama, text: list[int], rounds: int = 5) -> Costs:
     """Measure what prefills and decode steps of the scheduler cost on this machine, while it is idle."""
-    prefills = [_median(_first_tokens(model, text, n, past, rounds)) for n, past in (*COLD, *WARM)]
-    terms = [(1, n, past, n * past + n * (n + 1) / 2) for n, past in (*COLD, *WARM)]
-    prefill = fit(terms, prefills)
+    lengths = (*COLD, *WARM)
+    prefills = [_median(_first_tokens(model, text, n, past, rounds)) for n, past in lengths]
     steps = [(b, b * c, _median(_steps(model, text, b, c))) for b in BATCHES for c in CONTEXTS]
-    step = fit([(1, requests, tokens) for requests, tokens, _ in steps], [s for *_, s in steps])
-    return Costs(
-        kv_bytes=spec_of(model).kv_bytes_per_token(),
-        prefill_s=prefill[0],
-        prefill_token_s=prefill[1],
-        prefill_past_s=prefill[2],
-        prefill_pair_s=prefill[3],
-        step_s=step[0],
-        step_request_s=step[1],
-        step_token_s=step[2],
-        chunk=CHUNK,
-        batch=BATCH,
-        source="measured on this machine",
-    )
+    return fitted(spec_of(model).kv_bytes_per_token(), lengths, prefills, steps, chunk=CHUNK, batch=BATCH)
 
 
 def _median(values: Iterator[float]) -> float:
