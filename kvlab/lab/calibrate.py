@@ -229,6 +229,7 @@ def _link(settings: WorkerSettings, workers: int, rounds: int, kv_bytes: int, ti
             for number in range(rounds + 1):
                 before = asker.text(tokens)
                 asker.ask_all(before)
+                time.sleep(SAVED_S)  # a save that has not begun is given up when others need its pages
                 for _ in range(3):  # two of them are longer than the pool
                     asker.ask_all(asker.text(LONG))
                 time.sleep(SAVED_S)
