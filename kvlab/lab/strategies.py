@@ -1,9 +1,12 @@
-"""Four strategies on the same workers, with the same requests: what each more tier gives, and where it gives nothing.
+"""Strategies on the same workers, with the same requests: what each more tier gives, and where it gives nothing.
 
     no cache      each prompt is computed
     local pages   each worker finds prefixes in the pages of its own pool
-    redis         the same, and a Redis server that the workers share
-    full          the same, and host memory before Redis, and the cost router; the others send requests in turn
+    router        the same, and the cost router sends a request where its prefix is; else requests go in turn
+    redis         local pages, and a Redis server that the workers share
+    full          redis, with host memory before it, and the cost router
+
+`router` has what is free, so it shows what of the gain of `full` is not that of a shared tier.
 
 Two loads of the same requests. In the first they come open-loop at half of what the workers are expected to serve
 without a cache: it gives latencies, counted from the intended arrival. In the second all come at once, so that no
@@ -104,9 +107,19 @@ class Strategy:
 STRATEGIES: Final = (
     Strategy("no cache", pages=False),
     Strategy("local pages"),
+    Strategy("router", router="cost"),
     Strategy("redis", redis=True),
     Strategy("full", redis=True, host=True, router="cost"),
 )
+PAIRS: Final = (
+    ("no cache", "local pages"),
+    ("local pages", "router"),
+    ("local pages", "redis"),
+    ("redis", "full"),
+    ("router", "full"),
+    ("no cache", "full"),
+)
+"""Strategies that are compared: the poorer one, and the one with more."""
 
 
 # --- loads --------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Runs of the four strategies of `kvlab.lab.strategies`, and tables of what came of them.
+"""Runs of the strategies of `kvlab.lab.strategies`, and tables of what came of them.
 
 python -m kvlab strategies --json
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import time
@@ -29,6 +28,7 @@ from kvlab.lab.serving import Served, offer, percentile, tokens_per_second
 from kvlab.lab.strategies import (
     CONVERSATIONS,
     MADE,
+    PAIRS,
     STRATEGIES,
     WORKERS,
     Load,
@@ -46,9 +46,9 @@ from kvlab.model import Tokenizer, held_out_tokens, load_model
 from kvlab.testbed.server import RedisServer
 
 ABOUT: Final = (
-    "four strategies on the same two workers with the same requests. Of the working set, which is all distinct full "
+    "five strategies on the same two workers with the same requests. Of the working set, which is all distinct full "
     "blocks of a workload, each worker's pages hold a tenth (at least the longest request), its host memory three "
-    "tenths, Redis all; full has the cost router too, the others send in turn. Percentiles are over all rounds; "
+    "tenths, Redis all; router and full have the cost router, the others send in turn. Percentiles are over all rounds; "
     "requests, bytes and time_saved_s are summed. Light load: open-loop at half of the expected capacity without a "
     "cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by the four names of "
     "a replay, and the share of blocks by tier; time_saved_s: sum over all requests of the TTFT without a cache minus "
@@ -249,9 +249,8 @@ def _row(cell: Cell, bare: Cell, usual: float) -> dict[str, Any]:
 
 
 def _order(kind: str, cells: dict[tuple[str, str], Cell]) -> Iterator[dict[str, Any]]:
-    """How each strategy compares with the one before it, and the richest with the poorest."""
-    names = [strategy.name for strategy in STRATEGIES]
-    for poor, rich in [*itertools.pairwise(names), (names[0], names[-1])]:
+    """How the strategies of `PAIRS` compare."""
+    for poor, rich in PAIRS:
         a, b = cells[kind, poor], cells[kind, rich]
         by_round = [y / x for x, y in zip(a.bursts, b.bursts, strict=True)]
         yield _comparison(kind, poor, rich, "tok_per_s", statistics.median(by_round), min(by_round), max(by_round))
