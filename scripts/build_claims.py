@@ -344,7 +344,8 @@ class Claim:
         says: the source document's number, in a few words.
         came_out: what came out here, with references.
         inputs: the numbers in it that are conditions and no results, such as a block size.
-        holds: one of `HOLDS`, or a check: `values` (references), and `at_least`, `at_most` or `between`.
+        holds: one of `HOLDS`, or a check: `values` (references), and `at_least`, `at_most` or `between`; or checks
+            by the kind of their values, such as "measured" and "computed".
         cells: where it can be seen, each as `notebook#cell`.
         tests: tests of this repository that show it, each as `file::name`.
         cited: what others say in public, with links.
@@ -467,19 +468,34 @@ def _expand(claim: Claim, files: Files) -> str:
 def judged(holds: str | Mapping[str, Any], files: Files) -> str:
     """Whether a claim holds: as written, or yes if all values are within the bounds, no if none is, else depends.
 
+    Kinds of values that are judged differently are told apart: "depends (measured no, computed yes)".
+
     Raises:
-        ClaimError: a reference does not resolve, or the check is not of the known form.
+        ClaimError: a reference does not resolve, or a check is not of the known form.
     """
     if isinstance(holds, str):
         return holds
+    words = {kind: _judge(check, files) for kind, check in _checks(holds).items()}
+    first, *others = dict.fromkeys(words.values())
+    return f"depends ({', '.join(f'{kind} {word}' for kind, word in words.items())})" if others else first
+
+
+def _checks(holds: str | Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The checks of a claim by the kind of their values; "" if there is one for all."""
+    if isinstance(holds, str):
+        return {}
+    return holds if holds and all(isinstance(check, Mapping) for check in holds.values()) else {"": holds}
+
+
+def _judge(check: Mapping[str, Any], files: Files) -> str:
     try:
-        values = [found.value for reference in holds.get("values", ()) for found in look_up(reference, files)]
+        values = [found.value for reference in check.get("values", ()) for found in look_up(reference, files)]
     except ZeroDivisionError:
-        raise ClaimError(f"a value of {holds['values']} is divided by 0") from None
-    (name, *more) = [key for key in holds if key != "values"] or [""]
+        raise ClaimError(f"a value of {check['values']} is divided by 0") from None
+    (name, *more) = [key for key in check if key != "values"] or [""]
     if not values or more or name not in ("at_least", "at_most", "between"):
-        raise ClaimError(f"expected values, and at_least, at_most or between, got {dict(holds)}")
-    bounds = _limits(holds[name], files)
+        raise ClaimError(f"expected values, and at_least, at_most or between, got {dict(check)}")
+    bounds = _limits(check[name], files)
     low, high = {"at_least": (bounds[0], inf), "at_most": (-inf, bounds[0])}.get(name, (bounds[0], bounds[-1]))
     within = [value is not None and low <= number(value) <= high for value in values]
     return "yes" if all(within) else "depends" if any(within) else "no"
@@ -514,7 +530,7 @@ def _where(claim: Claim, files: Files) -> str:
 
 def _places(claim: Claim) -> Iterator[str]:
     """What a row refers to: results and tables as `name:`, text files by their paths, and "cell"."""
-    checked = () if isinstance(claim.holds, str) else claim.holds.get("values", ())
+    checked = [reference for check in _checks(claim.holds).values() for reference in check.get("values", ())]
     for reference in (*claim.references, *checked):
         place, *functions = PIPE.split(_without_format(reference)[0])
         for part in (place, *(function.partition(" ")[2] for function in functions)):
@@ -551,7 +567,7 @@ def build(ledger: Ledger) -> tuple[str, list[Row]]:
     themes = dict.fromkeys(claim.theme for claim in ledger.claims)
     tables = [_table(theme, [row for row in rows if row.claim.theme == theme]) for theme in themes]
     counts = _counts("verdict", [row.verdict for row in rows], [*VERDICTS, WAITS])
-    held = _counts("holds", [row.holds for row in rows], [*HOLDS, "—"])
+    held = _counts("holds", [row.holds.partition(" (")[0] for row in rows], [*HOLDS, "—"])
     return "\n\n".join([counts, held, *tables, _machines(ledger)]), rows
 
 

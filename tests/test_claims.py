@@ -97,7 +97,7 @@ def rows_of_the_page() -> list[list[str]]:
 
 @pytest.mark.parametrize(("column", "words"), [(3, claims.VERDICTS), (4, claims.HOLDS)], ids=["verdict", "holds"])
 def test_the_counts_are_those_of_the_rows(column: int, words: tuple[str, ...]) -> None:
-    seen = Counter(row[column] for row in rows_of_the_page())
+    seen = Counter(row[column].partition(" (")[0] for row in rows_of_the_page())
     told = dict(re.findall(r"^\| ([^|]+) \| (\d+) \|$", PAGE, re.MULTILINE))
     waiting = claims.WAITS if column == 3 else "—"
     assert {word: int(told.get(word, 0)) for word in (*words, waiting)} == {w: seen[w] for w in (*words, waiting)}
@@ -219,6 +219,17 @@ def test_whether_a_claim_holds_follows_from_the_results(complete: Path) -> None:
     some["rows"][3]["tok_per_s"] = 1600.0
     replace(results / "strategies.json", json.dumps(some))
     assert row_of(complete, "throughput-factor").holds == "depends"
+
+
+def test_what_was_measured_and_what_was_computed_are_judged_apart(complete: Path) -> None:
+    path = complete / "docs" / "results" / "strategies.json"
+    apart = {**strategies(), "computed": strategies(full=1600.0)["computed"]}
+    replace(path, json.dumps(apart))
+    assert row_of(complete, "throughput-factor").holds == "depends (measured no, computed yes)"
+    assert claims.main([], complete) == 0
+    page = (complete / "docs" / "claims.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| ([^|]+) \| (\d+) \|$", page, re.MULTILINE))
+    assert sum(int(told.get(word, 0)) for word in claims.HOLDS) == len(LEDGER.claims)
 
 
 def test_a_loss_and_a_break_even_that_never_comes_do_not_hold(complete: Path) -> None:
@@ -375,6 +386,8 @@ def test_names_and_conditions_may_have_digits() -> None:
         ({"tests": ["docs/text.md::test_it"]}, "one: docs/text.md has no test test_it"),
         ({"holds": {"values": ["bench:rows[0].ms"], "about": "15"}}, "one: expected values, and at_least"),
         ({"holds": {"at_least": "source:says.fast"}}, "one: expected values, and at_least"),
+        ({"holds": {}}, "one: expected values, and at_least"),
+        ({"holds": {"measured": {"values": ["bench:rows[0].ms"]}}}, "one: expected values, and at_least"),
     ],
 )
 def test_a_row_that_cannot_be_filled_names_its_claim(small: Any, changes: dict[str, Any], says: str) -> None:
@@ -393,7 +406,15 @@ def test_a_row_that_cannot_be_filled_names_its_claim(small: Any, changes: dict[s
     ],
 )
 def test_checks(small: Any, bound: dict[str, Any], holds: str) -> None:
-    assert claims.judged({"values": ["bench:rows[*].ms"], **bound}, small) == holds
+    check = {"values": ["bench:rows[*].ms"], **bound}
+    assert claims.judged(check, small) == claims.judged({"here": check, "there": check}, small) == holds
+
+
+def test_checks_that_end_differently_are_both_told(small: Any) -> None:
+    slow = {"values": ["bench:rows[-1].ms"], "at_least": "source:says.fast"}
+    assert claims.judged({"here": slow, "there": {**slow, "at_least": "bench:rows[0].ms"}}, small) == (
+        "depends (here no, there yes)"
+    )
 
 
 def test_a_row_becomes_one_line_of_the_table(small: Any) -> None:
