@@ -199,6 +199,7 @@ def test_a_server_that_cannot_write_its_disk(clock: FakeClock, book: Book) -> No
         shutil.rmtree(folder)
         client.bgsave()
         wait_for(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        assert answers_with(server, "MISCONF")(), "a PING is refused, and all reads below hit"
         with under_fault(row):
             for refused in (1, 2, 3):
                 assert cache.save(OTHER_TOKENS, OTHER_KV) == 0
