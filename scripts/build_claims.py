@@ -1,8 +1,7 @@
 """Build docs/claims.md: each claim of the source document, what came out here, and how far that carries.
 
-    python scripts/build_claims.py                # write the page; exit 1 if a row waits for a file
-    python scripts/build_claims.py --planned      # the same, but rows may wait for files that are planned
-    python scripts/build_claims.py --check        # write nothing; exit 1 if the page would change, or if a row waits
+    python scripts/build_claims.py                # write the page
+    python scripts/build_claims.py --check        # write nothing; exit 1 if the page would change
 
 The rows are in docs/claims.toml. No measured number is written there: `{...}` is a reference, which this script
 replaces by the number. A reference names a source, then functions, then a format:
@@ -33,7 +32,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -43,7 +42,6 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 BLOB: Final = "https://github.com/kvlab/kvlab/blob/main/"
 VERDICTS: Final = ("measured", "computed", "cited", "no evidence found")
 HOLDS: Final = ("yes", "no", "depends", "not testable here")
-WAITS: Final = "not measured yet"
 REFERENCE: Final = re.compile(r"\{([^{}]+)\}")
 PIPE: Final = re.compile(r' \| (?=(?:[^"]*"[^"]*")*[^"]*$)')  # outside quotes
 FORMAT: Final = re.compile(r":(,?(?:\.\d)?[fd]|,)$")
@@ -55,10 +53,6 @@ TYPED: Final = re.compile(r"(?<![\w.,#-])\d[\d,.]*(?<=\d)(?!\w)")
 
 class ClaimError(Exception):
     """The ledger cannot be built; the message says which claim, which reference and what is there instead."""
-
-
-class Missing(Exception):
-    """A file that is planned does not exist yet."""
 
 
 # --- Where numbers come from --------------------------------------------------------------------
@@ -76,13 +70,11 @@ class Files:
 
     Attributes:
         source: the source document's own numbers, of the same name in claims.toml.
-        planned: names of results and notebooks that may be missing.
         documents: the documents that the source document lists, by path.
     """
 
     root: Path
     source: Mapping[str, Any] = field(default_factory=dict)
-    planned: Sequence[str] = ()
     documents: Sequence[str] = ()
 
     def data(self, name: str) -> Any:
@@ -91,17 +83,11 @@ class Files:
             return self.source
         if name == "count":
             return self.counted()
-        path = self.root / "docs" / "results" / f"{name}.json"
-        if not path.exists():
-            self.refuse(name, f"docs/results/{name}.json", path.parent.glob("*.json"))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(self.find("docs/results", f"{name}.json").read_text(encoding="utf-8"))
 
     def cells(self, notebook: str) -> dict[str, str]:
         """What each cell of a notebook shows, by its id: a code cell's text outputs, the text of another one."""
-        path = self.root / "notebooks" / f"{notebook}.ipynb"
-        if not path.exists():
-            self.refuse(notebook, f"notebooks/{notebook}.ipynb", path.parent.glob("*.ipynb"))
-        return _shown(path)
+        return _shown(self.find("notebooks", f"{notebook}.ipynb"))
 
     def text(self, place: str) -> str:
         """What a cell (`notebook#cell`) shows, or a text file by its path."""
@@ -124,11 +110,17 @@ class Files:
             raise ClaimError(f"notebooks/{notebook}.ipynb has no cell {cell!r}; it has {', '.join(cells)}")
         return cells[cell]
 
-    def refuse(self, name: str, path: str, others: Iterable[Path]) -> None:
-        """Say that a file is missing: it is planned, or it is a mistake."""
-        if name in self.planned:
-            raise Missing(path)
-        raise ClaimError(f"there is no {path}; there are {', '.join(sorted(other.stem for other in others))}")
+    def find(self, folder: str, name: str) -> Path:
+        """A file of a folder.
+
+        Raises:
+            ClaimError: it does not exist; the message says which do.
+        """
+        path = self.root / folder / name
+        if not path.exists():
+            others = sorted(other.stem for other in path.parent.glob(f"*{path.suffix}"))
+            raise ClaimError(f"there is no {folder}/{name}; there are {', '.join(others)}")
+        return path
 
     def counted(self) -> dict[str, int]:
         """Code cells of all notebooks, and how many of the listed documents exist, with how many words."""
@@ -171,7 +163,6 @@ def look_up(reference: str, files: Files) -> list[Found]:
 
     Raises:
         ClaimError: it leads nowhere.
-        Missing: its file is planned and does not exist yet.
     """
     return _evaluate(reference, files, {})[0]
 
@@ -180,7 +171,7 @@ def show(reference: str, files: Files) -> str:
     """The text that takes the place of a reference.
 
     Raises:
-        ClaimError, Missing: as `look_up`.
+        ClaimError: as `look_up`.
     """
     bare, spec = _without_format(reference)
     *before, last = PIPE.split(bare)
@@ -372,15 +363,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """A claim with its numbers filled in; `waits` has the planned files that it still lacks."""
+    """A claim with its numbers filled in."""
 
     claim: Claim
     came_out: str
-    verdict: str
     holds: str
     where: str
     cells: str
-    waits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -404,7 +393,7 @@ def load(path: Path, root: Path = ROOT) -> Ledger:
     said += [f"{claim.id}: {complaint}" for claim in claims for complaint in complaints(claim)]
     if said:
         raise ClaimError("\n".join(said))
-    return Ledger(claims, Files(root, table["source"], table["planned"], table["documents"]))
+    return Ledger(claims, Files(root, table["source"], table["documents"]))
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:
@@ -441,15 +430,8 @@ def fill(claim: Claim, files: Files) -> Row:
         ClaimError: a reference, a cell or a test does not exist; the message names the claim.
     """
     try:
-        waits: list[str] = []
-        cells = ", ".join(_cell_link(cell, files, waits) for cell in claim.cells) or "—"
-        where = _where(claim, files)
-        try:
-            came_out, holds = _expand(claim, files), judged(claim.holds, files)
-        except Missing as missing:
-            text = f"Waits for `{missing}`."
-            return Row(claim, text, WAITS, "—", where, cells, (*waits, str(missing)))
-        return Row(claim, came_out, claim.verdict, holds, where, cells, tuple(waits))
+        cells = ", ".join(_cell_link(cell, files) for cell in claim.cells) or "—"
+        return Row(claim, _expand(claim, files), judged(claim.holds, files), _where(claim, files), cells)
     except ClaimError as error:
         raise ClaimError(f"{claim.id}: {error}") from None
 
@@ -505,15 +487,10 @@ def _limits(given: str | Sequence[str], files: Files) -> list[float]:
     return [number(look_up(one, files)[0].value) for one in ([given] if isinstance(given, str) else given)]
 
 
-def _cell_link(cell: str, files: Files, waits: list[str]) -> str:
+def _cell_link(cell: str, files: Files) -> str:
     notebook, _, name = cell.partition("#")
-    number = notebook.partition("_")[0]
-    try:
-        files.cell(notebook, name)
-    except Missing as missing:
-        waits.append(f"{missing} (cell {name})")
-        return f"{number} `{name}`, not written yet"
-    return f"[{number}]({BLOB}notebooks/{notebook}.ipynb) `{name}`"
+    files.cell(notebook, name)  # it exists
+    return f"[{notebook.partition('_')[0]}]({BLOB}notebooks/{notebook}.ipynb) `{name}`"
 
 
 def _where(claim: Claim, files: Files) -> str:
@@ -566,8 +543,8 @@ def build(ledger: Ledger) -> tuple[str, list[Row]]:
     rows = [fill(claim, ledger.files) for claim in ledger.claims]
     themes = dict.fromkeys(claim.theme for claim in ledger.claims)
     tables = [_table(theme, [row for row in rows if row.claim.theme == theme]) for theme in themes]
-    counts = _counts("verdict", [row.verdict for row in rows], [*VERDICTS, WAITS])
-    held = _counts("holds", [row.holds.partition(" (")[0] for row in rows], [*HOLDS, "—"])
+    counts = _counts("verdict", [row.claim.verdict for row in rows], VERDICTS)
+    held = _counts("holds", [row.holds.partition(" (")[0] for row in rows], HOLDS)
     return "\n\n".join([counts, held, *tables, _machines(ledger)]), rows
 
 
@@ -591,7 +568,7 @@ def _counts(head: str, words: Sequence[str], order: Sequence[str]) -> str:
 
 
 def _table(theme: str, rows: Sequence[Row]) -> str:
-    lines = [_line(row.claim.says, row.came_out, row.where, row.verdict, row.holds, row.cells) for row in rows]
+    lines = [_line(row.claim.says, row.came_out, row.where, row.claim.verdict, row.holds, row.cells) for row in rows]
     return "\n".join([f"## {theme}", "", HEAD, *lines])
 
 
@@ -605,10 +582,7 @@ def _machines(ledger: Ledger) -> str:
     lines = ["## Machines", "", "Noisy: the same work, measured twice, differed by more than 10 %.", ""]
     lines += ["| result | machine | noisy |", "|---|---|---|"]
     for place in sorted(places):
-        try:
-            data = ledger.files.data(place.removesuffix(":"))
-        except Missing:
-            continue
+        data = ledger.files.data(place.removesuffix(":"))
         noisy = {True: "yes", False: "no", None: "not said"}[data.get("noisy")]
         lines.append(_line(_link(place, ledger.files.root), data.get("machine", "—"), noisy))
     return "\n".join(lines)
@@ -618,7 +592,6 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Build the page by the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page would change")
-    parser.add_argument("--planned", action="store_true", help="rows may wait for files that are planned")
     args = parser.parse_args(argv)
     page = root / "docs" / "claims.md"
     try:
@@ -628,16 +601,12 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except ClaimError as error:
         print(f"docs/claims.toml: {error}", file=sys.stderr)
         return 1
-    waiting = [f"{row.claim.id} waits for {', '.join(row.waits)}" for row in rows if row.waits]
-    if waiting and not args.planned:
-        print("\n".join([*waiting, "these files are missing; with --planned the rows may wait"]), file=sys.stderr)
-        return 1
     if args.check and new != old:
         print("docs/claims.md would change. Run: python scripts/build_claims.py", file=sys.stderr)
         return 1
     if not args.check:
         page.write_text(new, encoding="utf-8")
-    print(f"docs/claims.md: {len(rows)} rows, {len(waiting)} of them waiting")
+    print(f"docs/claims.md: {len(rows)} rows")
     return 0
 
 

@@ -44,14 +44,7 @@ WORKLOADS = ("agentic", "chat", "structured", "unique")
 
 # --- the ledger ---------------------------------------------------------------------------------
 def test_the_page_is_as_built(capsys: pytest.CaptureFixture[str]) -> None:
-    assert claims.main(["--check", "--planned"]) == 0, capsys.readouterr().err
-
-
-def test_without_the_switch_the_build_fails_while_a_file_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    waiting = [row.claim.id for row in claims.build(LEDGER)[1] if row.waits]
-    assert claims.main(["--check"]) == (1 if waiting else 0)
-    said = capsys.readouterr().err
-    assert all(f"{name} waits for " in said for name in waiting)
+    assert claims.main(["--check"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("theme", REQUIRED)
@@ -98,15 +91,8 @@ def rows_of_the_page() -> list[list[str]]:
 def test_the_counts_are_those_of_the_rows(column: int, words: tuple[str, ...]) -> None:
     seen = Counter(row[column].partition(" (")[0] for row in rows_of_the_page())
     told = dict(re.findall(r"^\| ([^|]+) \| (\d+) \|$", PAGE, re.MULTILINE))
-    waiting = claims.WAITS if column == 3 else "—"
-    assert {word: int(told.get(word, 0)) for word in (*words, waiting)} == {w: seen[w] for w in (*words, waiting)}
+    assert {word: int(told.get(word, 0)) for word in words} == {word: seen[word] for word in words}
     assert int(told["all"]) == len(LEDGER.claims) == seen.total()
-
-
-def test_a_row_that_waits_says_so_and_claims_nothing() -> None:
-    for row in claims.build(LEDGER)[1]:
-        missing = row.came_out.startswith("Waits for ")
-        assert missing == (row.verdict == claims.WAITS) == (row.holds == "—")
 
 
 def test_what_was_not_found_was_searched_and_what_is_cited_has_a_link() -> None:
@@ -138,9 +124,9 @@ def test_links_to_notebooks_are_those_of_the_repository() -> None:
         assert (ROOT / path).is_file()
 
 
-# --- with the files that rows wait for ----------------------------------------------------------
+# --- with other results -------------------------------------------------------------------------
 def strategies(full: float = 300.0) -> dict[str, Any]:
-    """Results of the four strategies, as the benchmark will write them."""
+    """Results of the four strategies, as the benchmark writes them."""
     rates = {"no cache": 100.0, "local pages": 200.0, "redis": 250.0, "full": full}
     rows = [
         {
@@ -178,7 +164,7 @@ def notebook(cells: Mapping[str, str]) -> str:
 
 @pytest.fixture
 def complete(tmp_path: Path) -> Path:
-    """This repository with the results and notebooks that rows wait for."""
+    """This repository with other results of two benches."""
     for folder in ("docs/results", "notebooks"):
         (tmp_path / folder).mkdir(parents=True)
     for path in (*ROOT.glob("docs/*.*"), *ROOT.glob("docs/results/*.json"), *ROOT.glob("notebooks/*.ipynb")):
@@ -187,13 +173,6 @@ def complete(tmp_path: Path) -> Path:
         (tmp_path / folder).symlink_to(ROOT / folder)
     for name, data in {"strategies": strategies(), "cost": cost()}.items():
         replace(tmp_path / "docs" / "results" / f"{name}.json", json.dumps(data))
-    shown = {claim.id: claim.cells for claim in LEDGER.claims}
-    planned = {cell for cells in shown.values() for cell in cells}
-    for name in ("10_benchmarks", "11_gpu_benchmarks", "12_production"):
-        ids = {cell.partition("#")[2] for cell in planned if cell.startswith(name)}
-        cells = {**dict.fromkeys(ids, ""), "header": "about 60 minutes"}
-        if not (tmp_path / "notebooks" / f"{name}.ipynb").exists():
-            replace(tmp_path / "notebooks" / f"{name}.ipynb", notebook(cells))
     replace(tmp_path / "docs" / "claims.md", PAGE)
     return tmp_path
 
@@ -209,10 +188,8 @@ def row_of(root: Path, name: str) -> Any:
     return claims.fill(next(claim for claim in ledger.claims if claim.id == name), ledger.files)
 
 
-def test_with_all_files_no_row_waits_and_every_reference_leads_somewhere(complete: Path) -> None:
+def test_every_reference_leads_somewhere(complete: Path) -> None:
     assert claims.main([], complete) == 0
-    page = (complete / "docs" / "claims.md").read_text(encoding="utf-8")
-    assert claims.WAITS not in page.partition(claims.BEGIN)[2] and "Waits for" not in page
     assert claims.main(["--check"], complete) == 0
     assert "3.0 (agentic), 3.0 (chat), 3.0 (structured), 3.0 (unique)" in row_of(complete, "throughput-factor").came_out
 
@@ -281,7 +258,7 @@ def small(tmp_path: Path) -> Any:
     shown = {"plot": "Figure: real KV ≈55%, random 54%.\nagain: real KV ≈55%", "told": "took 1,024.5 ms\nor 3 ms"}
     (tmp_path / "notebooks" / "01_one.ipynb").write_text(notebook(shown))
     (tmp_path / "docs" / "text.md").write_text("| chat | .00 (first) | .91 | .98 |\n| code | 1 | 2 | 3 |\n")
-    return claims.Files(tmp_path, {"says": {"fast": 15}}, ("later", "09_later"), ("docs/text.md", "docs/none.md"))
+    return claims.Files(tmp_path, {"says": {"fast": 15}}, ("docs/text.md", "docs/none.md"))
 
 
 @pytest.mark.parametrize(
@@ -349,12 +326,6 @@ def test_references(small: Any, reference: str, text: str) -> None:
 )
 def test_a_reference_that_leads_nowhere_says_what_is_there(small: Any, reference: str, says: str) -> None:
     with pytest.raises(claims.ClaimError, match=says):
-        claims.show(reference, small)
-
-
-@pytest.mark.parametrize("reference", ["later:rows[0].ms:.1f", '09_later#plot "…"'])
-def test_a_file_that_is_planned_is_waited_for(small: Any, reference: str) -> None:
-    with pytest.raises(claims.Missing, match="later"):
         claims.show(reference, small)
 
 
@@ -431,12 +402,6 @@ def test_a_row_becomes_one_line_of_the_table(small: Any) -> None:
         r"| 15x | a \| b 1,200 | [bench](results/bench.json) | measured | yes | "
         "[01](https://github.com/kvlab/kvlab/blob/main/notebooks/01_one.ipynb) `plot` |"
     )
-
-
-def test_a_cell_of_a_notebook_that_is_planned_has_no_link_yet(small: Any) -> None:
-    row = claims.fill(claim(cells=["09_later#plot"]), small)
-    assert (row.verdict, row.cells) == ("measured", "09 `plot`, not written yet")
-    assert row.waits == ("notebooks/09_later.ipynb (cell plot)",)
 
 
 def test_two_rows_with_one_id_are_refused(small: Any, tmp_path: Path) -> None:
