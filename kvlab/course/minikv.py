@@ -506,7 +506,7 @@ def open_loop(due: list[float], service: list[float], slots: int) -> list[float]
 
 
 def percentile(counts: dict[float, int], percent: float) -> float:
-    """The least value that so many percent of all values do not exceed; `counts` has how often each one came."""
+    """The smallest value v such that at least `percent` % of the values are <= v; `counts`: how often each came."""
     total, seen = sum(counts.values()), 0
     for value in sorted(counts):
         seen += counts[value]
@@ -532,7 +532,7 @@ def hit_rates(requests: list[tuple[int, int]], block_tokens: int) -> dict[str, f
 
 
 def ratio_interval(a: list[float], b: list[float], groups: list[str], draws: list[list[str]]) -> tuple[float, float]:
-    """The ends between which 95 % of the ratios mean(a) / mean(b) lie, one ratio for each draw of groups."""
+    """The ends between which 95 % of the ratios mean(a) ÷ mean(b) lie, one ratio for each draw of groups."""
     members = {name: [i for i, group in enumerate(groups) if group == name] for name in groups}
     ratios = []
     for drawn in draws:
@@ -557,7 +557,7 @@ class MiniReport:
         return percentile(counts, percent)
 
     def times_faster_than(self, other: MiniReport, draws: int = 400) -> tuple[float, float]:
-        """The interval of the other one's mean latency by this one's. Whole groups are drawn, at random."""
+        """The interval of the other one's mean latency ÷ this one's. Whole groups are drawn, at random."""
         rng, names = random.Random(0), sorted(set(self.groups))
         drawn = [rng.choices(names, k=len(names)) for _ in range(draws)]
         return ratio_interval(other.latencies, self.latencies, self.groups, drawn)

@@ -104,6 +104,16 @@ def _pc_one_too_far(counts: dict[float, int], percent: float) -> float:
     return values[int(len(values) * percent / 100)]
 
 
+def _pc_rounded_down(counts: dict[float, int], percent: float) -> float:
+    values = sorted(value for value, count in counts.items() for _ in range(count))
+    return values[int(len(values) * percent / 100) - 1]
+
+
+def _pc_rounded(counts: dict[float, int], percent: float) -> float:
+    values = sorted(value for value, count in counts.items() for _ in range(count))
+    return values[round(len(values) * percent / 100) - 1]
+
+
 def _pc_mean(counts: dict[float, int], percent: float) -> float:
     return sum(value * count for value, count in counts.items()) / sum(counts.values())
 
@@ -135,12 +145,16 @@ PERCENTILE = Exercise(
         ({10: 1, 20: 98, 30: 1}, 100),
         ({0.5: 2, 0.25: 2, 4.0: 1}, 75),
         ({5: 1}, 99),
+        ({1: 1, 2: 1, 3: 1}, 50),
+        ({1: 1, 2: 1, 3: 1, 4: 1, 5: 1}, 45),
     ),
     wrong=(
         Wrong(_pc_distinct, "a value counts as often as it came: add up the counts, not the values"),
         Wrong(_pc_as_given, "the values must be in order: a dict keeps the order in which its keys were added"),
-        Wrong(_pc_more_than, "if exactly so many percent do not exceed a value, it is the one: >= and not >"),
+        Wrong(_pc_more_than, "if exactly `percent` % of the values are <= a value, it is the one: >= and not >"),
         Wrong(_pc_one_too_far, "one place too far: of 100 values, 90 % are those at the indexes 0 to 89"),
+        Wrong(_pc_rounded_down, "50 % of 3 values are 1.5 of them: two must be <= the answer, so round up"),
+        Wrong(_pc_rounded, "45 % of 5 values are 2.25 of them: two are too few, so round up and not to the nearest"),
         Wrong(_pc_mean, "that is the mean, which may lie where no value is"),
         Wrong(_pc_between, "no mixture of two values: return one that came"),
         Wrong(_pc_share, "`percent` goes from 0 to 100, and the counts add up to a number of requests"),
@@ -278,6 +292,13 @@ def _interval_five_at_each_end(
     return each[cut], each[-1 - cut]
 
 
+def _interval_sliced(a: list[float], b: list[float], groups: list[str], draws: list[list[str]]) -> tuple[float, float]:
+    each = sorted(ratio_interval(a, b, groups, [drawn])[0] for drawn in draws)
+    cut = len(each) // 40
+    kept = each[cut:-cut]
+    return kept[0], kept[-1]
+
+
 def _drawn(names: str, count: int) -> list[list[str]]:
     rng = random.Random(0)
     return [rng.choices(names, k=len(names)) for _ in range(count)]
@@ -304,11 +325,12 @@ RATIO_INTERVAL = Exercise(
         Wrong(_interval_mean_of_ratios, "the ratio of the means, not the mean of the ratios of single requests"),
         Wrong(_interval_whole_range, "leave out 2.5 % of the ratios at each end: len(draws) // 40 of them"),
         Wrong(_interval_not_sorted, "put the ratios in order before you leave out the ends"),
-        Wrong(_interval_of_b_by_a, "a by b, not b by a"),
+        Wrong(_interval_of_b_by_a, "mean(a) ÷ mean(b), not the other way round"),
+        Wrong(_interval_sliced, "where `cut` is 0, ratios[0:-0] is empty: use ratios[cut] and ratios[-1 - cut]"),
         Wrong(_interval_unpaired, "draw both together: from `b` the same requests as from `a`"),
         Wrong(_interval_first_of_each, "a drawn group brings all of its requests"),
         Wrong(_interval_five_at_each_end, "95 % inside leaves 2.5 % at each end, not 5 %"),
     ),
-    hint="for each draw: all requests of its groups, as often as drawn; mean of `a` by mean of `b`; sort; cut the ends",
+    hint="for each draw: all requests of its groups, as often as drawn; mean of `a` ÷ mean of `b`; sort; cut the ends",
     after="kvlab's table of strategies has such intervals (`kvlab.lab.intervals`), drawn by conversation.",
 )
