@@ -85,13 +85,26 @@ def bars(title: str, values: Mapping[str, float], xlabel: str, caption: str, num
     show(fig, caption)
 
 
-def groups(title: str, names: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str, caption: str) -> None:
-    """Show a group of vertical bars for each name, one bar for each series, with a caption."""
+def groups(
+    title: str,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    ylabel: str,
+    caption: str,
+    number: str | None = None,
+) -> None:
+    """Show a group of vertical bars for each name, one bar for each series, with a caption.
+
+    Args:
+        number: how a value is written above its bar, as in `format`; None: it is not written.
+    """
     fig, ax = new_figure(title, ylabel=ylabel)
     width = 0.8 / len(series)
     for i, (label, colour, hatch) in enumerate(zip(series, cycle(OKABE_ITO), hatches(), strict=False)):
         places = [at + (i - (len(series) - 1) / 2) * width for at in range(len(names))]
         ax.bar(places, series[label], width, label=label, color=colour, hatch=hatch, edgecolor="white")
+        for place, value in zip(places, series[label] if number is not None else (), strict=False):
+            ax.annotate(f"{value:{number}}", (place, value), ha="center", va="bottom", fontsize=8)
     ax.set_xticks(range(len(names)), names)
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.25)  # room for the legend above the bars
