@@ -142,9 +142,7 @@ def ratio(rows: Rows, key: str, first: str, second: str) -> dict[str, float]:
 
 def close(rows: Rows) -> dict[str, int]:
     """For each metric: how many predictions are within `WITHIN` of what was measured."""
-    return {
-        title: sum(abs(row[metric]["ratio"] - 1) <= WITHIN for row in rows) for metric, title in METRICS.items()
-    }
+    return {title: sum(abs(row[metric]["ratio"] - 1) <= WITHIN for row in rows) for metric, title in METRICS.items()}
 
 
 def latencies(rows: Rows, caption: str) -> None:
@@ -272,7 +270,8 @@ def too_much(came_out: Mapping[str, float]) -> dict[str, float]:
 
 def guesses(came_out: Mapping[str, float], guessed: Mapping[str, float], caption: str) -> None:
     """Show each guess and each claim as a multiple of what came out. Nobody's mark is in the legend without one."""
-    said = {"source document": {name: claim.source for name, claim in _claims().items()}, "you": guessed}
+    source = {name: claim.source for name, claim in _claims().items()}
+    said: dict[str, Mapping[str, float]] = {"source document": source, "you": guessed}
     names = [name for name in QUESTIONS if name in came_out and any(name in own for own in said.values())]
     fig, ax = plots.new_figure(
         "What was said ÷ what came out", "times what came out (log)", height=1.2 + 0.3 * len(names)
