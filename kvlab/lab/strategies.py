@@ -40,13 +40,14 @@ from kvlab.lab.serving import Arrival, percentile
 from kvlab.lab.simulate import Simulated, simulate
 from kvlab.lab.traces import Request
 from kvlab.lab.workloads import CONTEXT, WORKLOADS, as_trace
-from kvlab.model import Llama, load_model
+from kvlab.model import Llama, Tokenizer, held_out_tokens, load_model
 from kvlab.model.fingerprint import spec_of
 from kvlab.testbed.server import RedisServer
 
 WORKERS: Final = 2
 BATCH: Final = 4
 LIGHT: Final = 0.5
+PACE_TOKENS: Final = 256
 POOL, HOST, STORE = 0.1, 0.3, 1.0
 """Capacities by the working set, which is all distinct full blocks of a workload: of each worker, and of Redis."""
 MADE: Final[dict[str, dict[str, Any]]] = {
@@ -217,6 +218,19 @@ def _reply(model: Llama) -> Callable[[list[int], int], list[int]]:
     return lambda prompt, length: generate(model, prompt, length, pool=pool, stop_at_eos=False).tokens
 
 
+class Pace:
+    """A fixed piece of work, which shows how fast the machine is now."""
+
+    def __init__(self) -> None:
+        self._model = load_model()
+        self._prompt = held_out_tokens(Tokenizer())[:PACE_TOKENS]
+        self.seconds()
+
+    def seconds(self, repeats: int = 5) -> float:
+        """Return the median of some repeats."""
+        return statistics.median(generate(self._model, self._prompt, 1).ttft_s for _ in range(repeats))
+
+
 # --- predictions --------------------------------------------------------------------------------
 def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) -> dict[str, Any]:
     """Measure what work costs, and simulate all that `run` measures. Takes minutes; nothing of a load is served.
@@ -230,9 +244,12 @@ def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) ->
     """
     model = load_model()
     loads = [make_load(kind, seed, model, **made) for kind in kinds for seed in range(rounds)]
+    pace = Pace()
+    paces = [pace.seconds()]
     with RedisServer() as server:
         shared = calibrate(STRATEGIES[-1].settings(loads[0], server.url), WORKERS)
     own = calibrate(STRATEGIES[0].settings(loads[0]), WORKERS)
+    paces += [pace.seconds()]
     costs = {strategy.name: shared if strategy.redis else own for strategy in STRATEGIES}
     speeds = [light_speed(load, own) for load in loads]
     rows = []
@@ -241,7 +258,8 @@ def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) ->
             chosen = [(load, speed) for load, speed in zip(loads, speeds, strict=True) if load.kind == kind]
             rows.append(predicted_row(strategy, chosen, costs[strategy.name]))
     return {
-        "about": "what the simulator expects of each strategy, before it is measured; costs in seconds",
+        "about": "what the simulator expects of each strategy, before it is measured; costs in seconds; pace_ms: a "
+        "fixed piece of work before and after the costs were measured",
         "loads": [
             {"workload": load.kind, "seed": load.seed, "speed": speed, "requests": len(load.turns)}
             | {"per_second": len(load.turns) * speed / load.span_s, "working_set": load.working_set}
@@ -249,6 +267,7 @@ def predict(rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any) ->
         ],
         "rows": rows,
         "costs": {"without a store": _as_json(own), "with a store": _as_json(shared)},
+        "pace_ms": 1000 * statistics.mean(paces),
         "machine": describe_machine(),
         "versions": versions(),
     }

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvlab.engine import generate
 from kvlab.engine.workers import WorkerGroup
 from kvlab.errors import InputError, KVLabError
 from kvlab.lab.intervals import interval
@@ -32,6 +31,7 @@ from kvlab.lab.strategies import (
     STRATEGIES,
     WORKERS,
     Load,
+    Pace,
     Strategy,
     computed,
     make_load,
@@ -42,13 +42,13 @@ from kvlab.lab.strategies import (
 )
 from kvlab.lab.timing import NOISY_BEYOND
 from kvlab.lab.traces import Request
-from kvlab.model import Tokenizer, held_out_tokens, load_model
+from kvlab.model import load_model
 from kvlab.testbed.server import RedisServer
 
 ABOUT: Final = (
     "five strategies on the same two workers with the same requests. Of the working set, which is all distinct full "
     "blocks of a workload, each worker's pages hold a tenth (at least the longest request), its host memory three "
-    "tenths, Redis all; router and full have the cost router, the others send in turn. Percentiles are over all rounds; "
+    "tenths, Redis all; router and full have the cost router, the others send in turn. Percentiles: over all rounds; "
     "requests, bytes and time_saved_s are summed. Light load: open-loop at half of the expected capacity without a "
     "cache; ttft, latency (to the last token): milliseconds from the intended arrival; hit_rate: by the four names of "
     "a replay, and the share of blocks by tier; time_saved_s: sum over all requests of the TTFT without a cache minus "
@@ -57,11 +57,11 @@ ABOUT: Final = (
     "smallest and largest round. usd_per_mtok: dollars for a million generated tokens, if the machine, 2 rented vCPUs, "
     "never rests, with the RAM of Redis. noisy: a fixed piece of work beside this cell took 10 % more or less than "
     "usual. order: how many times better the second strategy is, paired by request or by round. predicted: simulated "
-    "before; within: tok_per_s and ttft_p50 within a fifth. computed: two nodes with one H100 each and Llama 3.1 8B, "
+    "before; within: tok_per_s and ttft_p50 within a fifth; slower: how many times as long the fixed work took as "
+    "when the costs were measured (null: not known). computed: two nodes with one H100 each and Llama 3.1 8B, "
     "from data sheets; nothing of it is measured"
 )
 ENOUGH_FOR_P99: Final = 1000
-PACE_TOKENS: Final = 256
 WITHIN: Final = 0.2
 SETTLE_S: Final = 1.0
 """After this, what was to be saved is saved."""
@@ -127,7 +127,7 @@ def run(
         KVLabError: workers or a `redis-server` do not start, or a request failed.
     """
     expected = _read(predicted) if predicted else predict(rounds, kinds, **made)
-    model, pace, at_scale = load_model(), _Pace(), computed()
+    model, pace, at_scale = load_model(), Pace(), computed()
     cells: dict[tuple[str, str], Cell] = {}
     kinds = [*dict.fromkeys(told["workload"] for told in expected["loads"])]
     for told in expected["loads"]:
@@ -146,7 +146,9 @@ def run(
         "rows": rows,
         "noisy": any(row["noisy"] for row in rows),
         "order": [row for kind in dict.fromkeys(c.kind for c in ordered) for row in _order(kind, cells)],
-        "predicted": [_compared(row, cells[row["workload"], row["strategy"]]) for row in expected["rows"]],
+        "predicted": [
+            _compared(row, cells[row["workload"], row["strategy"]], expected.get("pace_ms")) for row in expected["rows"]
+        ],
         "computed": at_scale,
         "loads": expected["loads"],
         "pace_ms": 1000 * usual,
@@ -156,7 +158,7 @@ def run(
     }
 
 
-def _measure(cell: Cell, load: Load, speed: float, pace: _Pace) -> None:
+def _measure(cell: Cell, load: Load, speed: float, pace: Pace) -> None:
     """Serve the light load and the burst, each with new workers and an empty Redis."""
     for one_speed in (speed, float("inf")):
         with _serving(cell.strategy, load) as group:
@@ -190,19 +192,6 @@ def _serving(strategy: Strategy, load: Load) -> Iterator[WorkerGroup]:
             url = stack.enter_context(RedisServer(*arguments)).url
         settings = strategy.settings(load, url)
         yield stack.enter_context(WorkerGroup(WORKERS, settings, router=strategy.router, max_requests=1 << 20))
-
-
-class _Pace:
-    """A fixed piece of work, which shows how fast the machine is now."""
-
-    def __init__(self) -> None:
-        self._model = load_model()
-        self._prompt = held_out_tokens(Tokenizer())[:PACE_TOKENS]
-        self.seconds()
-
-    def seconds(self, repeats: int = 5) -> float:
-        """Return the median of some repeats."""
-        return statistics.median(generate(self._model, self._prompt, 1).ttft_s for _ in range(repeats))
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -279,8 +268,8 @@ def _comparison(kind: str, poor: str, rich: str, metric: str, times: float, low:
     }
 
 
-def _compared(row: dict[str, Any], cell: Cell) -> dict[str, Any]:
-    """A prediction beside what was measured."""
+def _compared(row: dict[str, Any], cell: Cell, pace_ms: float | None = None) -> dict[str, Any]:
+    """A prediction beside what was measured; `pace_ms`: of the fixed piece of work when the costs were measured."""
     measured = {
         "tok_per_s": statistics.median(cell.bursts),
         **{f"ttft_p{p}_ms": percentile(cell.ttft_ms, p) for p in (50, 95)},
@@ -291,4 +280,5 @@ def _compared(row: dict[str, Any], cell: Cell) -> dict[str, Any]:
     for name in ("tok_per_s", "ttft_p50_ms", "ttft_p95_ms"):
         pairs[name]["ratio"] = pairs[name]["predicted"] / pairs[name]["measured"]
     within = all(abs(pairs[name]["ratio"] - 1) <= WITHIN for name in ("tok_per_s", "ttft_p50_ms"))
-    return {"strategy": row["strategy"], "workload": row["workload"], "within": within, **pairs}
+    slower = None if pace_ms is None else 1000 * statistics.median(cell.paces) / pace_ms
+    return {"strategy": row["strategy"], "workload": row["workload"], "within": within, "slower": slower, **pairs}

@@ -16,7 +16,7 @@ from kvlab.lab import strategies, strategy_runs, tables
 from kvlab.lab.calibrate import Calibrated
 from kvlab.lab.costs import Costs
 from kvlab.lab.serving import Arrival, Served
-from kvlab.lab.strategies import MADE, STRATEGIES
+from kvlab.lab.strategies import MADE, PAIRS, STRATEGIES
 from kvlab.lab.strategy_runs import Cell, run
 
 SLOW = Costs(kv_bytes=6144, prefill_token_s=1e-4, step_s=3e-3, batch=4)
@@ -56,10 +56,11 @@ def test_all_strategies_serve_the_loads_that_were_predicted(predictions: Path) -
     redis = by_name["redis"]
     assert redis["hit_rate"]["store"] > 0 < redis["bytes"]["read"], "workers find what others have computed"
     assert tables.text(result)
-    assert len(result["order"]) == len(SMALL) * 4 * 3 and len(result["computed"]) == 4
+    assert len(result["order"]) == len(SMALL) * len(PAIRS) * 3 and len(result["computed"]) == len(NAMES)
     for row in result["predicted"]:
         tokens = row["tok_per_s"]
         assert tokens["ratio"] == pytest.approx(tokens["predicted"] / tokens["measured"])
+        assert row["slower"] > 0
     assert json.loads(json.dumps(result)) == result
 
 
