@@ -318,6 +318,71 @@ def test_roi_as_json_has_everything_and_no_infinity() -> None:
     assert {price["name"] for price in told["inputs"]["prices"]} >= {GPU.name, RAM.name, UTILISATION.name}
 
 
+# --- the examples of docs/01 --------------------------------------------------------------------
+FLEET = Load(80_000_000, prompt=8000, new=300)
+"""Forty H100s with the 8B model at middle prices; with the 70B a request takes 6.7 times as much, so 12 million."""
+
+
+def over(node: Node, bytes_per_s: float) -> Node:
+    return replace(node, costs=replace(node.costs, store=Link(1e-3, bytes_per_s)))
+
+
+def rate_that_pays(load: Load, node: Node, gib: float) -> float:
+    """The least hit rate, to .0001, at which a tier saves money at middle prices; above 1: there is none."""
+    low, high = 0, 10_001
+    while high - low > 1:
+        middle = (low + high) // 2
+        saved = roi(replace(load, hit_rate=middle / 10_000), node, Tier(gib)).fractional.saving_usd[1]
+        low, high = (low, middle) if saved > 0 else (middle, high)
+    return high / 10_000
+
+
+@pytest.mark.parametrize(
+    ("node", "requests", "gib", "expected"),
+    [
+        (SMALL, 80e6, 256, (0.19, 0.06, 0.05, 0.04)),
+        (SMALL, 80e6, 1024, (0.50, 0.19, 0.15, 0.13)),
+        (SMALL, 80e6, 3750, (1.00, 0.59, 0.49, 0.41)),
+        (LARGE, 12e6, 1024, (0.71, 0.15, 0.12, 0.10)),
+        (LARGE, 12e6, 256, (0.30, 0.05, 0.04, 0.03)),
+    ],
+    ids=["8B, 256 GiB", "8B, 1 TiB", "8B, 3.7 TiB", "70B, 1 TiB", "70B, 256 GiB"],
+)
+def test_what_a_tier_for_40_gpus_must_add(node: Node, requests: float, gib: float, expected: tuple[float, ...]) -> None:
+    load = replace(FLEET, requests_per_month=requests)
+    assert roi(load, node, Tier(gib)).nodes[0][1] * node.gpus == pytest.approx(40, abs=0.3)
+    found = [rate_that_pays(load, over(node, speed), gib) for speed in (2.5e9, 6e9, 12e9, inf)]
+    assert [round(rate, 2) for rate in found] == list(expected)
+
+
+def test_the_example_whose_band_spans_zero() -> None:
+    node, load, ram = over(SMALL, 6e9), replace(FLEET, hit_rate=0.1), exact(RAM.value)
+    result = roi(load, node, Tier(1024))
+    assert [round(usd) for usd in result.fractional.saving_usd] == [-12_074, -4714, 14_303]
+    assert [round(nodes[1], 1) for nodes in result.nodes] == [40.2, 38.9]
+    assert round(result.store_load, 2) == 0.53
+    bands = {"gpu": GPU, "engineer": ENGINEER, "utilisation": UTILISATION, "stall": STALL}
+    known = {name: exact(price.value) for name, price in bands.items()}
+    ends = {
+        name: roi(load, node, Tier(1024, ram), **known | {name: price}).fractional.saving_usd[::2]
+        for name, price in bands.items()
+    }
+    widths = {name: high - low for name, (low, high) in ends.items()}
+    assert max(widths, key=lambda name: widths[name]) == "utilisation"
+    assert [round(usd) for usd in (*ends["utilisation"], *ends["stall"])] == [-7285, 428, -7503, -1925]
+    own = [{"utilisation": exact(0.6)}, {"utilisation": exact(0.6), "stall": exact(0.2)}]
+    savings = [roi(load, node, Tier(1024), **prices).fractional.saving_usd for prices in own]
+    assert [[round(usd) for usd in saving[::2]] for saving in savings] == [[-11_786, 916], [-9602, -26]]
+
+
+def test_transfer_to_another_zone_by_length() -> None:
+    for node, expected in ((SMALL, (25.9, 17.6)), (LARGE, (7.5, 5.9))):
+        for tokens, times in zip((2000, 32_000), expected, strict=True):
+            transfer = tokens * node.costs.kv_bytes / 1e9 * CROSS_ZONE.value
+            computing = node.gpus * node.costs.prefill(tokens, 0) / 3600 * GPU.value
+            assert round(transfer / computing, 1) == times
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "wrong",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -280,6 +282,53 @@ def test_the_known_figures_of_ten_nodes_and_of_two_tiers(conversations: list[Req
     for mode, rate in {"inclusive": 0.230, "exclusive": 0.276}.items():
         tiers = Setup(device=6_000, host=12_000, mode=mode)
         assert round(replay(conversations, 512, tiers).hits.rates()["blocks"], 3) == rate
+
+
+MEMORY = {
+    (834, 0): (0.059, 0.359, 0.178, 0.359),
+    (834, 3072): (0.086, 0.359, 0.324, 0.359),
+    (5859, 0): (0.104, 0.359, 0.358, 0.359),
+}
+"""Blocks of 64 MiB on the device and in host memory of each of ten engines; hit rates in turn and by cost, each
+without and with a store of 60,000 blocks that all share. The first is what an H100 has beside the 8B model."""
+
+
+@pytest.mark.slow
+@needs_trace
+@pytest.mark.parametrize("memory", MEMORY)
+def test_what_a_shared_store_adds_depends_on_the_memory_of_the_engines(
+    memory: tuple[int, int], conversations: list[Request]
+) -> None:
+    device, host = memory
+    found = [
+        replay(conversations, 512, Setup(device=device, host=host, store=store, nodes=10, router=router))
+        for router in ("round_robin", "cost")
+        for store in (None, 60_000)
+    ]
+    assert tuple(round(result.hit_rate, 3) for result in found) == MEMORY[memory]
+
+
+@needs_trace
+def test_an_hour_of_the_trace_does_not_show_all_that_comes_again(conversations: list[Request]) -> None:
+    known = {5: 0.203, 15: 0.303, 30: 0.341, 59: 0.366}
+    begin = conversations[0].at_s
+    for minutes, rate in known.items():
+        first = [request for request in conversations if request.at_s - begin < 60 * minutes]
+        assert round(replay(first, 512).hit_rate, 3) == rate
+
+
+@needs_trace
+def test_when_requests_and_reuses_of_the_trace_come(conversations: list[Request]) -> None:
+    begin, end = conversations[0].at_s, conversations[-1].at_s
+    tokens, last, gaps = Counter[int](), dict[int, float](), list[float]()
+    for request in conversations:
+        tokens[int((request.at_s - begin) // 10)] += request.tokens
+        gaps += [request.at_s - last[block] for block in request.blocks if block in last]
+        last |= dict.fromkeys(request.blocks, request.at_s)
+    mean = sum(tokens.values()) / (end - begin)
+    assert round(mean) == 40_937
+    assert round(max(tokens.values()) / 10 / mean, 1) == 2.2
+    assert round(statistics.median(gaps)) == 114
 
 
 @needs_trace
