@@ -427,7 +427,7 @@ COMMANDS = (
     ),
     Command(
         "strategies",
-        "no cache, local pages, Redis and all tiers on four workloads: measured and predicted (takes most of an hour)",
+        "no cache, local pages, a router, Redis and all tiers on four workloads (a round takes 45 minutes)",
         _strategies,
         (*STRATEGIES, JSON),
     ),

@@ -116,7 +116,7 @@ class Cell:
 def run(
     predicted: str | None = None, rounds: int = 3, kinds: Sequence[str] = tuple(MADE), **made: Any
 ) -> dict[str, Any]:
-    """Measure all strategies on all workloads, and set what was predicted beside it. Takes most of an hour.
+    """Measure all strategies on all workloads, and set what was predicted beside it. A round takes 45 minutes.
 
     Args:
         predicted: a file with the result of `predict`; without one it is predicted first.
