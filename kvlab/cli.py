@@ -522,6 +522,12 @@ COMMANDS = (
         (STORE, JSON),
     ),
     Command(
+        "bench stores",
+        "the same values through Redis, files and every other store that is installed (takes minutes)",
+        _bench("kvlab.lab.bench.stores"),
+        (JSON,),
+    ),
+    Command(
         "bench shards",
         "compare a Redis Cluster of three nodes with one server on 256 records",
         _bench("kvlab.lab.bench.shards"),

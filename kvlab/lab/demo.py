@@ -56,17 +56,25 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of the demo."""
+    """Results of the demo.
+
+    Attributes:
+        text_cached, text_retrieved: whether KV by text was stored and came back.
+        answer_equal: whether the answer that is shown has the same tokens with and without the cache.
+        from_an_earlier_run: tokens of its prompt that the store had before this run, of 512.
+    """
 
     text_cached: bool
     text_retrieved: bool
+    answer_equal: bool
+    from_an_earlier_run: int
     rows: Sequence[Row]
     noisy: bool
 
     @property
     def tokens_equal(self) -> bool:
         """Whether every warm answer has the same tokens as the cold answer."""
-        return all(row.tokens_equal for row in self.rows)
+        return self.answer_equal and all(row.tokens_equal for row in self.rows)
 
     @property
     def hit_rate_full_blocks(self) -> float:
@@ -84,6 +92,7 @@ class DemoResult:
             "ok": self.ok,
             "tokens_equal": self.tokens_equal,
             "hit_rate_full_blocks": self.hit_rate_full_blocks,
+            "from_an_earlier_run": self.from_an_earlier_run,
             "rows": [vars(row) for row in self.rows],
             "precision": "fp32",
             "threads": torch.get_num_threads(),
@@ -108,13 +117,13 @@ def run(store: str = "fakeredis://", say: Say = print, prefixes: Sequence[int] =
         cached, retrieved = _text_round_trip(caches.raw)
         say(f"Cached KV tensors: {cached}")
         say(f"Retrieved from cache: {retrieved}")
-        _show_answer(model, tokenizer, sample, caches.raw, say)
+        equal, left = _show_answer(model, tokenizer, sample, caches.kept, say)
         say(HEADER)
         rows = []
         for n in prefixes:
             rows.append(_measure(model, sample[: n + SUFFIX], caches))
             say(_line(rows[-1]))
-    result = DemoResult(cached, retrieved, rows, any(abs(r.aa_ratio - 1) > NOISY_BEYOND for r in rows))
+    result = DemoResult(cached, retrieved, equal, left, rows, any(abs(r.aa_ratio - 1) > NOISY_BEYOND for r in rows))
     if result.noisy:
         say("This machine was busy: two measurements of the same work differ by more than 10 %.")
     say(f"Same tokens cold and warm: {result.tokens_equal}")
@@ -125,22 +134,26 @@ def run(store: str = "fakeredis://", say: Say = print, prefixes: Sequence[int] =
 
 
 class _Caches:
-    """One cache with raw records and one with zstd. Their salts are random, so no hit comes from an older run."""
+    """Caches over one store: with raw records, with zstd, and one whose blocks a later run finds.
+
+    The salts of the first two are random, so that no hit comes from an earlier run.
+    """
 
     def __init__(self, url: str, model: Llama) -> None:
         spec = spec_of(model)
-        salt = os.urandom(16)
+        random = os.urandom(16)
 
-        def make(compress: bool) -> DistributedKVCache:
+        def make(compress: bool, salt: bytes) -> DistributedKVCache:
             return DistributedKVCache(
                 store=open_reachable(url, ttl_s=TTL_S),
                 model=spec,
                 precision="fp32",
                 compress=compress,
-                salt=salt + bytes([compress]),
+                salt=salt,
             )
 
-        self.raw, self.zstd = make(False), make(True)
+        self.raw, self.zstd = make(False, random + b"raw"), make(True, random + b"zstd")
+        self.kept = make(False, b"demo")
 
     def __enter__(self) -> _Caches:
         return self
@@ -148,6 +161,7 @@ class _Caches:
     def __exit__(self, *_: object) -> None:
         self.raw.close()
         self.zstd.close()
+        self.kept.close()
 
 
 def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
@@ -158,13 +172,20 @@ def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
     return cached, got is not None and torch.equal(got[0], k) and torch.equal(got[1], v)
 
 
-def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: KVCache, say: Say) -> None:
+def _show_answer(
+    model: Llama, tokenizer: Tokenizer, sample: list[int], cache: KVCache, say: Say
+) -> tuple[bool, int]:
+    """Show an answer without the cache and with it. Returns whether they are equal, and what the cache had before."""
     prompt = sample[: 512 + SUFFIX]
-    cold = generate(model, prompt, NEW_TOKENS, cache)
+    cold = generate(model, prompt, NEW_TOKENS)
+    first = generate(model, prompt, NEW_TOKENS, cache)  # fills the cache
     warm = generate(model, prompt, NEW_TOKENS, cache)
     say(f"prompt:  … {_in_one_line(tokenizer.decode(prompt[-12:]))} ({len(prompt)} tokens; ↵ is a new line)")
     say(f"cold:    {_in_one_line(tokenizer.decode(cold.tokens))} ({cold.cached_tokens} tokens from the cache)")
     say(f"warm:    {_in_one_line(tokenizer.decode(warm.tokens))} ({warm.cached_tokens} tokens from the cache)")
+    if first.cached_tokens:
+        say(f"         {first.cached_tokens} of these tokens were in the store before: an earlier run has left them")
+    return cold.tokens == first.tokens == warm.tokens, first.cached_tokens
 
 
 def _in_one_line(text: str) -> str:

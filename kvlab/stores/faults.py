@@ -31,15 +31,19 @@ class Reason(StrEnum):
     PROTOCOL = "protocol"  # the reply is not a valid reply to the command
     LOADING = "loading"  # the server is loading its data, or is a replica without a link to its master
     BUSY = "busy"  # a script is blocking the server
-    AUTH = "auth"  # the login was refused, or the user lacks a permission
+    AUTH = "auth"  # the login was refused, or the user lacks a permission (for a command, or for a file)
     DOWN = "down"  # no server serves the slot of the key
     MOVED = "moved"  # another server has the slot of the key
     RESPONSE = "response"  # any other error reply
     ERROR = "error"  # any other exception
 
+    # The disk failed (`kvlab.stores.files`).
+    IO = "io"  # the disk reported an error, or a file was cut while it was read
+    GONE = "gone"  # the folder is not there any more, or another one is in its place
+
     # The server refuses writes.
-    OOM = "oom"  # its memory is full, and its policy evicts nothing
-    READONLY = "readonly"  # the server is a replica
+    OOM = "oom"  # its memory is full, and its policy evicts nothing; or the disk is full
+    READONLY = "readonly"  # the server is a replica, or the disk cannot be written
     MISCONF = "misconf"  # the server cannot persist its data, and therefore refuses writes
     NOREPLICAS = "noreplicas"  # fewer replicas are in sync than the server requires
 

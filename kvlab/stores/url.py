@@ -20,6 +20,7 @@ from kvlab.stores.base import described
 
 FORMS: Final = {
     "memory": "memory://",
+    "file": "file:///path/to/folder",
     "redis": "redis://host:port/database",
     "rediss": "rediss://host:port/database",
     "unix": "unix:///path/to.sock",
@@ -42,10 +43,11 @@ _SETTING: Final = re.compile(
     r"db|username|password|sentinel_(username|password)|client_name|protocol|decode_responses|retry_on_timeout"
     r"|health_check_interval|socket_(timeout|connect_timeout|keepalive)|ssl_[a-z_]+"
 )
+_SETTING_OF_FILES: Final = re.compile(r"max_bytes|policy|sync")
 _FILES: Final = dict.fromkeys(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), Path.is_file) | {
     "ssl_ca_path": Path.is_dir
 }
-_HARMLESS: Final = re.compile(r"db|protocol|decode_responses|client_name|max_connections|(ssl|socket|health|retry)_\w+")
+_HARMLESS: Final = re.compile(r"db|protocol|decode_responses|client_name|max_connections|max_bytes|policy|sync|(ssl|socket|health|retry)_\w+")
 _PLAIN: Final = re.compile(r"[\w./~:-]{0,120}")  # excludes keys in PEM form, and long keys
 
 
@@ -132,7 +134,7 @@ def _settings(text: str, scheme: str, query: str) -> dict[str, str]:
             raise unusable(text, f"{name} is not a setting; write {FORMS[scheme]}")
         if not value:
             raise unusable(text, "a setting has no value")
-        if not _SETTING.fullmatch(name):
+        if not (_SETTING_OF_FILES if scheme == "file" else _SETTING).fullmatch(name):
             raise unusable(text, f"there is no setting {name!r}")
         if name in _FILES and not _FILES[name](Path(value)):
             raise unusable(text, f"there is no file {_shown_value(name, value)!r} for {name}")

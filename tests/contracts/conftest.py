@@ -6,8 +6,11 @@ The TTL suite has to know in addition how a test lets time pass in a new store (
 from __future__ import annotations
 
 import itertools
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
 from kvlab.engine.tiers import TieredCache
-from kvlab.stores import MemoryStore, RedisStore, Store, Value, WriteBehind
+from kvlab.stores import FileStore, MemoryStore, RedisStore, Store, Value, WriteBehind
 from tests.harness.helpers import SpyStore, small_spec
 from tests.harness.learner import LEARNER
 
@@ -43,6 +46,13 @@ def _redis(**settings: Any) -> RedisStore:
     return RedisStore(deadline_s=TIMEOUT_S, **settings)
 
 
+def _files(**settings: Any) -> FileStore:
+    folder = tempfile.TemporaryDirectory(prefix="kvlab-files-")
+    store = FileStore(Path(folder.name, "store"), deadline_s=TIMEOUT_S, **settings)
+    weakref.finalize(store, folder.cleanup)
+    return store
+
+
 class Flushed(WriteBehind):
     """Writes behind, but done when the call returns: the suite asks what finished writes have counted."""
 
@@ -58,6 +68,7 @@ BEHIND = StoreKind(
     lambda **settings: Flushed(MemoryStore(**settings)),
     yields=frozenset({"collapsed", "deleted"}),  # in its queue a newer write or a delete comes before an older write
 )
+FILES = StoreKind("files", _files)
 FAKEREDIS = StoreKind("fakeredis", _redis)
 REDIS_TCP = StoreKind("redis-tcp", _redis, "url", (pytest.mark.redis,))
 REDIS_UNIX = StoreKind("redis-unix", _redis, "unix_url", (pytest.mark.redis,))
@@ -65,7 +76,7 @@ REDIS_TLS = StoreKind("redis-tls", _redis, "tls_url", (pytest.mark.redis,), "tls
 VALKEY = StoreKind("valkey", _redis, "url", (pytest.mark.valkey,), "valkey_server")
 CLUSTER = StoreKind("redis-cluster", _redis, "url", (pytest.mark.cluster,), "redis_cluster")
 SENTINEL = StoreKind("redis-sentinel", _redis, "url", (pytest.mark.cluster,), "redis_sentinel")
-STORES = (MEMORY, BEHIND, FAKEREDIS, REDIS_TCP, REDIS_UNIX, REDIS_TLS, VALKEY, CLUSTER, SENTINEL)
+STORES = (MEMORY, BEHIND, FILES, FAKEREDIS, REDIS_TCP, REDIS_UNIX, REDIS_TLS, VALKEY, CLUSTER, SENTINEL)
 
 
 @dataclass(frozen=True)

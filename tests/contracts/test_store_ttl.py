@@ -12,7 +12,7 @@ import redis
 
 from kvlab.stores import RedisStore, Store
 from kvlab.stores.redis.pool import FakePool
-from tests.contracts.conftest import BEHIND, FAKEREDIS, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
+from tests.contracts.conftest import BEHIND, FAKEREDIS, FILES, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
 from tests.contracts.test_store import EXPIRY_BOUND_S, buffers, named
 from tests.harness.helpers import FakeClock
 
@@ -52,7 +52,7 @@ def _advance(clock: FakeClock, seconds: float) -> None:
 @pytest.fixture
 def aging(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> Iterator[Aging]:
     """Each store with a TTL of 100 seconds."""
-    if own_store_kind in (MEMORY, BEHIND):
+    if own_store_kind in (MEMORY, BEHIND, FILES):
         clock = FakeClock()
         made = Aging(own_store_kind.make(ttl_s=100, clock=clock), lambda s: _advance(clock, s))
     else:
@@ -108,7 +108,7 @@ def test_a_touch_renews_the_ttl(aging: Aging) -> None:
 
 def test_without_ttl_entries_stay(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> None:
     clock = FakeClock()
-    settings = {"clock": clock} if own_store_kind in (MEMORY, BEHIND) else {}
+    settings = {"clock": clock} if own_store_kind in (MEMORY, BEHIND, FILES) else {}
     with own_store_kind.store(request, **settings) as store:
         store.put_many([b"a"], [b"one"])
         _advance(clock, 1e9)

@@ -11,7 +11,7 @@ import pytest
 from tests.faults import book
 from tests.faults.book import Row, open_book
 
-FAULTS = range(1, 41)
+FAULTS = range(1, 48)
 
 
 def numbers_of_tests() -> set[int]:

@@ -7,8 +7,12 @@ setting to prove that its lanes ran.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -64,6 +68,18 @@ def _browser() -> bool:
     return find_spec("playwright") is not None and (_programs(*names)() or any(downloaded))
 
 
+@functools.cache
+def _mounts() -> bool:
+    """Whether this process may mount a disk, which root in a container may not, and has FUSE."""
+    if sys.platform != "linux" or not shutil.which("bindfs") or not Path("/dev/fuse").exists():
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True, check=False).returncode:
+            return False
+        subprocess.run(["umount", folder], capture_output=True, check=False)
+    return True
+
+
 NEEDS = {
     "redis": Need("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
     "cluster": Need("a redis-server program", _programs("redis-server"), "apt-get install redis-server"),
@@ -71,6 +87,7 @@ NEEDS = {
     "browser": Need("playwright and chromium", _browser, "pip install playwright && playwright install chromium"),
     "hf": Need("transformers", lambda: find_spec("transformers") is not None, "pip install 'kvlab[hf]'"),
     "engines": Need("vLLM, in an environment of its own", lambda: find_spec("vllm") is not None, "make test-engines"),
+    "mounts": Need("root, mount and bindfs", _mounts, "apt-get install bindfs, and run the tests as root"),
     "ray": Need("Ray Serve, in an environment of its own", lambda: find_spec("ray") is not None, "make test-ray"),
 }
 

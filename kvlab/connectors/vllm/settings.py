@@ -12,7 +12,7 @@ from kvlab.core.keys import digest
 from kvlab.core.record import OPAQUE, Format
 from kvlab.core.seals import AesGcm, Seal, Xxh3
 from kvlab.errors import ConfigError
-from kvlab.stores import RedisStore, Store, WriteBehind
+from kvlab.stores import Store, WriteBehind, open_store
 from kvlab.stores.base import check_number, check_ttl
 
 DAY_S = 86400.0
@@ -24,8 +24,8 @@ class Settings:
     """How the connector stores blocks.
 
     Attributes:
-        store: URL of a Redis, see `kvlab.stores.RedisStore`. vLLM writes its config to its log, so a URL with a
-            password belongs in the environment: KVLAB_STORE.
+        store: URL of a store that all processes see, see `kvlab.stores.open_store`. vLLM writes its config to its log,
+            so a URL with a password belongs in the environment: KVLAB_STORE.
         ttl_seconds: lifetime of a block after its last use; None leaves it to the server.
         compress: lossless compression by zstd, on the engine's thread.
         shadow: the share of hits that are computed and compared with the store (`kvlab.connectors.shadow`).
@@ -50,8 +50,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.store, str) or self.store.startswith(IN_PROCESS):
             raise ConfigError(
-                "expected store as the URL of a Redis, which scheduler and workers share, such as "
-                "redis://127.0.0.1:6379; an in-process store is seen by one of them only"
+                "expected store as the URL of a store that scheduler and workers share, such as redis://127.0.0.1:6379 "
+                "or file:///path/to/folder; an in-process store is seen by one of them only"
             )
         check_ttl(self.ttl_seconds)
         if self.shadow != 0:
@@ -78,7 +78,7 @@ class Settings:
         store = given.pop("store", None) or environment.get("KVLAB_STORE")
         if not store:
             raise ConfigError(
-                'expected the URL of a Redis, in kv_connector_extra_config={"store": "redis://127.0.0.1:6379"} '
+                'expected the URL of a store, in kv_connector_extra_config={"store": "redis://127.0.0.1:6379"} '
                 "or in the environment as KVLAB_STORE"
             )
         keys = environment.get("KVLAB_KEYS")
@@ -105,9 +105,9 @@ class Settings:
         keys = sorted((self.keys or {}).items())
         return digest("kvlab/1/engine-settings", self.salt, *(struct.pack("<I", i) + key for i, key in keys))
 
-    def open_store(self) -> RedisStore:
-        """Create a store. Nothing is connected before the first call."""
-        return RedisStore(self.store, ttl_s=self.ttl_seconds, deadline_s=self.deadline_s)
+    def open_store(self) -> Store:
+        """Create a store. No server is called before the first call."""
+        return open_store(self.store, ttl_s=self.ttl_seconds, deadline_s=self.deadline_s)
 
     def open_queue(self, store: Store) -> WriteBehind:
         """Put a queue in front of a store, so that writes happen in the background."""

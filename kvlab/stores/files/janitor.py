@@ -1,0 +1,169 @@
+"""Frees room in the folder of a `FileStore`: expired values, what killed writers left, and what a policy evicts.
+
+A sweep reads the whole folder, so it evicts a tenth of the room at once, and takes place in the background as soon as
+less than a twentieth is free. The cost of a put is therefore that of a few file names, however many values there are.
+
+Of all processes that share a folder, one sweeps at a time. Uses by others are seen by the times of the files. Between
+two sweeps several uses of a value count as one, which only the policies notice that count uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Final
+
+from kvlab.core.policies import POLICIES, Policy
+from kvlab.stores.files.folder import Entry, Folder
+from kvlab.stores.fork import reset_in_children
+from kvlab.stores.latch import Latch
+
+HIGH: Final = 0.95
+LOW: Final = 0.9
+"""A sweep begins when more than HIGH of the room is taken, and leaves at most LOW of it."""
+BATCH: Final = 64
+"""Values that are deleted under one lock."""
+NS: Final = 10**9
+
+
+class Janitor:
+    """Sweeps a folder that may take `most` bytes. Thread-safe.
+
+    Args:
+        ttl_ns: how long a value lives after its last use; None: for ever.
+        policy: a name in `kvlab.core.policies.POLICIES`.
+        every_s: seconds between two sweeps of a folder that does not fill.
+        clock: returns nanoseconds since 1970.
+
+    Attributes:
+        evicted, expired, reaped: files deleted by this object: for room, by their TTL, and left-over ones.
+    """
+
+    def __init__(
+        self, folder: Folder, most: int, ttl_ns: int | None, policy: str, every_s: float, clock: Callable[[], int]
+    ) -> None:
+        self._folder, self._most, self._ttl_ns, self.every_s, self._clock = folder, most, ttl_ns, every_s, clock
+        self._policy: Policy[str] = POLICIES[policy](most)
+        self._seen: dict[str, Entry] = {}
+        self._overflow: list[str] = []  # evicted by the policy, but still there
+        self.evicted = self.expired = self.reaped = 0
+        self.reset_after_fork()
+        reset_in_children(self)
+
+    def reset_after_fork(self) -> None:
+        """See `Forkable`. The child starts a thread of its own when it needs one."""
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._work = Latch()
+        self._thread = threading.Thread()  # not started
+        self._closed = False
+
+    def wake(self, used: int) -> None:
+        """Take note that so many bytes are taken. The first call starts the thread that sweeps in the background."""
+        with self._starting:
+            if not self._closed and not self._thread.is_alive():
+                self._thread = threading.Thread(target=_run, args=(weakref.ref(self),), name="kvlab-sweep", daemon=True)
+                self._thread.start()
+        if self.is_due(used):
+            self._work.set()
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread. A sweep that hangs is left alone after `timeout_s`."""
+        self._closed = True
+        self._work.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def is_due(self, used: int) -> bool:
+        """Return whether the background has to sweep when so many bytes are taken."""
+        return used > HIGH * self._most
+
+    def sweep(self, need: int = 0, force: bool = False) -> None:
+        """Free room, if there is less than `need` bytes or a twentieth; also if the last sweep is long ago.
+
+        Args:
+            force: in any case, and evict a tenth of what is there: the disk is full, although the folder may take more.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        with self._lock, self._folder.sweeping():
+            now = self._clock()
+            with self._folder.counting() as count:
+                full = count.used + need > self._most or self.is_due(count.used)
+                if not (force or full or now - count.swept_ns >= self.every_s * NS):
+                    return  # another process was faster
+                count.swept_ns, added = now, count.added
+            used = self._look(now)
+            with self._folder.counting() as count:
+                count.used = min(count.used, used + count.added - added)
+                used = count.used
+            if force or used + need > HIGH * self._most:
+                self._evict(used - int(LOW * min(used if force else self._most, self._most)) + need)
+
+    def _look(self, now: int) -> int:
+        """Read the folder, delete what is expired or left over, and tell the policy; return the bytes of the rest."""
+        reaped, used = self._folder.reap()
+        self.reaped += reaped
+        present: dict[str, Entry] = {}
+        expired: list[Entry] = []
+        for entry in self._folder.entries():
+            used += entry.size
+            if self._ttl_ns is not None and entry.used_ns + self._ttl_ns <= now:
+                expired.append(entry)
+            else:
+                present[entry.name] = entry
+        deleted, freed = self._delete(expired)
+        self.expired += deleted
+        for name in self._seen.keys() - present.keys():
+            self._policy.remove(name)
+        self._overflow = []
+        for entry in sorted(present.values(), key=lambda entry: entry.used_ns):
+            known = self._seen.get(entry.name)
+            if known is None or entry.used_ns > known.used_ns or entry.name not in self._policy:
+                self._policy.access(entry.name, entry.size, self._overflow)
+        self._seen = present
+        return used - freed
+
+    def _evict(self, wanted: int) -> None:
+        """Delete values of so many bytes, in the order of the policy. Values that were used meanwhile stay."""
+        overflow = [*dict.fromkeys(self._overflow)]
+        while wanted > 0:
+            batch: list[Entry] = []
+            while len(batch) < BATCH and wanted > sum(entry.size for entry in batch):
+                name = overflow.pop(0) if overflow else self._policy.evict()
+                if name is None:
+                    break
+                if name in self._seen and name not in self._policy:
+                    batch.append(self._seen.pop(name))
+            if not batch:
+                return
+            deleted, freed = self._delete(batch)
+            self.evicted += deleted
+            wanted -= freed
+
+    def _delete(self, entries: list[Entry]) -> tuple[int, int]:
+        """Delete values unless they were used again; return how many, and their bytes."""
+        number = size = 0
+        for i in range(0, len(entries), BATCH):
+            batch = entries[i : i + BATCH]
+            deleted = self._folder.delete([e.name for e in batch], [e.used_ns for e in batch])
+            gone = [e for e, when in zip(batch, deleted, strict=True) if when is not None]
+            number, size = number + len(gone), size + sum(e.size for e in gone)
+        return number, size
+
+
+def _run(janitor: weakref.ref[Janitor]) -> None:
+    """Sweep when there is need, and now and then, until the janitor is closed or collected."""
+    while (this := janitor()) is not None and not this._closed:
+        work, every_s = this._work, this.every_s
+        del this
+        work.wait(every_s)
+        if (this := janitor()) is None or this._closed:
+            return
+        this._work = Latch()
+        with contextlib.suppress(OSError):  # calls of the store count what is wrong with the disk
+            this.sweep()
+        del this
