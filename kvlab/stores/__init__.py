@@ -10,4 +10,14 @@ from kvlab.stores.open import open_store
 from kvlab.stores.redis.store import RedisStore
 from kvlab.stores.write_behind import WriteBehind
 
-__all__ = ["FileStore", "Health", "MemoryStore", "RedisStore", "Store", "StoreStats", "Value", "WriteBehind", "open_store"]
+__all__ = [
+    "FileStore",
+    "Health",
+    "MemoryStore",
+    "RedisStore",
+    "Store",
+    "StoreStats",
+    "Value",
+    "WriteBehind",
+    "open_store",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -17,8 +18,8 @@ from kvlab.stores.url import FORMS, read, unusable
 def open_store(url: str, **settings: Any) -> Store:
     """Create the store that `url` names, with the settings of its class.
 
-    memory:// creates a `MemoryStore`, file:///path a `FileStore`. Its settings max_bytes, policy and sync may be in the
-    URL: file:///path?max_bytes=1000000000. Every other scheme creates a `RedisStore`, whose docstring lists the schemes.
+    memory:// creates a `MemoryStore`, file:///path a `FileStore`. The settings max_bytes, policy and sync of the latter may
+    be in the URL: file:///path?max_bytes=1000000000. Every other scheme creates a `RedisStore`.
 
     >>> open_store("memory://", ttl_s=60)
     MemoryStore(0 values)
@@ -50,7 +51,7 @@ def _of_files(url: str) -> dict[str, Any]:
         raise unusable(url, f"expected {FORMS['file']}, with three slashes and the whole path")
     settings: dict[str, Any] = {"path": unquote(parsed.path), **parsed.settings}
     if "max_bytes" in settings:
-        if not (settings["max_bytes"].isascii() and settings["max_bytes"].isdigit()):
+        if not re.fullmatch("[1-9][0-9]{0,18}", settings["max_bytes"]):
             raise unusable(url, "expected max_bytes as a number of bytes")
         settings["max_bytes"] = int(settings["max_bytes"])
     return settings

@@ -47,7 +47,9 @@ _SETTING_OF_FILES: Final = re.compile(r"max_bytes|policy|sync")
 _FILES: Final = dict.fromkeys(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), Path.is_file) | {
     "ssl_ca_path": Path.is_dir
 }
-_HARMLESS: Final = re.compile(r"db|protocol|decode_responses|client_name|max_connections|max_bytes|policy|sync|(ssl|socket|health|retry)_\w+")
+_HARMLESS: Final = re.compile(
+    r"db|protocol|decode_responses|client_name|max_connections|max_bytes|policy|sync|(ssl|socket|health|retry)_\w+"
+)
 _PLAIN: Final = re.compile(r"[\w./~:-]{0,120}")  # excludes keys in PEM form, and long keys
 
 

@@ -45,7 +45,9 @@ class SlowDisk:
         self._process = subprocess.Popen(["bindfs", "-f", real, path], stdout=subprocess.DEVNULL)
         give_up = time.monotonic() + 30
         while not os.path.ismount(path):
-            assert time.monotonic() < give_up, "bindfs does not mount"
+            if time.monotonic() > give_up:
+                self.close()
+                raise AssertionError("bindfs does not mount")
             time.sleep(0.01)
 
     def hang(self) -> None:

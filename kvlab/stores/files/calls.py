@@ -1,14 +1,17 @@
 """Calls that may block for ever, with a deadline: a thread makes the call, and the caller stops waiting for it.
 
 A system call to a disk cannot be interrupted. A thread that hangs in one is abandoned, until the disk answers. There
-are at most THREADS threads; while all of them hang, and while the breaker is open, calls are refused at once.
+are at most THREADS threads. While all of them hang, a call waits for its deadline and is a fault; after three faults
+the breaker refuses calls at once, except for one a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 from kvlab.errors import ConfigError
@@ -79,7 +82,7 @@ class Call(Generic[T]):
             self._dispose_of_result()
 
     def abandon(self) -> None:
-        """Give the call up: nobody waits for its result."""
+        """Say that nobody waits any more. Does nothing to a call whose result was taken."""
         self._work = None  # what it would write, for example
         self.abandoned = True
         if self.done.is_set:
@@ -96,10 +99,8 @@ class Call(Generic[T]):
         return self._results.pop()
 
     def _dispose_of_result(self) -> None:
-        try:
+        with contextlib.suppress(IndexError):  # taken by the caller, or disposed of
             self._dispose(self._results.pop())
-        except IndexError:
-            pass
 
 
 class Calls:
@@ -113,7 +114,6 @@ class Calls:
     def reset_after_fork(self) -> None:
         """See `Forkable`."""
         self._threads = Workers(THREADS, "kvlab-files")
-        self._hanging: set[Call[object]] = set()
 
     def run(
         self,
@@ -132,19 +132,17 @@ class Calls:
             Failed: there is no result.
             ConfigError: the call has raised it.
         """
-        if not self._breaker.allow() and not always:
-            raise Failed(Reason.BREAKER)
-        call = Call(work, dispose)
+        call = Call(work, lambda result: self.start(partial(dispose, result)))
+        refused = False
         works: bool | None = None
         try:
-            self._hanging = {one for one in self._hanging if not one.done.is_set}
-            if len(self._hanging) >= THREADS:
-                works = False
-                raise Failed(Reason.TIMEOUT)
+            refused = not self._breaker.allow() and not always
+            if refused:
+                raise Failed(Reason.BREAKER)
             self._threads.submit(call.run)
             while not call.done.wait(deadline.remaining):
                 if deadline.passed:
-                    works = False if call.started else None
+                    works = False
                     raise Failed(Reason.TIMEOUT if call.started else Reason.POOL)
             result = call.result()
             works = True
@@ -158,11 +156,9 @@ class Calls:
                 logger.debug("a call to a disk failed", exc_info=True)
             raise Failed(reason) from error
         finally:
-            if not call.done.is_set:
-                call.abandon()
-                if call.started:
-                    self._hanging.add(call)
-            self._breaker.record(works)
+            call.abandon()
+            if not refused:
+                self._breaker.record(works)
 
     def start(self, work: Callable[[], object]) -> None:
         """Make a call that nobody waits for and that raises nothing, such as closing a file."""

@@ -11,7 +11,8 @@ Several processes share the folder. The bytes of a value are counted before it i
 is gone. A process that is killed in between leaves the count too high, never too low: the bound holds, and the next
 sweep counts again. A file counts in whole blocks of the disk; the smallest value takes one.
 
-Every function may wait for the disk without limit, and raises OSError. `FileStore` calls them in threads.
+Every function may wait for the disk without limit, and raises OSError. `FileStore` calls them in threads. Where one
+waits for a lock it asks `stopped` again and again, because the process that has the lock may have been stopped.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import errno
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
 
 from kvlab.errors import ConfigError
+from kvlab.stores.fork import reset_in_children
 
-try:
+with contextlib.suppress(ImportError):  # Windows, where `FileStore` refuses to work
     import fcntl
-except ImportError:  # Windows, where `FileStore` refuses to work
-    pass
 
 SYNCS: Final = ("none", "data", "full")
 BLOCK: Final = 4096
@@ -42,6 +43,7 @@ _MAGIC: Final = b"kvlabfs1"
 _CLOEXEC: Final = getattr(os, "O_CLOEXEC", 0)
 # A link in the place of a file is not followed, and a pipe is not waited for.
 _FLAGS: Final = _CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_MOST_PAUSE_S: Final = 0.001
 
 
 class Gone(OSError):
@@ -49,7 +51,12 @@ class Gone(OSError):
 
 
 class Stopped(Exception):
-    """The caller no longer waits for a write, so nothing was stored."""
+    """The caller no longer waits. What was to be changed has not been changed."""
+
+
+def never() -> bool:
+    """`stopped` of a call that nobody gives up."""
+    return False
 
 
 @dataclass
@@ -109,6 +116,15 @@ class Folder:
         self._sync = sync
         self._count = f"{path}/.kvlab"
         self._tmp = f"{path}/.tmp"
+        self._locked: set[int] = set()
+        reset_in_children(self)
+
+    def reset_after_fork(self) -> None:
+        """See `Forkable`. A lock belongs to parent and child, and stays as long as one of them has its file open."""
+        inherited, self._locked = self._locked, set()
+        for fd in inherited:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def prepare(self) -> None:
         """Make the folder, unless it is there.
@@ -125,18 +141,15 @@ class Folder:
             return
         if set(present) - {".tmp"}:
             raise ConfigError(f"expected an empty or a new folder for a store, got one with other files: {self.path}")
-        os.makedirs(self._tmp, mode=0o700, exist_ok=True)
-        made = f"{self._tmp}/{os.urandom(8).hex()}"
-        with open(made, "xb") as file:
-            file.write(_COUNT.pack(_MAGIC, 0, 0, 0))
-        try:
-            os.link(made, self._count)
-        except FileExistsError:  # another process was faster
-            pass
-        except OSError:  # a file system without links
-            os.replace(made, self._count)
-            return
-        os.unlink(made)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._tmp, 0o700)
+        with self._locking(self._tmp, os.O_RDONLY):
+            if not os.path.exists(self._count):  # no other process was faster
+                made = f"{self._tmp}/count"
+                with open(made, "wb") as file:
+                    file.write(_COUNT.pack(_MAGIC, 0, 0, 0))
+                    os.fsync(file.fileno())
+                os.replace(made, self._count)
 
     def check(self) -> None:
         """Check that the folder is still that of a store.
@@ -148,18 +161,15 @@ class Folder:
             raise Gone(errno.ENOENT, "the folder of the store is gone", self.path)
 
     @contextlib.contextmanager
-    def counting(self) -> Iterator[Count]:
+    def counting(self, stopped: Callable[[], bool] = never) -> Iterator[Count]:
         """Lock the count, and write back what is changed in it. One process and thread at a time.
 
         Raises:
             Gone: the folder is no longer that of a store.
+            Stopped: `stopped` returned True before the lock was free.
         """
-        try:
-            fd = os.open(self._count, os.O_RDWR | _FLAGS)
-        except FileNotFoundError:
-            raise Gone(errno.ENOENT, "the folder of the store is gone", self.path) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        self.check()
+        with self._locking(self._count, os.O_RDWR, stopped) as fd:
             packed = os.pread(fd, _COUNT.size, 0)
             if len(packed) != _COUNT.size or not packed.startswith(_MAGIC):
                 raise Gone(errno.ENOENT, "the folder is not that of a store", self.path)
@@ -168,7 +178,23 @@ class Folder:
             changed = _COUNT.pack(_MAGIC, count.used, count.added, count.swept_ns)
             if changed != packed:
                 os.pwrite(fd, changed, 0)
+
+    @contextlib.contextmanager
+    def _locking(self, path: str, mode: int, stopped: Callable[[], bool] = never) -> Iterator[int]:
+        fd = os.open(path, mode | _FLAGS)
+        self._locked.add(fd)
+        try:
+            _lock(fd, stopped)
+            yield fd
         finally:
+            self._unlock(fd)
+
+    def _unlock(self, fd: int) -> None:
+        """Unlock and close a file. Closing alone would leave the lock to a child that has the file open, too."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
+            self._locked.discard(fd)
             os.close(fd)
 
     # --- values ---------------------------------------------------------------------------------
@@ -188,14 +214,14 @@ class Folder:
         return fd, status
 
     def write(
-        self, name: str, parts: Sequence[memoryview], most: int, now_ns: int, stopped: Callable[[], bool]
+        self, name: str, parts: Sequence[memoryview], most: int, now_ns: int, stopped: Callable[[], bool] = never
     ) -> int | None:
         """Store a value, in place of an older one; return the bytes that are then taken.
 
         Returns None, and stores nothing, if more than `most` bytes would be taken.
 
         Args:
-            stopped: asked before the value gets its name; True leaves the older value.
+            stopped: asked last when nobody else can change the value; True leaves the older value.
 
         Raises:
             Stopped: `stopped` returned True.
@@ -203,65 +229,86 @@ class Folder:
         """
         target, written = f"{self.path}/{name}", f"{self._tmp}/{os.urandom(8).hex()}"
         size = sum(part.nbytes for part in parts)
-        with self.counting() as count:
-            if count.used + blocks(size) > most:
-                return None
-            fd = self._reserved(written, size)  # under the lock: a sweep sees both the file and its bytes, or neither
-            count.add(blocks(size))
+        fd = self._reserve(written, size, most, stopped)
+        if fd is None:
+            return None
+        used: int | None = None
         try:
-            try:
-                _write_all(fd, parts)
-                os.utime(fd, ns=(now_ns, now_ns))
-                if self._sync != "none":
-                    _sync_data(fd)
+            _write_all(fd, parts)
+            os.utime(fd, ns=(now_ns, now_ns))
+            if self._sync != "none":
+                _sync_data(fd)
+            with contextlib.ExitStack() as stack:
+                count = stack.enter_context(self.counting(stopped))
                 if stopped():
                     raise Stopped
-                with self.counting() as count:
-                    older = _size(target)
-                    self._rename(written, target)
-                    count.subtract(older)
-                    used = count.used
-            except BaseException:
-                with contextlib.suppress(OSError), self.counting() as count:
-                    os.unlink(written)
-                    count.subtract(blocks(size))
+                older = _size(target)
+                self._rename(written, target)
+                count.subtract(older)
+                used = count.used
+        except BaseException:
+            if used is None:  # else only the count could not be written, and is too high
+                self._forget(written, blocks(size))
                 raise
         finally:
-            os.close(fd)
+            self._unlock(fd)
         if self._sync == "full":
-            _sync_folder(os.path.dirname(target))
+            try:
+                _sync_folder(os.path.dirname(target))
+            except OSError:
+                self.delete([name])
+                raise
         return used
 
-    def _reserved(self, written: str, size: int) -> int:
-        """Make an empty file of `size` bytes, with a lock that says that its writer lives."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOEXEC
+    def _reserve(self, written: str, size: int, most: int, stopped: Callable[[], bool]) -> int | None:
+        """Count a value, and make a file for it with a lock that says that its writer lives; None without room."""
+        fd = None
         try:
-            fd = os.open(written, flags, 0o600)
-        except FileNotFoundError:  # somebody emptied the folder
-            os.makedirs(self._tmp, mode=0o700, exist_ok=True)
-            fd = os.open(written, flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            os.ftruncate(fd, size)
-        except OSError:
-            os.close(fd)
-            os.unlink(written)
+            with self.counting(stopped) as count:  # `reap` has this lock, so that it sees no file without its lock
+                if count.used + blocks(size) > most:
+                    return None
+                fd = self._created(written)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                os.ftruncate(fd, size)
+                count.add(blocks(size))
+        except BaseException:
+            if fd is not None:
+                self._unlock(fd)
+                os.unlink(written)
             raise
+        return fd
+
+    def _created(self, path: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _CLOEXEC
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:  # somebody emptied the folder
+            os.mkdir(self._tmp, 0o700)
+            fd = os.open(path, flags, 0o600)
+        self._locked.add(fd)
         return fd
 
     def _rename(self, written: str, target: str) -> None:
         try:
             os.replace(written, target)
         except FileNotFoundError:  # the first value with these two digits
-            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            os.mkdir(os.path.dirname(target), 0o700)
             os.replace(written, target)
+
+    def _forget(self, written: str, size: int) -> None:
+        """Delete a file that was not renamed. If that fails, the count stays too high until a sweep."""
+        with contextlib.suppress(OSError):
+            os.unlink(written)
+            with self.counting() as count:
+                count.subtract(size)
 
     def touch(self, name: str, oldest_ns: int, now_ns: int) -> bool:
         """Note a use of a value; return whether it is there and was last used after `oldest_ns`."""
+        path = f"{self.path}/{name}"
         try:
-            if os.stat(f"{self.path}/{name}", follow_symlinks=False).st_mtime_ns <= oldest_ns:
+            if os.stat(path, follow_symlinks=False).st_mtime_ns <= oldest_ns:
                 return False
-            os.utime(f"{self.path}/{name}", ns=(now_ns, now_ns), follow_symlinks=False)
+            os.utime(path, ns=(now_ns, now_ns), follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -273,14 +320,16 @@ class Folder:
         except FileNotFoundError:
             return False
 
-    def delete(self, names: Sequence[str], newest_ns: Sequence[int] | None = None) -> list[int | None]:
+    def delete(
+        self, names: Sequence[str], newest_ns: Sequence[int] | None = None, stopped: Callable[[], bool] = never
+    ) -> list[int | None]:
         """Delete values; return the last use of each that was deleted, None for the others.
 
         Args:
             newest_ns: one per name. A value that was used later stays.
         """
         deleted: list[int | None] = []
-        with self.counting() as count:
+        with self.counting(stopped) as count:
             for i, name in enumerate(names):
                 deleted.append(None)
                 path = f"{self.path}/{name}"
@@ -294,32 +343,29 @@ class Folder:
 
     # --- sweeps ---------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def sweeping(self) -> Iterator[None]:
+    def sweeping(self, stopped: Callable[[], bool] = never) -> Iterator[None]:
         """Wait until no other process or thread sweeps this folder."""
         self.check()
-        os.makedirs(self._tmp, mode=0o700, exist_ok=True)
-        fd = os.open(self._tmp, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._tmp, 0o700)
+        with self._locking(self._tmp, os.O_RDONLY, stopped):
             yield
-        finally:
-            os.close(fd)
 
-    def reap(self) -> tuple[int, int]:
+    def reap(self, stopped: Callable[[], bool] = never) -> tuple[int, int]:
         """Delete what killed writers left. Return how many files, and the bytes of those still being written."""
         reaped = writing = 0
-        for entry in os.scandir(self._tmp):
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(entry.path, os.O_RDONLY | _FLAGS)
-                try:
-                    size = os.fstat(fd).st_size
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(entry.path)
-                    reaped += 1
-                except BlockingIOError:
-                    writing += blocks(size)
-                finally:
-                    os.close(fd)
+        with self.counting(stopped):
+            for entry in os.scandir(self._tmp):
+                with contextlib.suppress(OSError):  # gone, or something that is not a writer's
+                    fd = os.open(entry.path, os.O_RDWR | _FLAGS)
+                    try:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(entry.path)
+                        reaped += 1
+                    except BlockingIOError:
+                        writing += blocks(os.fstat(fd).st_size)
+                    finally:
+                        os.close(fd)
         return reaped, writing
 
     def entries(self) -> Iterator[Entry]:
@@ -333,6 +379,28 @@ class Folder:
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat(follow_symlinks=False)
                     yield Entry(f"{folder.name}/{file.name}", blocks(status.st_size), status.st_mtime_ns)
+
+    def free(self) -> int:
+        """Return how many bytes the disk has left."""
+        disk = os.statvfs(self.path)
+        return disk.f_bavail * disk.f_frsize
+
+
+def _lock(fd: int, stopped: Callable[[], bool]) -> None:
+    """Lock a file.
+
+    Raises:
+        Stopped: `stopped` returned True before the lock was free.
+    """
+    pause_s = 2e-5
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if stopped():
+                raise Stopped from None
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
 
 def _write_all(fd: int, parts: Sequence[memoryview]) -> None:
@@ -358,7 +426,7 @@ def _sync_data(fd: int) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | _CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -4,8 +4,8 @@
 counts hits, misses, dropped writes and faults.
 
 A call that was abandoned at its deadline may go on at any time. Its thread therefore never reads into a buffer of the
-caller, and gives nothing that it has written a name. The caller itself reads into its buffers, by a system call that
-takes only what is in the page cache; what is not there, a thread reads first.
+caller, and renames nothing into place. The caller itself reads into its buffers, by a system call that takes only what
+is in the page cache; what is not there, a thread reads first.
 """
 
 from __future__ import annotations
@@ -132,6 +132,9 @@ class FileStore(Store):
         got: list[bytes | memoryview | Reason] = []
         for i in range(0, len(keys), OPEN_AT_ONCE):
             names = [name_of(key) for key in keys[i : i + OPEN_AT_ONCE]]
+            if deadline.passed:
+                got += [Reason.TIMEOUT] * len(names)
+                continue
             try:
                 if out is None:
                     got += self._run(deadline, partial(self._read, names, deadline))
@@ -178,6 +181,8 @@ class FileStore(Store):
         while at < size:
             try:
                 count = _read_cached(fd, buffer[at:size], at)
+                if count is None and deadline.passed:
+                    return Reason.TIMEOUT
                 if count is None:
                     read = partial(os.pread, fd, min(size - at, READ_AT_ONCE), at)
                     data = self._calls.run(deadline, lambda call, read=read: read())
@@ -262,20 +267,23 @@ class FileStore(Store):
                 results.append(self._write_one(name, parts, lambda: call.abandoned))
             except (OSError, Stopped) as error:
                 results.append(reason_of(error))
+            if call.abandoned and results[-1] is None:  # the caller may have counted it as dropped
+                self._folder.delete([name])
 
     def _write_one(self, name: str, parts: list[memoryview], stopped: Callable[[], bool]) -> Reason | None:
         def write() -> int | None:
             return self._folder.write(name, parts, self.max_bytes, self._now(), stopped)
 
+        need, began_ns = blocks(sum(part.nbytes for part in parts)), self._now()
         try:
             used = write()
             if used is None:
-                self._janitor.sweep(blocks(sum(part.nbytes for part in parts)))
+                self._janitor.sweep(need, stopped=stopped)
                 used = write()
         except OSError as error:
             if reason_of(error) != Reason.OOM:
                 raise
-            self._janitor.sweep(force=True)
+            self._janitor.sweep(need, full_since_ns=began_ns, stopped=stopped)
             used = write()
         if used is None:
             return Reason.OOM
@@ -340,8 +348,7 @@ class FileStore(Store):
             raise Failed(Reason.IO)
         with self._folder.counting() as count:
             used = count.used
-        disk = os.statvfs(self.path)
-        return f"{_gib(used)} of {_gib(self.max_bytes)} GiB, {_gib(disk.f_bavail * disk.f_frsize)} free on the disk"
+        return f"{_gib(used)} of {_gib(self.max_bytes)} GiB, {_gib(self._folder.free())} free on the disk"
 
     def stats(self) -> StoreStats:
         """See `Store.stats`."""
@@ -434,7 +441,8 @@ def _read_all(fd: int, size: int) -> bytes | Reason:
 def _close(opened: Iterable[Open | Reason]) -> None:
     for file in opened:
         if not isinstance(file, Reason):
-            os.close(file[0])
+            with contextlib.suppress(OSError):
+                os.close(file[0])
 
 
 def _gib(size: int) -> str:

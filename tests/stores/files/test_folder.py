@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvlab.errors import ConfigError
+from kvlab.stores.files import folder as folder_module
 from kvlab.stores.files.folder import BLOCK, Folder, Gone, Stopped, blocks, name_of
 
 ROOM = 1 << 30
@@ -248,14 +250,83 @@ def test_a_deleter_may_be_killed_at_every_step(folder: Folder) -> None:
     assert step > 5 and read(folder, NAME) is None
 
 
-def test_a_file_that_is_being_written_is_not_reaped(folder: Folder) -> None:
+def test_a_file_that_is_being_written_is_not_reaped(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def look() -> bool:
+    def look() -> None:
         with folder.sweeping():
             seen.append(folder.reap())
-        return False
 
-    folder.write(NAME, [memoryview(NEW)], ROOM, 1, look)
+    write_all = folder_module._write_all
+
+    def write_and_look(fd: int, parts: list[memoryview]) -> None:
+        write_all(fd, parts)
+        look()
+
+    monkeypatch.setattr(folder_module, "_write_all", write_and_look)
+    write(folder, NAME, NEW)
     assert seen == [(0, blocks(len(NEW)))]
     assert read(folder, NAME) == NEW
+
+
+# --- locks --------------------------------------------------------------------------------------
+def test_who_waits_for_a_lock_may_give_up(folder: Folder) -> None:
+    """As when the process that has it was stopped."""
+    asked = []
+
+    def stopped() -> bool:
+        asked.append(1)
+        return len(asked) > 3
+
+    write(folder, NAME, OLD)
+    with folder.counting(), pytest.raises(Stopped):
+        folder.write(NAME, [memoryview(NEW)], ROOM, 1, stopped)
+    with folder.sweeping(), pytest.raises(Stopped), folder.sweeping(stopped):
+        pass
+    assert read(folder, NAME) == OLD and used(folder) == on_disk(folder)
+
+
+def test_a_child_does_not_keep_the_locks_of_its_parent(folder: Folder) -> None:
+    go_on, told = os.pipe()
+    with folder.counting(), folder.sweeping():
+        child = os.fork()
+        if child == 0:
+            os.read(go_on, 1)
+            os._exit(0)
+    assert write(folder, NAME, OLD)  # the child lives, and has closed what it inherited
+    with folder.sweeping():
+        pass
+    os.write(told, b"1")
+    os.waitpid(child, 0)
+    os.close(go_on)
+    os.close(told)
+
+
+@pytest.mark.parametrize("call", ["writev", "utime", "replace", "ftruncate"])
+def test_an_error_of_the_disk_leaves_the_older_value_and_the_count(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write(folder, NAME, OLD)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="no"):
+            write(folder, NAME, NEW)
+    assert read(folder, NAME) == OLD and used(folder) == on_disk(folder) == blocks(len(OLD))
+    assert write(folder, NAME, NEW) and read(folder, NAME) == NEW
+
+
+def test_a_name_that_could_not_be_synced_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path / "store"), "full")
+    folder.prepare()
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(folder_module, "_sync_folder", fail)
+    with pytest.raises(OSError, match="no"):
+        write(folder, NAME, NEW)
+    assert read(folder, NAME) is None and used(folder) == 0

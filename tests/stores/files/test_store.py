@@ -16,8 +16,10 @@ from kvlab.errors import ConfigError
 from kvlab.stores import FileStore
 from kvlab.stores.files import store as module
 from kvlab.stores.files.folder import BLOCK, name_of
+from tests.faults.kit import wait_for
 
 LONG_S = 30.0
+SHORT_S = 0.3  # long enough for a thread to start on a busy machine
 MIB = 1 << 20
 
 
@@ -26,6 +28,12 @@ def store(tmp_path: Path) -> Iterator[FileStore]:
     with FileStore(tmp_path / "store", deadline_s=LONG_S) as made:
         yield made
         made.stats().check()
+
+
+def wait_until_idle(store: FileStore) -> None:
+    """Wait until the threads that were abandoned have ended what they did."""
+    crew = store._calls._threads._crew
+    wait_for(lambda: crew.idle == crew.count)
 
 
 def file_of(store: FileStore, key: bytes) -> Path:
@@ -95,7 +103,8 @@ def test_the_bound_holds_and_the_oldest_leave(tmp_path: Path) -> None:
     with FileStore(tmp_path / "store", max_bytes=20 * BLOCK, deadline_s=LONG_S) as store:
         for number in range(100):
             assert store.put_many([b"%d" % number], [bytes(BLOCK)]) == 1
-            assert sum(path.stat().st_size for path in Path(store.path).rglob("*/*")) <= 20 * BLOCK
+            with store._folder.counting() as count:
+                assert sum(entry.size for entry in store._folder.entries()) <= count.used <= 20 * BLOCK
         assert store.probe([b"99", b"98", b"97"]) == 3 and store.probe([b"0"]) == 0
 
 
@@ -129,7 +138,7 @@ def test_the_part_that_the_page_cache_lacks_is_read_by_a_thread(
 ) -> None:
     value = os.urandom(3 * MIB)
     store.put_many([b"a"], [value])
-    answers: Iterator[int] = iter([MIB, -errno.EAGAIN, MIB // 2, -errno.EAGAIN])
+    answers: Iterator[int] = iter([MIB, -errno.EAGAIN, MIB // 2, -errno.EAGAIN])  # the last: half of a MiB is left
 
     def some(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
         count = next(answers)
@@ -149,8 +158,9 @@ def test_the_part_that_the_page_cache_lacks_is_read_by_a_thread(
 def test_a_buffer_is_never_written_after_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk hangs in the middle of a read, and goes on when the caller has its buffer back."""
     disk, real = threading.Event(), os.pread
-    with FileStore(tmp_path / "store", deadline_s=0.2) as store:
+    with FileStore(tmp_path / "store", deadline_s=LONG_S) as store:
         assert store.put_many([b"a"], [b"x" * 5000]) == 1
+        store.deadline_s = SHORT_S
 
         def hang(*args: Any) -> bytes:
             disk.wait(LONG_S)
@@ -163,6 +173,7 @@ def test_a_buffer_is_never_written_after_its_call(tmp_path: Path, monkeypatch: p
         assert store.stats().misses == Counter(timeout=1)
         disk.set()
         monkeypatch.setattr(os, "pread", real)
+        wait_until_idle(store)
         assert store.get_many([b"a"]) == [b"x" * 5000]
         assert bytes(buffer) == bytes(5000)
 
@@ -170,8 +181,9 @@ def test_a_buffer_is_never_written_after_its_call(tmp_path: Path, monkeypatch: p
 def test_a_value_that_hung_while_it_was_written_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller has been told that it was dropped, and may have changed its bytes."""
     disk, real = threading.Event(), os.writev
-    with FileStore(tmp_path / "store", deadline_s=0.2) as store:
+    with FileStore(tmp_path / "store", deadline_s=LONG_S) as store:
         store.put_many([b"a"], [b"old"])
+        store.deadline_s = SHORT_S
 
         def hang(*args: Any) -> int:
             disk.wait(LONG_S)
@@ -184,6 +196,7 @@ def test_a_value_that_hung_while_it_was_written_is_not_stored(tmp_path: Path, mo
         value[:] = b"XXX"
         disk.set()
         monkeypatch.setattr(os, "writev", real)
+        wait_until_idle(store)
         store.deadline_s = LONG_S
         assert store.get_many([b"a", b"b"]) == [b"old", None]
         assert store.put_many([b"a"], [b"new"]) == 1 and store.get_many([b"a"]) == [b"new"]
@@ -191,7 +204,8 @@ def test_a_value_that_hung_while_it_was_written_is_not_stored(tmp_path: Path, mo
 
 def test_what_was_written_before_the_deadline_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, real = threading.Event(), os.writev
-    with FileStore(tmp_path / "store", deadline_s=0.2) as store:
+    with FileStore(tmp_path / "store", deadline_s=LONG_S) as store:
+        store.deadline_s = SHORT_S
 
         def hang(fd: int, parts: list[memoryview]) -> int:
             if parts[0] == b"second":
