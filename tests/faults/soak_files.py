@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.stores import FileStore
-from kvlab.stores.files.folder import Folder
+from kvlab.stores.files.folder import Folder, Gone
 
 BOUND = 16 << 20
 KEYS = 400
@@ -144,7 +144,7 @@ def _bytes_in(path: str) -> tuple[int, int]:
             # What is being written has its size from the beginning, and takes what it has got of it.
             size = sum(512 * status.st_blocks for status in writing) + sum(entry.size for entry in folder.entries())
             return size, count.used
-    except FileNotFoundError:  # the first process has not made it
+    except (FileNotFoundError, Gone):  # the first process has not made it
         return 0, 0
 
 
