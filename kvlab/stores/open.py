@@ -18,8 +18,8 @@ from kvlab.stores.url import FORMS, read, unusable
 def open_store(url: str, **settings: Any) -> Store:
     """Create the store that `url` names, with the settings of its class.
 
-    memory:// creates a `MemoryStore`, file:///path a `FileStore`. The settings max_bytes, policy and sync of the latter may
-    be in the URL: file:///path?max_bytes=1000000000. Every other scheme creates a `RedisStore`.
+    memory:// creates a `MemoryStore`, file:///path a `FileStore`. The settings max_bytes, policy and sync of the latter
+    may be in the URL: file:///path?max_bytes=1000000000. Every other scheme creates a `RedisStore`.
 
     >>> open_store("memory://", ttl_s=60)
     MemoryStore(0 values)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import sys
 import tempfile
@@ -111,9 +110,9 @@ def run(seconds: float, processes: int = 8) -> dict[str, Any]:
             process.kill()
             process.join()
         with FileStore(path, max_bytes=BOUND, deadline_s=30.0) as store:
-            left = len(os.listdir(f"{path}/.tmp"))
+            left = _left_over(path)
             store._janitor.sweep(full_since_ns=store._now())
-            left_after = len(os.listdir(f"{path}/.tmp"))
+            left_after = _left_over(path)
     together = {name: sum(one[name] for one in found) for name in ("gets", "hits", "wrong", "evicted", "reaped")}
     counters = {
         name: dict(sum((Counter(one[name]) for one in found), Counter())) for name in ("raised", "misses", "drops")
@@ -140,12 +139,16 @@ def _bytes_in(path: str) -> tuple[int, int]:
     folder = Folder(path)
     try:
         with folder.counting() as count:
-            writing = [os.stat(f"{path}/.tmp/{name}") for name in os.listdir(f"{path}/.tmp")]
+            writing = [file.stat() for file in Path(path, ".tmp").iterdir()]
             # What is being written has its size from the beginning, and takes what it has got of it.
             size = sum(512 * status.st_blocks for status in writing) + sum(entry.size for entry in folder.entries())
             return size, count.used
     except (FileNotFoundError, Gone):  # the first process has not made it
         return 0, 0
+
+
+def _left_over(path: str) -> int:
+    return len([*Path(path, ".tmp").iterdir()])
 
 
 def main() -> None:

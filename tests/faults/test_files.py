@@ -146,7 +146,8 @@ def test_a_disk_that_cannot_be_written(tmp_path: Path, book: Book) -> None:
 def test_permissions_that_were_taken_away(files: DistributedKVCache, book: Book) -> None:
     """As another user: root may do everything."""
     with book("permissions taken away", injected="chmod 0 of the folder", expected="auth") as row:
-        os.chmod(store_of(files).path, 0o000)
+        folder = Path(store_of(files).path)
+        folder.chmod(0o000)
         try:
             if os.geteuid() == 0:
                 child = os.fork()
@@ -159,7 +160,7 @@ def test_permissions_that_were_taken_away(files: DistributedKVCache, book: Book)
             else:
                 assert _without_permission(files) == (Counter(auth=1), Counter(auth=1))
         finally:
-            os.chmod(store_of(files).path, 0o700)
+            folder.chmod(0o700)
         row.seen = {"misses": {"auth": 1}, "drops": {"auth": 1}}
         assert load_all(files) == BLOCKS
 

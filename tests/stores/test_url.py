@@ -191,7 +191,7 @@ def test_a_port_is_a_whole_number(port: Any) -> None:
     "text", ["", "redis", "redis:", "redis:/h", "redis//h", "//h", "h:6379", "Redis://h", " redis://h"]
 )
 def test_what_begins_with_no_scheme_is_refused_with_those_that_there_are(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"begins with memory://, redis://.*rediss-sentinel://") as refused:
+    with pytest.raises(ConfigError, match=r"begins with memory://, file://, redis://.*rediss-sentinel://") as refused:
         RedisStore(text)
     assert text == "" or text not in str(refused.value).partition("got")[2]
 

@@ -19,7 +19,6 @@ from kvlab.stores.base import (
     check_keys,
     check_ttl,
     check_values,
-    deliver,
     joined,
 )
 from kvlab.stores.faults import Reason
@@ -178,8 +177,11 @@ def given(value: bytes | memoryview, out: Sequence[memoryview] | None, i: int) -
     """Deliver the value of key number `i`: as `bytes`, or in its buffer."""
     if out is None:
         return bytes(value)
-    delivered = deliver(value, out[i])
-    return Reason.TOO_BIG if delivered is None else delivered
+    if len(value) > out[i].nbytes:
+        return Reason.TOO_BIG
+    target = out[i].cast("B")[: len(value)]
+    target[:] = value
+    return target
 
 
 def hashed(key: bytes) -> str:

