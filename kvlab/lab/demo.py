@@ -172,9 +172,7 @@ def _text_round_trip(cache: DistributedKVCache) -> tuple[bool, bool]:
     return cached, got is not None and torch.equal(got[0], k) and torch.equal(got[1], v)
 
 
-def _show_answer(
-    model: Llama, tokenizer: Tokenizer, sample: list[int], cache: KVCache, say: Say
-) -> tuple[bool, int]:
+def _show_answer(model: Llama, tokenizer: Tokenizer, sample: list[int], cache: KVCache, say: Say) -> tuple[bool, int]:
     """Show an answer without the cache and with it. Returns whether they are equal, and what the cache had before."""
     prompt = sample[: 512 + SUFFIX]
     cold = generate(model, prompt, NEW_TOKENS)

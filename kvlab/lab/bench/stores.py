@@ -260,9 +260,7 @@ def _about(name: str, opened: Opened) -> dict[str, Any]:
     return {"store": name, "version": opened.version, "allocator": opened.allocator, "cannot": list(cannot)}
 
 
-def _measure(
-    store: Store, reference: Store, size: int, new_keys: bool, rounds: int
-) -> tuple[dict[str, Any], bool]:
+def _measure(store: Store, reference: Store, size: int, new_keys: bool, rounds: int) -> tuple[dict[str, Any], bool]:
     """Time puts and gets of both in the same rounds."""
     values = [os.urandom(size) for _ in range(BATCH)]
     out = [memoryview(bytearray(size)) for _ in range(BATCH)]

@@ -194,9 +194,7 @@ class FileStore(Store):
             at += count
         return buffer[:size]
 
-    def _open(
-        self, names: Sequence[str], room: Sequence[int], deadline: Deadline, call: object
-    ) -> list[Open | Reason]:
+    def _open(self, names: Sequence[str], room: Sequence[int], deadline: Deadline, call: object) -> list[Open | Reason]:
         """Open values of at most `room` bytes, and note that they are used."""
         opened: list[Open | Reason] = []
         try:
@@ -229,9 +227,7 @@ class FileStore(Store):
     def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """See `Store.put_many`."""
         check_values(keys, values)
-        parts = [
-            [view.cast("B") for part in pieces(value) if (view := memoryview(part)).nbytes] for value in values
-        ]
+        parts = [[view.cast("B") for part in pieces(value) if (view := memoryview(part)).nbytes] for value in values]
         sizes = [sum(part.nbytes for part in value) for value in parts]
         fits = [i for i, size in enumerate(sizes) if size <= MAX_VALUE_BYTES and blocks(size) <= self.max_bytes]
         deadline = Deadline(self.deadline_s)
