@@ -78,7 +78,8 @@ def work(path: str, seed: int, seconds: float, results: Any) -> None:
 
 def run(seconds: float, processes: int = 8) -> dict[str, Any]:
     """`processes` on one folder, and KILLED more that are killed again and again."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.soak_files"])  # 40 processes would import everything again
     results = context.Queue()
     with tempfile.TemporaryDirectory(prefix="kvlab-soak-") as folder:
         path = f"{folder}/store"

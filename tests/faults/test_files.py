@@ -70,7 +70,8 @@ def write_for_ever(path: str) -> None:
 @pytest.mark.fault(number=41)
 def test_writers_that_are_killed(tmp_path: Path, book: Book) -> None:
     path = str(tmp_path / "store")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.test_files"])
     reads = wrong = 0
     with (
         FileStore(path, deadline_s=LONG_S) as store,

@@ -157,8 +157,10 @@ class Folder:
         Raises:
             Gone: it is not.
         """
-        if not os.path.exists(self._count):
-            raise Gone(errno.ENOENT, "the folder of the store is gone", self.path)
+        try:
+            os.stat(self._count)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Gone(errno.ENOENT, "the folder of the store is gone", self.path) from None
 
     @contextlib.contextmanager
     def counting(self, stopped: Callable[[], bool] = never) -> Iterator[Count]:

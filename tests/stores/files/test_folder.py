@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import signal
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from kvlab.errors import ConfigError
 from kvlab.stores.files import folder as folder_module
 from kvlab.stores.files.folder import BLOCK, Folder, Gone, Stopped, blocks, name_of
+from tests.stores.files.killer import killed_at
 
 ROOM = 1 << 30
 NAME, OTHER = name_of(b"a"), name_of(b"b")
@@ -173,59 +172,24 @@ def test_others_cannot_read_the_files(folder: Folder) -> None:
 
 
 # --- processes that are killed ------------------------------------------------------------------
-CALLS = ("open", "close", "pread", "pwrite", "writev", "utime", "ftruncate", "fdatasync", "replace", "unlink", "stat")
-
-
-class Killer:
-    """Ends this process before or after its n-th call to the disk."""
-
-    def __init__(self, step: int) -> None:
-        self._left = step
-
-    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._pass()
-            result = call(*args, **kwargs)
-            self._pass()
-            return result
-
-        return wrapped
-
-    def _pass(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a child that is killed at a step; return whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        killer = Killer(step)
-        for name in CALLS:
-            setattr(os, name, killer.wrap(getattr(os, name)))
-        fcntl.flock = killer.wrap(fcntl.flock)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("sync", ["none", "full"])
-def test_a_writer_may_be_killed_at_every_step(tmp_path: Path, sync: str) -> None:
+@pytest.mark.parametrize("older", [OLD, None])
+def test_a_writer_may_be_killed_at_every_step(tmp_path: Path, sync: str, older: bytes | None) -> None:
     folder = Folder(str(tmp_path / "store"), sync)
     folder.prepare()
     found = set()
     step = 0
     while True:
         folder.delete([NAME])
-        write(folder, NAME, OLD)
+        if older is None:
+            shutil.rmtree(Path(folder.path, NAME).parent, ignore_errors=True)  # the write makes it
+        else:
+            write(folder, NAME, older)
         if not killed_at(step, lambda: write(folder, NAME, NEW)):
             break
         step += 1
         value = read(folder, NAME)
-        assert value in (OLD, NEW)
+        assert value in (older, NEW)
         found.add(value)
         assert used(folder) >= sum(entry.size for entry in folder.entries())
         with folder.sweeping():
@@ -233,7 +197,7 @@ def test_a_writer_may_be_killed_at_every_step(tmp_path: Path, sync: str) -> None
         assert reaped <= 1 and writing == 0
         assert list(Path(folder.path, ".tmp").iterdir()) == []
         assert write(folder, NAME, NEW) and read(folder, NAME) == NEW  # no lock is left behind
-    assert found == {OLD, NEW} and step > 30
+    assert found == {older, NEW} and step > 30
     assert read(folder, NAME) == NEW
 
 

@@ -12,6 +12,7 @@ from kvlab.core.policies import POLICIES
 from kvlab.stores.files.folder import BLOCK, Folder, name_of
 from kvlab.stores.files.janitor import NS, Janitor
 from tests.faults.kit import wait_for
+from tests.stores.files.killer import killed_at
 
 ROOM = 100 * BLOCK
 
@@ -218,6 +219,26 @@ def test_a_value_that_would_never_fit_the_disk_evicts_nothing(yard: Yard, monkey
     assert len(yard.there()) == 50
     yard.janitor.sweep(60 * BLOCK, full_since_ns=yard.clock())
     assert len(yard.there()) < 50
+
+
+def test_a_sweeper_may_be_killed_at_every_step(tmp_path: Path) -> None:
+    yard = Yard(tmp_path / "store")
+    step = 0
+    while True:
+        yard.folder.delete([name_of(b"%d" % number) for number in range(100)])
+        yard.put(*range(100))
+        left_over = Path(yard.folder.path, ".tmp", "left-over")
+        left_over.write_bytes(b"by a killed writer")
+        sweeper = Janitor(yard.folder, ROOM, None, "lru", 60.0, yard.clock)
+        if not killed_at(step, lambda sweeper=sweeper: sweeper.sweep()):
+            break
+        step += 1
+        present = yard.there()
+        assert present == list(range(100 - len(present), 100))  # the oldest leave, whole
+        assert yard.used >= len(present) * BLOCK
+        Janitor(yard.folder, ROOM, None, "lru", 60.0, yard.clock).sweep()  # no lock is left behind
+        assert not left_over.exists() and yard.used == len(yard.there()) * BLOCK <= 95 * BLOCK
+    assert step > 100 and yard.there() == list(range(10, 100))
 
 
 def test_files_of_killed_writers_are_deleted(yard: Yard) -> None:
