@@ -522,6 +522,12 @@ COMMANDS = (
         (STORE, JSON),
     ),
     Command(
+        "bench files",
+        "the store in files beside reading and writing the same files by hand, and the price of each sync",
+        _bench("kvlab.lab.bench.files"),
+        (JSON,),
+    ),
+    Command(
         "bench stores",
         "the same values through Redis, files and every other store that is installed (takes minutes)",
         _bench("kvlab.lab.bench.stores"),

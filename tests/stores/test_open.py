@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvlab.errors import ConfigError
-from kvlab.stores import MemoryStore, RedisStore, Store, open_store
+from kvlab.stores import FileStore, MemoryStore, RedisStore, Store, open_store
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,41 @@ def test_a_memory_has_no_parts(url: str) -> None:
 def test_a_url_is_text(url: Any) -> None:
     with pytest.raises(ConfigError, match=f"URL as text, got {type(url).__name__}"):
         open_store(url)
+
+
+def test_a_folder_and_its_settings_are_in_the_url(tmp_path: Path) -> None:
+    with open_store(f"file://{tmp_path}/a%20folder?max_bytes=8192&policy=fifo&sync=full", ttl_s=60) as store:
+        assert isinstance(store, FileStore)
+        assert (store.path, store.max_bytes) == (f"{tmp_path}/a folder", 8192)
+        assert store.put_many([b"a", b"b", b"c"], [b"1"] * 3) == 3
+        assert store.get_many([b"a", b"c"]) == [None, b"1"]  # the first in leaves first
+    with open_store(f"file://localhost{tmp_path}/a%20folder") as again:
+        assert again.get_many([b"c"]) == [b"1"]
+
+
+def test_an_argument_goes_before_the_url(tmp_path: Path) -> None:
+    with open_store(f"file://{tmp_path}/store?max_bytes=8192", max_bytes=4096) as store:
+        assert isinstance(store, FileStore) and store.max_bytes == 4096
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("file://tmp/store", "three slashes"),
+        ("file:store", "begins with memory://, file://"),
+        ("file://", "three slashes"),
+        ("file://host/store", "three slashes"),
+        ("file://me:secret@/store", "no login"),
+        ("file:///store?max_bytes=1M", "number of bytes"),
+        ("file:///store?max_bytes=0", "number of bytes"),
+        ("file:///store?max_bytes=", "max_bytes"),
+        ("file:///store?policy=oldest", "expected policy as one of"),
+        ("file:///store?sync=yes", "expected sync as one of none, data, full"),
+        ("file:///store?ttl=1", "ttl"),
+        ("file:///a%00b", "absolute path"),
+    ],
+)
+def test_a_wrong_url_of_a_folder_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        open_store(url)
+    assert "secret" not in str(refused.value)
