@@ -97,7 +97,7 @@ def test_an_argument_goes_before_the_url(tmp_path: Path) -> None:
         ("file://me:secret@/store", "no login"),
         ("file:///store?max_bytes=1M", "number of bytes"),
         ("file:///store?max_bytes=0", "number of bytes"),
-        ("file:///store?max_bytes=", "max_bytes"),
+        ("file:///store?max_bytes=", "has no value"),
         ("file:///store?policy=oldest", "expected policy as one of"),
         ("file:///store?sync=yes", "expected sync as one of none, data, full"),
         ("file:///store?ttl=1", "ttl"),
