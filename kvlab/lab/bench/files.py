@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from kvlab.errors import KVLabError
@@ -96,7 +97,7 @@ class _Batch:
 
         stores = {sync: self._open(sync) for sync in SYNCS}
         contenders: dict[str, Callable[[], object]] = {"by hand": by_hand}
-        contenders |= {sync: lambda store=store: self._put(store) for sync, store in stores.items()}
+        contenders |= {sync: partial(self._put, store) for sync, store in stores.items()}
         timings = time_rounds(contenders, rounds)
         for store in stores.values():
             store.close()
@@ -120,7 +121,7 @@ class _Batch:
         }
 
 
-def _time_cold(contenders: dict[str, Callable[[], object]], paths: list[str], rounds: int) -> Timings:
+def _time_cold(contenders: Mapping[str, Callable[[], object]], paths: list[str], rounds: int) -> Timings:
     """Time contenders that find nothing of the files in memory."""
 
     def cold(work: Callable[[], object]) -> float:
@@ -135,4 +136,4 @@ def _time_cold(contenders: dict[str, Callable[[], object]], paths: list[str], ro
         work()
         return time.perf_counter() - begin
 
-    return time_rounds({name: lambda work=work: cold(work) for name, work in contenders.items()}, rounds, float)
+    return time_rounds({name: partial(cold, work) for name, work in contenders.items()}, rounds, float)
