@@ -4,7 +4,7 @@
 #   sh scripts/setup.sh              make the environment
 #   sh scripts/setup.sh --engines    make another one with vLLM, in .venv-engines (Linux, about 3 GB)
 #   sh scripts/setup.sh --ray        put Ray beside .venv, in .venv-ray (about 400 MB)
-#   sh scripts/setup.sh --alternatives   put the programs of others beside .venv, in .venv-alternatives (about 320 MB)
+#   sh scripts/setup.sh --alternatives   put the programs of others beside .venv, in .venv-alternatives (about 900 MB)
 #   sh scripts/setup.sh --copy DIR   copy the notebooks to DIR; existing files do not change
 #
 # PYTHON             Python to use; default: the first usable one of python3.13, 3.12, 3.11, python3
@@ -19,6 +19,7 @@ if [ "${1-}" = --engines ]; then
     PYTHON=${PYTHON:-python3.11} # the lock file is for this version
 fi
 case ${1-} in --ray | --alternatives) venv=.venv${1#-} lock=requirements${1#-}.lock ;; esac
+[ $venv != .venv-alternatives ] || lock="$lock requirements-ray.lock" # Ray's object store is one of them
 log=$venv/setup.log # of the last pip command
 torch_index=${KVLAB_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
@@ -139,7 +140,7 @@ set_up() {
 set_up_beside() {
     up_to_date && return
     usable .venv/bin/python || fail "there is no .venv yet; make it first: make setup"
-    needs_space 1
+    needs_space 2
     rm -f $venv/.ready
     say "[1/2] making $venv beside .venv"
     .venv/bin/python -m venv --clear --without-pip $venv || fail "cannot make $venv in $(pwd -P); the reason is above"
@@ -148,7 +149,7 @@ set_up_beside() {
     printf 'import site; site.addsitedir("%s")\n' "$(.venv/bin/python -c "$where")" >"$($venv/bin/python -c "$where")/beside.pth"
     say "[2/2] installing the packages of $lock"
     PIP_USER=0 .venv/bin/python -m pip --python $venv --disable-pip-version-check --no-input \
-        install --no-deps -r $lock >"$log" 2>&1 || explain_pip
+        install --no-deps $(printf -- '-r %s ' $lock) >"$log" 2>&1 || explain_pip
     state >$venv/.ready
     say "ready: $venv"
 }
