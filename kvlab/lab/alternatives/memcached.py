@@ -11,6 +11,7 @@ from kvlab.stores.faults import Reason
 
 MAX_RELATIVE_S = 30 * 86400
 """Memcached reads a larger TTL as a date."""
+PREFIX = b"kv:"
 
 
 class MemcachedStore(Adapter):
@@ -25,8 +26,7 @@ class MemcachedStore(Adapter):
     CANNOT = (
         "a TTL has whole seconds, and a value with one second may end after half of it",
         "the deadline is that of each operation, not of a call",
-        "a probe fetches the values: pymemcache has no command that asks for names",
-        "a touch takes a round trip for each key",
+        "a probe and a touch take a round trip for each key: pymemcache sends no batch of these",
         "the largest value is the server's -I, by default 1 MiB with its header",
     )
 
@@ -37,13 +37,13 @@ class MemcachedStore(Adapter):
 
         super().__init__(ttl_s)
         self._expire = 0 if ttl_s is None else min(math.ceil(ttl_s), MAX_RELATIVE_S)
-        self._client: Any = PooledClient(
+        self.client: Any = PooledClient(
             (host, port),
             timeout=deadline_s,
             connect_timeout=deadline_s,
             no_delay=True,
             default_noreply=False,
-            key_prefix=b"kv:",
+            key_prefix=PREFIX,
         )
 
     def _read(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> list[Got]:
@@ -68,23 +68,23 @@ class MemcachedStore(Adapter):
     def _have(self, keys: Sequence[bytes], renew: bool) -> list[bool]:
         if renew:
             return [bool(self._call("touch", hashed(key), self._expire)) for key in keys]
-        found = self._call("get_many", [*dict.fromkeys(map(hashed, keys))])
-        return [hashed(key) in found for key in keys]
+        # "mg" without flags asks for no value (memcached 1.6; doc/protocol.txt, "Meta Commands")
+        return [self._call("raw_command", b"mg " + PREFIX + hashed(key).encode()) == b"HD" for key in keys]
 
     def _remove(self, keys: Sequence[bytes]) -> int:
         return sum(bool(self._call("delete", hashed(key))) for key in keys)
 
     def _describe(self) -> str:
-        return f"memcached {self._client.version().decode()}"
+        return f"memcached {self.client.version().decode()}"
 
     def _end(self) -> None:
-        self._client.close()
+        self.client.close()
 
     def _call(self, method: str, *arguments: Any) -> Any:
         from pymemcache.exceptions import MemcacheError
 
         try:
-            return getattr(self._client, method)(*arguments)
+            return getattr(self.client, method)(*arguments)
         except TimeoutError:
             raise Failed(Reason.TIMEOUT) from None
         except OSError:

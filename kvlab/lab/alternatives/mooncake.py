@@ -27,7 +27,6 @@ class MooncakeStore(Adapter):
         "values have a lease and no TTL",
         "an empty value is refused (-600)",
         "`put` keeps the older value of an existing key and returns success; this adapter calls `upsert`",
-        "a value is read in two steps, its size and its bytes, and may be replaced in between",
         "while the master hangs a call takes 30 s: there is no deadline",
         "nothing is evicted within a lease: writes are refused (-200)",
     )
@@ -42,26 +41,24 @@ class MooncakeStore(Adapter):
             raise KVLabError(f"the Mooncake master at {master} does not answer: {code}")
 
     def _read(self, keys: Sequence[bytes], out: Sequence[memoryview] | None) -> list[Got]:
-        return [self._read_one(key.hex(), out, i) for i, key in enumerate(keys)]
+        return [self._read_one(named(key), out, i) for i, key in enumerate(keys)]
 
     def _read_one(self, name: str, out: Sequence[memoryview] | None, i: int) -> Got:
-        size = self.client.get_size(name)
-        if size < 0:
-            return Reason.ABSENT if size in _ABSENT else Reason.RESPONSE
-        if out is not None and size > out[i].nbytes:
-            return Reason.TOO_BIG
         value = self.client.get(name)
-        return given(value, out, i) if len(value) == size else Reason.LENGTH
+        if value:
+            return given(value, out, i)
+        code = self.client.get_size(name)  # what is absent and what failed are both empty
+        return Reason.ABSENT if code in _ABSENT or code >= 0 else Reason.RESPONSE
 
     def _write(self, keys: Sequence[bytes], values: Sequence[bytes]) -> list[Reason | None]:
-        codes = [self.client.upsert(key.hex(), value) for key, value in zip(keys, values, strict=True)]
+        codes = [self.client.upsert(named(key), value) for key, value in zip(keys, values, strict=True)]
         return [None if code == 0 else Reason.OOM if code == -200 else Reason.RESPONSE for code in codes]
 
     def _have(self, keys: Sequence[bytes], renew: bool) -> list[bool]:
-        return [code == 1 for code in self.client.batch_is_exist([key.hex() for key in keys])]
+        return [code == 1 for code in self.client.batch_is_exist([*map(named, keys)])]
 
     def _remove(self, keys: Sequence[bytes]) -> int:
-        return sum(code == 0 for code in self.client.batch_remove([key.hex() for key in keys], True))
+        return sum(code == 0 for code in self.client.batch_remove([*map(named, keys)], True))
 
     def _describe(self) -> str:
         code = self.client.health_check()
@@ -71,3 +68,8 @@ class MooncakeStore(Adapter):
 
     def _end(self) -> None:
         self.client.close()
+
+
+def named(key: bytes) -> str:
+    """Return the name of a key; Mooncake takes no empty one."""
+    return f"kv:{key.hex()}"
