@@ -37,6 +37,7 @@ LANES = (
     "hf",
     "engines",
     "ray",
+    "alternatives",
 )
 FOLDERS = {
     "kvlab": "doctests",
@@ -44,7 +45,7 @@ FOLDERS = {
     "tests/notebooks": "notebooks",
     "tests/contracts": "contracts",
 }
-BY_MARKER = ("cluster", "valkey", "browser", "hf", "engines", "ray")
+BY_MARKER = ("cluster", "valkey", "browser", "hf", "engines", "ray", "alternatives")
 
 
 # --- needs --------------------------------------------------------------------------------------
@@ -89,6 +90,7 @@ NEEDS = {
     "engines": Need("vLLM, in an environment of its own", lambda: find_spec("vllm") is not None, "make test-engines"),
     "mounts": Need("root, mount and bindfs", _mounts, "apt-get install bindfs, and run the tests as root"),
     "ray": Need("Ray Serve, in an environment of its own", lambda: find_spec("ray") is not None, "make test-ray"),
+    "alternatives": Need("the stores of others", lambda: find_spec("lmdb") is not None, "make alternatives"),
 }
 
 
@@ -165,8 +167,8 @@ class Lane:
 
 def table(lanes: Mapping[str, Lane]) -> str:
     """The results as text, one line per lane, with the most frequent reasons of skips below it."""
-    rows = [f"{'lane':<10}{'passed':>8}{'failed':>8}{'skipped':>9}{'minutes':>9}"]
+    rows = [f"{'lane':<13}{'passed':>8}{'failed':>8}{'skipped':>9}{'minutes':>9}"]
     for name, lane in lanes.items():
         counts = f"{lane.passed:>8}{lane.failed:>8}{lane.skipped.total():>9}{lane.seconds / 60:>9.1f}"
-        rows += [f"{name:<10}{counts}", *(f"{'':12}{n} x {why}" for why, n in lane.skipped.most_common(3))]
+        rows += [f"{name:<13}{counts}", *(f"{'':12}{n} x {why}" for why, n in lane.skipped.most_common(3))]
     return "\n".join(rows)
