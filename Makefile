@@ -36,7 +36,7 @@ test-engines: setup ## vLLM with the connector, in an environment of its own (.v
 test-ray: setup ## the scheduler on Ray Serve, in an environment beside .venv (.venv-ray, about 400 MB)
 	@sh scripts/test_ray.sh
 
-alternatives: ## kvlab's replay of TRACE beside NVIDIA Dynamo's and SGLang's router, in .venv-alternatives (about 320 MB)
+alternatives: ## the stores of others beside Redis, and kvlab's replay of a TRACE beside Dynamo's (.venv-alternatives, about 900 MB)
 	@sh scripts/alternatives.sh "$(TRACE)"
 
 check: setup ## while you change code: lint, types, units and contracts, in under three minutes
