@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +23,7 @@ import kvlab
 from kvlab.errors import InputError, KVLabError
 from kvlab.lab.streams import accept_any_text
 
-SUCCESS, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+SUCCESS, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 """Exit statuses: success; an error or a failed check; wrong usage; Ctrl-C; the reader of stdout closed it."""
 
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: the usage is wrong (status 2), or `--help` was given (status 0).
     """
     accept_any_text()
+    before = _on_sigterm(_terminate)
     try:
         try:
             known, unknown = _parser().parse_known_args(argv)
@@ -75,6 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stderr is not None:
             print(f"kvlab: {_one_line(str(error))}", file=sys.stderr)
         return FAILURE
+    finally:
+        _on_sigterm(before)
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Set what SIGTERM does, and return what it did; None changes nothing. Only the main thread may set it."""
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, handler)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End as after Ctrl-C, so that a command removes the servers and folders that it made."""
+    raise SystemExit(TERMINATED)
 
 
 def _one_line(text: str) -> str:
@@ -224,6 +241,9 @@ def _strategies(rounds: int, workload: list[str] | None, predict: bool, predicte
     if predicted and (predict or workload or rounds != ROUNDS):
         raise InputError("expected --predicted alone: the file says which workloads and rounds")
     kinds = workload or [*strategies.MADE]
+    if not predicted and sys.stderr is not None:
+        what = "some minutes" if predict else f"about {12 * rounds * len(kinds)} minutes"
+        print(f"kvlab: this takes {what}, and says nothing meanwhile", file=sys.stderr)
     result = strategies.predict(rounds, kinds) if predict else strategy_runs.run(predicted, rounds, kinds)
     _print_json(result) if json else print(tables.text(result))
     return SUCCESS
