@@ -22,7 +22,12 @@ from kvlab.course.kernel import kernel_environment
 ROOT = Path(__file__).parent
 SANITIZE = ROOT / "notebooks" / "sanitize.cfg"
 NEEDS = {  # for doctests, pytest imports every module; these cannot be imported without their engine
-    "transformers": ["kvlab/connectors/hf_models.py", "kvlab/connectors/transformers.py"],
+    "transformers": [
+        "kvlab/connectors/hf_models.py",
+        "kvlab/connectors/transformers.py",
+        "kvlab/lab/deepspeed_engine.py",
+        "kvlab/lab/deepspeed_tries.py",
+    ],
     "ray": ["kvlab/serve/router.py", "tests/serve/routers.py"],
     "vllm": ["kvlab/connectors/vllm", "kvlab/lab/naive_connector.py", "tests/engines/sides.py"],
 }
