@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compare kvlab with programs of others, which are put beside the course's environment, in .venv-alternatives: first the
-# contract suite over their stores, then one job through all stores. With a trace, also kvlab's replay with NVIDIA
-# Dynamo's, and its routers with SGLang's. Not in CI: it takes eight minutes, and the trace six more.
+# contract suite over their stores, then one job through all stores, then DeepSpeed. With a trace, also kvlab's replay with NVIDIA
+# Dynamo's, and its routers with SGLang's. Not in CI: it takes ten minutes, and the trace six more.
 #
 #   sh scripts/alternatives.sh [TRACE]    a file in Mooncake's format (github.com/kvcache-ai/Mooncake, FAST25-release/traces)
 set -eu
@@ -21,8 +21,13 @@ if ! said=$(sh scripts/setup.sh --alternatives 2>&1); then
     printf 'what pip has was skipped: %s\n' "$said" >&2
     python=.venv/bin/python
 fi
-$python -m pytest tests/lab/alternatives -q -W ignore::DeprecationWarning
-result=docs/results/bench_stores.json
-$python -m kvlab bench stores --json >$result.new
-mv $result.new $result
+$python -m pytest tests/lab/alternatives tests/lab/test_deepspeed.py -q -W ignore::DeprecationWarning
+keep() { # NAME COMMAND...: what it prints goes to docs/results/NAME.json, unless it fails
+    result=docs/results/$1.json
+    shift
+    "$@" >"$result.new"
+    mv "$result.new" "$result"
+}
+keep bench_stores $python -m kvlab bench stores --json
+[ $python = .venv/bin/python ] || keep deepspeed $python -m kvlab.lab.deepspeed_engine --json
 [ -z "$trace" ] || $python scripts/alternatives/run.py "$trace"

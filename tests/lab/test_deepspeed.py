@@ -157,13 +157,13 @@ def measured() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.deepspeed
+@pytest.mark.alternatives
 def test_deepspeed_has_all_that_it_needs() -> None:
     needed = [Requirement(line) for line in requires("deepspeed") or [] if "extra" not in line]
     assert needed and all(need.specifier.contains(version(need.name)) for need in needed)
 
 
-@pytest.mark.deepspeed
+@pytest.mark.alternatives
 @pytest.mark.slow
 def test_the_engine_and_the_connector_under_it_give_the_tokens_of_transformers(measured: dict[str, Any]) -> None:
     (row,) = measured["rows"]
@@ -171,7 +171,7 @@ def test_the_engine_and_the_connector_under_it_give_the_tokens_of_transformers(m
     assert measured["same_fingerprint"] is True
 
 
-@pytest.mark.deepspeed
+@pytest.mark.alternatives
 @pytest.mark.slow
 def test_deepspeed_offloads_weights_and_no_kv(measured: dict[str, Any]) -> None:
     tried = {row["name"]: row for row in measured["tried"]}
@@ -183,7 +183,7 @@ def test_deepspeed_offloads_weights_and_no_kv(measured: dict[str, Any]) -> None:
     assert "in the module between calls: 0;" in zero["said"]
 
 
-@pytest.mark.deepspeed
+@pytest.mark.alternatives
 @pytest.mark.slow
 def test_what_the_connector_cannot_stand_under_is_refused(measured: dict[str, Any]) -> None:
     tried = {row["name"]: row for row in measured["tried"]}
@@ -192,7 +192,7 @@ def test_what_the_connector_cannot_stand_under_is_refused(measured: dict[str, An
         assert tried[name]["where"].startswith("kvlab/connectors/hf_models.py:")
 
 
-@pytest.mark.deepspeed
+@pytest.mark.alternatives
 @pytest.mark.slow
 def test_every_source_is_a_line_of_deepspeed(measured: dict[str, Any]) -> None:
     assert measured["sources"]
