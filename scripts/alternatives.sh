@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compare kvlab with programs of others, which are put beside the course's environment, in .venv-alternatives: first the
-# contract suite over their stores, then one job through all stores, then DeepSpeed. With a trace, also kvlab's replay with NVIDIA
-# Dynamo's, and its routers with SGLang's. Not in CI: it takes ten minutes, and the trace six more.
+# contract suite over their stores, then one job through all stores, then DeepSpeed. With a trace, also kvlab's replay
+# with NVIDIA Dynamo's, and its routers with SGLang's. Not in CI: it takes ten minutes, and the trace six more.
 #
 #   sh scripts/alternatives.sh [TRACE]    a file in Mooncake's format (github.com/kvcache-ai/Mooncake, FAST25-release/traces)
 set -eu
