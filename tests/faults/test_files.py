@@ -78,20 +78,19 @@ def test_writers_that_are_killed(tmp_path: Path, book: Book) -> None:
         book("killed writers of a file", injected="SIGKILL of 10", expected="old or new value; left-overs go") as row,
     ):
         assert store.put_many([b"key"], [bytes(MIB)]) == 1
-        with under_fault(row):
-            for _ in range(10):
-                writer = context.Process(target=write_for_ever, args=(path,), daemon=True)
-                writer.start()
-                first = store.get_many([b"key"])[0]
-                wait_for(lambda first=first: store.get_many([b"key"])[0] != first)
-                end = time.monotonic() + 0.1
-                while time.monotonic() < end:
-                    (value,) = store.get_many([b"key"])
-                    reads += 1
-                    wrong += value is None or len(value) != MIB or bytes(value) != bytes(value[:1]) * MIB
-                assert writer.pid is not None
-                os.kill(writer.pid, signal.SIGKILL)
-                writer.join()
+        for _ in range(10):
+            writer = context.Process(target=write_for_ever, args=(path,), daemon=True)
+            writer.start()
+            first = store.get_many([b"key"])[0]
+            wait_for(lambda first=first: store.get_many([b"key"])[0] != first)
+            end = time.monotonic() + 0.1
+            while time.monotonic() < end:
+                (value,) = store.get_many([b"key"])
+                reads += 1
+                wrong += value is None or len(value) != MIB or bytes(value) != bytes(value[:1]) * MIB
+            assert writer.pid is not None
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
         left = len([*Path(path, ".tmp").iterdir()])
         store._janitor.sweep(full_since_ns=store._now())
         assert wrong == 0 and [*Path(path, ".tmp").iterdir()] == []

@@ -27,6 +27,7 @@ class MooncakeStore(Adapter):
         "values have a lease and no TTL",
         "an empty value is refused (-600)",
         "`put` keeps the older value of an existing key and returns success; this adapter calls `upsert`",
+        "of two puts of one key at the same time one may be refused (OBJECT_NOT_FOUND)",
         "while the master hangs a call takes 30 s: there is no deadline",
         "nothing is evicted within a lease: writes are refused (-200)",
     )

@@ -388,6 +388,18 @@ class Folder:
         return disk.f_bavail * disk.f_frsize
 
 
+def is_in_memory(path: str) -> bool:
+    """Return whether the file system of a path is in memory, so that a read waits for no disk; False if unknown."""
+    try:
+        device = os.stat(path).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            lines = [line.partition(" - ") for line in mounts]
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(number == about.split()[2] and kind.startswith(("tmpfs ", "ramfs ")) for about, _, kind in lines)
+
+
 def _lock(fd: int, stopped: Callable[[], bool]) -> None:
     """Lock a file.
 

@@ -39,7 +39,7 @@ from kvlab.stores.base import (
 from kvlab.stores.deadline import Deadline
 from kvlab.stores.faults import Reason
 from kvlab.stores.files.calls import Call, Calls, Failed, reason_of
-from kvlab.stores.files.folder import BLOCK, SYNCS, Folder, Stopped, blocks, name_of
+from kvlab.stores.files.folder import BLOCK, SYNCS, Folder, Stopped, blocks, is_in_memory, name_of
 from kvlab.stores.files.janitor import NS, Janitor
 from kvlab.stores.fork import reset_in_children
 
@@ -113,7 +113,7 @@ class FileStore(Store):
         self._janitor = Janitor(self._folder, max_bytes, self._ttl_ns, policy, every_s, self._now)
         self._calls = Calls()
         self._stats = StoreStats()
-        self._closed = self._prepared = False
+        self._closed = self._prepared = self._in_memory = False
         self.reset_after_fork()
         reset_in_children(self)
         with contextlib.suppress(Failed):  # a disk that does not work now may work later
@@ -180,7 +180,7 @@ class FileStore(Store):
         at = 0
         while at < size:
             try:
-                count = _read_cached(fd, buffer[at:size], at)
+                count = _read_now(fd, buffer[at:size], at, self._in_memory)
                 if count is None and deadline.passed:
                     return Reason.TIMEOUT
                 if count is None:
@@ -386,6 +386,7 @@ class FileStore(Store):
     def _prepare(self) -> None:
         if not self._prepared:
             self._folder.prepare()
+            self._in_memory = is_in_memory(self.path)
             self._prepared = True
 
     def _count_fault(self, reasons: Iterable[Reason]) -> None:
@@ -411,8 +412,10 @@ def _checked(path: str | os.PathLike[str]) -> str:
     return os.path.normpath(text)
 
 
-def _read_cached(fd: int, buffer: memoryview, at: int) -> int | None:
-    """Read what the page cache has; None if it lacks the first byte, or the system cannot tell."""
+def _read_now(fd: int, buffer: memoryview, at: int, in_memory: bool) -> int | None:
+    """Read what is in memory; None if the first byte is not, or the system cannot tell."""
+    if in_memory:  # a tmpfs knows no RWF_NOWAIT
+        return os.preadv(fd, [buffer], at)
     if _NO_WAIT is None:
         return None
     try:

@@ -1,4 +1,5 @@
-"""The suite of the `Store` contract over the adapters. Each fails exactly the tests in `FAILS`, for the clause there.
+"""The suite of the `Store` contract over the adapters. Each fails exactly the tests in `FAILS`, for the clause there,
+and those in `SOMETIMES` now and then.
 
 The suite does not see the other clauses of `CANNOT`: deadlines, eviction, what a call costs.
 """
@@ -64,6 +65,7 @@ ADAPTERS: dict[type[Adapter], Callable[[ExitStack, pytest.TempPathFactory], Make
     MooncakeStore: _mooncake,
 }
 NO_TTL, NO_EMPTY_VALUE = "values have a lease and no TTL", "an empty value is refused (-600)"
+PUTS_COLLIDE = "of two puts of one key at the same time one may be refused (OBJECT_NOT_FOUND)"
 FAILS: dict[type[Adapter], dict[str, str]] = {
     MooncakeStore: {
         "test_an_empty_value_is_a_value": NO_EMPTY_VALUE,
@@ -71,6 +73,8 @@ FAILS: dict[type[Adapter], dict[str, str]] = {
         "test_entries_end_with_their_ttl_and_a_hit_renews_it": NO_TTL,
     }
 }
+SOMETIMES = {MooncakeStore: {"test_eight_threads_see_only_right_values": PUTS_COLLIDE}}
+"""A race: in one run of three it failed."""
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
@@ -94,6 +98,8 @@ def store_kind(adapter: type[Adapter], make: Make, request: pytest.FixtureReques
     """The adapter; a test in `FAILS` must fail."""
     if clause := FAILS.get(adapter, {}).get(request.function.__name__):
         request.applymarker(pytest.mark.xfail(strict=True, reason=clause))
+    if clause := SOMETIMES.get(adapter, {}).get(request.function.__name__):
+        request.applymarker(pytest.mark.xfail(strict=False, reason=clause))
     return StoreKind(adapter.__name__, make)
 
 
@@ -119,4 +125,5 @@ def test_entries_end_with_their_ttl_and_a_hit_renews_it(store_kind: StoreKind, r
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_each_failure_is_a_clause_that_the_adapter_names(adapter: type[Adapter]) -> None:
-    assert {*FAILS.get(adapter, {}).values()} <= {*adapter.CANNOT}
+    clauses = {*FAILS.get(adapter, {}).values(), *SOMETIMES.get(adapter, {}).values()}
+    assert clauses <= {*adapter.CANNOT}

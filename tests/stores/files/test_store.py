@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -298,3 +299,13 @@ def test_many_threads_get_what_belongs_to_their_keys(store: FileStore) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs /dev/shm")
+def test_what_is_in_memory_is_read_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system in memory cannot say what it has without waiting; a thread would copy everything once more."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, FileStore(f"{folder}/store") as store:
+        store.put_many([b"a"], [b"value"])
+        monkeypatch.setattr(module, "_read_part", None)
+        out = memoryview(bytearray(5))
+        assert store.get_many([b"a"], [out]) == [out] and bytes(out) == b"value"
