@@ -86,7 +86,7 @@ def cannot() -> str:
 
 def kept_memory() -> str:
     """A server whose C library keeps freed memory beside one whose C library gives it back."""
-    head = ["server", "KiB", "page faults of 64 puts", "memory kept", "put, speed by default", "get"]
+    head = ["server", "KiB", "page faults, default", "page faults, memory kept", "put, speed by default", "get"]
     return _table(
         head,
         (
@@ -107,7 +107,7 @@ def files() -> str:
     named = [(f"get, from {row['from']}", row) for row in result["gets"]]
     named += [(f"put, sync={row['sync']}", row) for row in result["puts"]]
     return _table(
-        ["16 values", "KiB each", "GB/s", "by hand", "time by that by hand"],
+        ["16 values", "KiB each", "GB/s", "by hand", "store time / by-hand time"],
         (
             [name, f"{row['kib']:,}", f"{row['gbps']:.2f}", f"{row['gbps_by_hand']:.2f}", _speed(row, "vs_by_hand")]
             for name, row in named

@@ -55,7 +55,7 @@ class KVLab:
     """One block of the shipped model, with numbers in place of KV."""
 
     def __init__(self, folder: Path) -> None:
-        self.version = f"kvlab {kvlab.__version__}, file://"
+        self.version = f"kvlab {kvlab.__version__}, DistributedKVCache over file://"
         spec = kvlab.spec_of(kvlab.load_model())
         self._kv = torch.randn(spec.layers, 2, spec.heads, TOKENS, spec.head_dim)
         self._cache = kvlab.DistributedKVCache(

@@ -212,7 +212,6 @@ KEEPS: Final = "Valkey, keeps freed memory"
 CONTENDERS: Final[dict[str, Callable[[ExitStack], Opened]]] = {
     REFERENCE: _redis(_system_redis),
     "Redis, unix socket": _redis(_system_redis, unix=True),
-    "Redis, 2 I/O threads": _redis(_system_redis, "--io-threads", "2"),
     "Redis 8, TCP": _redis(_redis_8),
     DEFAULT: _redis(_valkey),
     KEEPS: _redis(_valkey, variables=KEEPS_ARENAS),
