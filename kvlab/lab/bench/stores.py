@@ -46,7 +46,8 @@ ABOUT: Final = (
     "after the server was killed and started again, or what is no server was closed and opened again; allocator: of "
     "the server's memory; noisy: the reference, measured twice, differed by more than a tenth; error: why it was not "
     "measured; io_threads: redis-benchmark, one key, requests a second, median of the rounds; kept_memory: 64 "
-    "new values in one call, and page faults of both servers over the run, in which the default one puts twice as often; cannot: clauses of "
+    "new values in one call, and page faults of both servers over the run, in which the default one puts twice as "
+    "often; cannot: clauses of "
     "kvlab's contract that an adapter does not keep"
 )
 FIELDS: Final = (
