@@ -78,6 +78,13 @@ QUESTIONS = {
             "times",
             "09",
         ),
+        Question(
+            "file_get",
+            "How many times as fast as from Redis over TCP does a value of 1 MiB come from a local file "
+            "that the kernel has in memory?",
+            "times",
+            "11b",
+        ),
         Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent", "07"),
     )
 }

@@ -129,10 +129,17 @@ def _ray_serve() -> Result:
 # --- copies -------------------------------------------------------------------------------------
 def strategies() -> Result:
     """What notebook 10 shows of docs/results/strategies.json, with its machine."""
-    content = json.loads((ROOT / "docs" / "results" / "strategies.json").read_text("utf-8"))
-    shown = ("rows", "order", "predicted", "computed", "loads", "machine")
-    copied: Result = _short({name: content[name] for name in shown})
-    return copied
+    return _copied("strategies", "rows", "order", "predicted", "computed", "loads")
+
+
+def stores() -> Result:
+    """What notebook 11b shows of docs/results/bench_stores.json, with its machine."""
+    return _copied("bench_stores", "rows", "io_threads", "kept_memory", "cannot")
+
+
+def peers() -> Result:
+    """What notebook 11b shows of docs/results/peer_files.json, with its machine."""
+    return _copied("peer_files", "rows")
 
 
 def answers() -> Result:
@@ -171,6 +178,12 @@ def trace(file: str | Path | None = None) -> Result:
     }
 
 
+def _copied(file: str, *shown: str) -> Result:
+    content = json.loads((ROOT / "docs" / "results" / f"{file}.json").read_text("utf-8"))
+    copied: Result = _short({name: content[name] for name in (*shown, "machine")})
+    return copied
+
+
 def _short(value: Any) -> Any:
     """The same with fewer digits."""
     if isinstance(value, dict):
@@ -187,6 +200,8 @@ SLOW = {
     "10_trace": trace,
     "10_strategies": strategies,
     "10_answers": answers,
+    "11b_stores": stores,
+    "11b_peers": peers,
 }
 """The functions that make the recordings that no notebook makes. A result may name its machine itself."""
 

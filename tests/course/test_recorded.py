@@ -64,10 +64,11 @@ def test_the_notebooks_recordings_are_committed() -> None:
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 
 
-def test_the_copy_of_the_strategies_is_that_of_the_result() -> None:
-    made = recorded.strategies()
+@pytest.mark.parametrize("name", ["10_strategies", "11b_stores", "11b_peers"])
+def test_a_copy_is_that_of_the_result(name: str) -> None:
+    made = recorded.SLOW[name]()
     machine = made.pop("machine")
-    assert recorded.load_recording("10_strategies") == (made, machine), "python -m kvlab.course.recorded 10_strategies"
+    assert recorded.load_recording(name) == (made, machine), f"python -m kvlab.course.recorded {name}"
 
 
 def test_the_copied_answers_are_about_those_of_the_notebooks() -> None:

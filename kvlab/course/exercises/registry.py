@@ -24,6 +24,7 @@ from kvlab.course.exercises import (
     lesson_08,
     lesson_09,
     lesson_10,
+    lesson_11b,
 )
 from kvlab.course.exercises.engine import Exercise
 from kvlab.errors import InputError
@@ -42,6 +43,7 @@ LESSONS = (
     lesson_08,
     lesson_09,
     lesson_10,
+    lesson_11b,
 )
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
 """The exercises by the constants that hold them: what `exercises.HIT_RATE` means in a notebook."""
