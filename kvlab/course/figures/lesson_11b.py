@@ -80,7 +80,7 @@ def fields(
 
 
 def beside_redis(title: str, rows: Sequence[Row], band: tuple[float, float], out: Mapping[str, str]) -> Figure:
-    """Draw puts and gets of each store as multiples of Redis' speed, over the band in which Redis itself lies.
+    """Draw puts and gets of each store as multiples of Redis' speed, over the band of no difference.
 
     A row whose reference was noisy has hollow marks.
 
@@ -88,7 +88,7 @@ def beside_redis(title: str, rows: Sequence[Row], band: tuple[float, float], out
         out: stores that do not come into question, with the reason. They are written and not drawn.
     """
     fig, ax = plots.new_figure(title, "speed ÷ that of Redis over TCP (log)", height=0.9 + 0.28 * len(rows))
-    ax.axvspan(*band, color="0.5", alpha=0.2, label="Redis ÷ itself")
+    ax.axvspan(*band, color="0.5", alpha=0.2, label="within a tenth")
     ax.axvline(1, color="black", linewidth=1)
     for key, label, marker, colour in (("put", "put", "s", 1), ("get", "get", "o", 0)):
         for y, row in enumerate(rows):
