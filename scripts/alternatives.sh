@@ -21,7 +21,7 @@ if ! said=$(sh scripts/setup.sh --alternatives 2>&1); then
     printf 'what pip has was skipped: %s\n' "$said" >&2
     python=.venv/bin/python
 fi
-$python -m pytest tests/lab/alternatives tests/lab/test_deepspeed.py -q -W ignore::DeprecationWarning
+$python -m pytest tests/lab/alternatives -q -W ignore::DeprecationWarning
 keep() { # NAME COMMAND...: what it prints goes to docs/results/NAME.json, unless it fails
     result=docs/results/$1.json
     shift

@@ -241,7 +241,7 @@ def _same_tokens(plain: Any, asks: Mapping[str, tuple[Generate, Iterator[Tensor]
 # --- the command ----------------------------------------------------------------------------------
 def _own_stdout() -> TextIO:
     """Return stdout, and send to stderr what DeepSpeed, its loggers and its compilers print."""
-    own = os.fdopen(os.dup(1), "w")
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own
 

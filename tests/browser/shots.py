@@ -205,10 +205,11 @@ def saved(page: Page, lab: Lab, notebook: str) -> dict[str, Any]:
     page.keyboard.press("Control+s")
     for _ in range(100):
         if path.stat().st_mtime_ns != before:
-            break
+            with contextlib.suppress(json.JSONDecodeError):  # half of it is written
+                content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return content
         page.wait_for_timeout(100)
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    raise AssertionError(f"JupyterLab does not save {notebook}")
 
 
 # --- Pictures for people ------------------------------------------------------------------------

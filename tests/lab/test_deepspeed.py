@@ -1,20 +1,15 @@
-"""What is measured with DeepSpeed, on a stand-in for its engine; then DeepSpeed itself, in a process of its own."""
+"""What is measured with DeepSpeed, on a stand-in for its engine. `alternatives/test_deepspeed` runs DeepSpeed."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
-import sys
-from importlib.metadata import requires, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 
 from kvlab import MemoryStore
 from kvlab.errors import ConfigError, KVLabError
@@ -144,57 +139,3 @@ def test_the_committed_result_is_of_the_locked_version_and_has_every_try() -> No
     assert all(row["same_tokens"] for row in result["rows"]) and result["same_fingerprint"]
     assert [row["name"] for row in result["tried"]] == list(deepspeed_tries.TRIES)
     assert result["about"] == deepspeed_engine.ABOUT
-
-
-# --- with DeepSpeed -------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    """A small measurement. Its stdout is JSON and nothing else, although DeepSpeed prints there."""
-    command = [sys.executable, "-m", "kvlab.lab.deepspeed_engine", "--json", "--lengths", f"{TOKENS}", "--rounds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-@pytest.mark.alternatives
-def test_deepspeed_has_all_that_it_needs() -> None:
-    needed = [Requirement(line) for line in requires("deepspeed") or [] if "extra" not in line]
-    assert needed and all(need.specifier.contains(version(need.name)) for need in needed)
-
-
-@pytest.mark.alternatives
-@pytest.mark.slow
-def test_the_engine_and_the_connector_under_it_give_the_tokens_of_transformers(measured: dict[str, Any]) -> None:
-    (row,) = measured["rows"]
-    assert row["same_tokens"] is True and row["cached_tokens"] == BEGINNING
-    assert measured["same_fingerprint"] is True
-
-
-@pytest.mark.alternatives
-@pytest.mark.slow
-def test_deepspeed_offloads_weights_and_no_kv(measured: dict[str, Any]) -> None:
-    tried = {row["name"]: row for row in measured["tried"]}
-    for name in ("FastGen, paged KV with offload", "FastGen, offload", "FastGen, restore"):
-        assert tried[name]["said"].startswith("NotImplementedError: Offloading"), tried[name]
-        assert tried[name]["where"].startswith("deepspeed/inference/v2/ragged/kv_cache.py:")
-    zero = tried["ZeRO stage 3"]
-    assert zero["worked"] and zero["said"].startswith("same tokens: True"), zero
-    assert "in the module between calls: 0;" in zero["said"]
-
-
-@pytest.mark.alternatives
-@pytest.mark.slow
-def test_what_the_connector_cannot_stand_under_is_refused(measured: dict[str, Any]) -> None:
-    tried = {row["name"]: row for row in measured["tried"]}
-    for name in ("connector around the engine", "connector around ZeRO stage 3"):
-        assert tried[name]["said"].startswith("ConfigError: expected a "), tried[name]
-        assert tried[name]["where"].startswith("kvlab/connectors/hf_models.py:")
-
-
-@pytest.mark.alternatives
-@pytest.mark.slow
-def test_every_source_is_a_line_of_deepspeed(measured: dict[str, Any]) -> None:
-    assert measured["sources"]
-    for what, place in measured["sources"].items():
-        assert re.fullmatch(r"deepspeed/[\w/]+\.py:\d+", place), what
