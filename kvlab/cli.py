@@ -24,7 +24,7 @@ from kvlab.errors import InputError, KVLabError
 from kvlab.lab.streams import accept_any_text
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
-"""Exit statuses: success; an error or a failed check; wrong usage; Ctrl-C; the reader of stdout closed it."""
+"""Exit statuses: success; an error or a failed check; wrong usage; Ctrl-C; the reader of stdout closed it; SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ def _strategies(rounds: int, workload: list[str] | None, predict: bool, predicte
     if predicted and (predict or workload or rounds != ROUNDS):
         raise InputError("expected --predicted alone: the file says which workloads and rounds")
     kinds = workload or [*strategies.MADE]
-    if not predicted and sys.stderr is not None:
-        what = "some minutes" if predict else f"about {12 * rounds * len(kinds)} minutes"
-        print(f"kvlab: this takes {what}, and says nothing meanwhile", file=sys.stderr)
+    if sys.stderr is not None:
+        long = "about 45 minutes a round" if predicted else f"about {12 * rounds * len(kinds)} minutes"
+        print(f"kvlab: this takes {'some minutes' if predict else long}, and prints nothing meanwhile", file=sys.stderr)
     result = strategies.predict(rounds, kinds) if predict else strategy_runs.run(predicted, rounds, kinds)
     _print_json(result) if json else print(tables.text(result))
     return SUCCESS
