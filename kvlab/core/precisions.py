@@ -108,10 +108,28 @@ def from_parts(parts: list[Array], precision: str, plane_axis: int, out: Tensor)
     Raises:
         Unholdable: the dtype of `out` cannot represent a number.
     """
-    if precision in _STORED:
-        _put_floats(parts[0], precision, out)
+    if precision in _STORED and out.device.type == "cpu" and out.dtype == _STORED[precision]:
+        # Unlike torch, numpy accepts read-only memory. This saves a copy of each record.
+        np.copyto(out.view(_SAME_SIZE[out.itemsize]).numpy(), _signed(parts[0]))
     elif out.numel():
-        _dequantise([_on(out.device, part) for part in parts], precision, plane_axis, out)
+        convert(to_device(parts, out.device), precision, plane_axis, out)
+
+
+def to_device(parts: list[Array], device: torch.device) -> list[Tensor]:
+    """Return parts as they are on a device, for `convert`. Out of pinned memory, the copies may not have ended yet."""
+    return [_on(device, part) for part in parts]
+
+
+def convert(parts: list[Tensor], precision: str, plane_axis: int, out: Tensor) -> None:
+    """Fill `out` from parts that are on its device.
+
+    Raises:
+        Unholdable: the dtype of `out` cannot represent a number.
+    """
+    if precision in _STORED:
+        _copy(parts[0].view(_STORED[precision]), out)
+    else:
+        _dequantise(parts, precision, plane_axis, out)
 
 
 def _floats(tensor: Tensor, precision: str) -> Array:
@@ -143,21 +161,16 @@ def _has_infinite(tensor: Tensor) -> bool:
     return bool(bits.size) and bool((bits & mask).max() == mask)
 
 
-def _put_floats(bits: Array, precision: str, out: Tensor) -> None:
-    dtype = _STORED[precision]
-    signed = bits.view(f"i{bits.itemsize}")
-    if out.device.type == "cpu" and out.dtype == dtype:
-        # Unlike torch, numpy accepts read-only memory. This saves a copy of each record.
-        np.copyto(out.view(_SAME_SIZE[bits.itemsize]).numpy(), signed)
-    else:
-        _copy(_on(out.device, signed).view(dtype), out)
-
-
 def _on(device: torch.device, part: Array) -> Tensor:
     """A part as a tensor of signed integers (or bytes) on a device."""
-    bits = part if part.itemsize == 1 else part.view(f"i{part.itemsize}")
+    bits = _signed(part)
     whole = torch.from_numpy(bits if bits.flags.writeable else bits.copy())
     return whole.to(device, non_blocking=True)
+
+
+def _signed(part: Array) -> Array:
+    """The same bits as integers that torch has; single bytes as they are."""
+    return part if part.itemsize == 1 else part.view(f"i{part.itemsize}")
 
 
 def _copy(source: Tensor, out: Tensor) -> None:
