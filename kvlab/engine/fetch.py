@@ -9,6 +9,10 @@ windows at the same time:
 
 The engine computes before it copies, if there is something to compute. So nobody else writes its pages, and all
 work of torch is done in its thread. A block that arrives after the end goes into host memory only.
+
+On a GPU the copies run in streams of their own (`Lane`). The engine starts those of a window and waits for those of
+the window before, so that the GPU always has the next copy. Two lanes take turns: while one window comes over the bus,
+the one before it is converted and put into the pages.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -37,6 +42,7 @@ READERS: Final = 32  # requests that fetch at the same time; more wait. A store 
 UNPACKERS: Final = 2
 AHEAD_BYTES: Final = 64 << 20
 MEASURED: Final = 256
+LANES: Final = 2
 logger = logging.getLogger(__name__)
 _WELL = {Reason.ABSENT, Reason.TOO_BIG}  # the store is well; what is missing in one window says nothing of the next
 
@@ -76,6 +82,54 @@ class Buffers:
             self._spare.append(memoryview(buffers[0].obj))
 
 
+class Lane:
+    """A stream of a GPU: what is started inside of it runs beside what the GPU computes. A context manager."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def __enter__(self) -> None:
+        self._context = torch.cuda.stream(self._stream)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def follow(self) -> None:
+        """Start nothing before all that was started outside has ended: earlier work may use the same pages."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def mark(self) -> Callable[[], object]:
+        """Return a function that waits until all that was started here so far has ended."""
+        event = self._stream.record_event()
+        return lambda: event.synchronize()
+
+    def wait(self) -> None:
+        """Wait until nothing runs here."""
+        self._stream.synchronize()
+
+
+class Lanes:
+    """Lanes that are used again and again: torch gives each stream memory of its own, and new memory stops the GPU."""
+
+    def __init__(self) -> None:
+        self._idle: dict[torch.device, list[list[Lane]]] = {}  # appending and popping are single steps
+
+    def take(self, device: torch.device) -> list[Lane]:
+        """Return lanes for one fetch into a device; none for a CPU, where every copy ends at once."""
+        if device.type != "cuda":
+            return []
+        idle = self._idle.setdefault(device, [])
+        try:
+            return idle.pop()
+        except IndexError:
+            return [Lane(device) for _ in range(LANES)]
+
+    def put(self, device: torch.device, lanes: list[Lane]) -> None:
+        """Give lanes back, in which nothing runs."""
+        self._idle.setdefault(device, []).append(lanes)
+
+
 class Outer:
     """The tiers outside the device, and what all fetches from them share.
 
@@ -100,7 +154,7 @@ class Outer:
         self.host, self.store, self.promote, self.clock = host, store, promote, clock
         self.window = max(1, window_bytes // store.record_bytes)
         self.ahead = max(2, AHEAD_BYTES // (self.window * store.record_bytes))  # fetched before the first is copied
-        self.buffers = Buffers(pinned)
+        self.buffers, self.lanes = Buffers(pinned), Lanes()
         self.readers, self.unpackers = Workers(READERS, "kvlab-fetch"), Workers(UNPACKERS, "kvlab-unpack")
         self.measured: deque[tuple[str, int, float]] = deque(maxlen=MEASURED)  # append and popleft are single steps
 
@@ -129,7 +183,7 @@ class Fetch:
     It is a context manager that ends the fetch on exit, also if `finish` was not reached.
 
     Attributes:
-        filled: which blocks are in their place.
+        filled: which blocks are in their place, once the fetch has ended.
         reasons: why a block is not, as far as that is known; "" else.
         trace: what the stages did, when.
     """
@@ -152,9 +206,13 @@ class Fetch:
         self._copied = 0  # windows
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
-        self._copies = _Copies(outs[0].device if outs else torch.device("cpu"))
+        self._device = outs[0].device if outs else torch.device("cpu")
+        self._lanes = outer.lanes.take(self._device)
+        self._landing: deque[tuple[int, list[memoryview], Callable[[], object] | None]] = deque()
         self._borrowed: list[bytes] = []
         try:
+            for lane in self._lanes:
+                lane.follow()
             found = self._borrow([i for i, tier in enumerate(where) if tier == "host"])
             if self._windows:  # now that what comes from the store cannot displace a block that is needed
                 self._start()
@@ -186,6 +244,7 @@ class Fetch:
                     return self.filled
                 self._take(*item)
             if not self._ended:
+                self._land()
                 copies = [span for span in self.trace if span.stage == "copy" and span.window >= 0]
                 self._measure(sum(span.end - span.begin for span in copies))
         finally:
@@ -207,17 +266,38 @@ class Fetch:
         return limit if limit == math.inf else limit - (self._outer.clock() - self._begin)
 
     def _take(self, window: int, blocks: list[Parts], buffers: list[memoryview]) -> None:
-        """Copy a window that was unpacked."""
-        self._copy(window, blocks)
-        self._outer.buffers.put(buffers)
-        self._room[window].set()
+        """Copy a window that was unpacked. On a GPU, that has begun then."""
+        arrived = self._copy(window, blocks)
+        self._landing.append((window, buffers, arrived))
+        self._land(leave=1 if arrived else 0)
         self._copied += 1
 
+    def _land(self, leave: int = 0) -> None:
+        """Wait until all windows but the last ones are in their places; from then on their buffers are free."""
+        while len(self._landing) > leave:
+            window, buffers, arrived = self._landing.popleft()
+            if arrived is not None:
+                begin = self._outer.clock()
+                arrived()
+                self.trace.append(Span("copy", window, begin, self._outer.clock()))
+            self._outer.buffers.put(buffers)
+            self._room[window].set()
+
     def end(self) -> None:
-        """Wait for nothing more. A window that is on its way goes into host memory; later ones are not fetched."""
+        """Wait for nothing more from the store. A window that is on its way goes into host memory; later ones are not
+        fetched. Copies that have begun end: from now on, others may use the places and the buffers.
+        """
         self._ended = True
-        for latch in self._room:
-            latch.set()
+        try:
+            for lane in self._lanes:
+                lane.wait()
+            self._land()
+            lanes, self._lanes = self._lanes, []
+            if lanes:
+                self._outer.lanes.put(self._device, lanes)
+        finally:
+            for latch in self._room:
+                latch.set()
 
     def _measure(self, copying_s: float) -> None:
         """Report how long it took until the last window was unpacked, and copying."""
@@ -237,14 +317,20 @@ class Fetch:
 
     def _copy_from_host(self, found: Sequence[Parts]) -> None:
         """Copy blocks of the host tier into their places."""
-        begin = self._outer.clock()
-        self._copy(-1, found)
+        begin, together = self._outer.clock(), self._outer.window
+        for at in range(0, len(found), together):
+            self._copy(-1, found[at : at + together])
+        for lane in self._lanes:
+            lane.wait()
         if found:
             self._outer.measured.append(("host", len(found), self._outer.clock() - begin))
 
-    def _copy(self, window: int, blocks: Sequence[Parts]) -> None:
+    def _copy(self, window: int, blocks: Sequence[Parts]) -> Callable[[], object] | None:
+        """Copy blocks into their places. On a GPU, begin to, and return what waits until they are there."""
         begin = self._outer.clock()
-        with self._copies:
+        lane = self._lanes[0] if self._lanes else None
+        self._lanes.reverse()
+        with lane or nullcontext():
             for i, parts in blocks:
                 try:
                     from_parts(parts, self._outer.store.precision, 1, self.outs[i])
@@ -253,13 +339,14 @@ class Fetch:
                     self.reasons[i] = Reason.OVERFLOW
         if blocks:
             self.trace.append(Span("copy", window, begin, self._outer.clock()))
+        return lane.mark() if lane else None
 
     # --- the other threads ----------------------------------------------------------------------
     def _start(self) -> None:
         try:
             self._outer.readers.submit(self._read)
         except RuntimeError:  # there is no thread, and this one must not wait for itself
-            self.end()
+            self._ended = True
             self._skip(0, Reason.ERROR)
 
     def _read(self) -> None:
@@ -316,27 +403,6 @@ class Fetch:
             for i in numbers:
                 self.reasons[i] = reason
             self._unpacked.put((window, [], []))
-
-
-class _Copies:
-    """A block of code that copies into the memory of a device, and has done so at its end.
-
-    On a GPU the copies are in a stream of their own, beside what it computes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # earlier work may use the same pages
-
-    def __enter__(self) -> None:
-        self._context = torch.cuda.stream(self._stream)  # without a stream it does nothing
-        self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-        if self._stream is not None:
-            self._stream.synchronize()
 
 
 class _Once:
