@@ -53,12 +53,16 @@ class Timings:
 
 
 def time_rounds(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = 5, seconds_of: Callable[[Any], float] | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 5,
+    seconds_of: Callable[[Any], float] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> Timings:
     """Time each contender once per round, in a random order, after one round that is not counted.
 
     Args:
         seconds_of: takes what a contender returned, and returns its seconds; by default the whole call is timed.
+        enough: asked after each round that counts; True ends the measurement with the rounds that there are.
     """
     first = next(iter(contenders))
     again = f"{first} again"
@@ -73,5 +77,7 @@ def time_rounds(
             took = time.perf_counter() - begin
             if number:
                 seconds[name].append(took if seconds_of is None else seconds_of(result))
+        if number and enough is not None and enough():
+            break
     aa = statistics.median(seconds[again]) / statistics.median(seconds[first])
     return Timings(seconds, aa)

@@ -19,3 +19,10 @@ def test_a_ratio_is_the_median_over_rounds_and_not_that_of_medians() -> None:
 
 def test_noisy_is_more_than_ten_percent_off_in_either_direction() -> None:
     assert [Timings({}, ratio).noisy for ratio in (0.89, 0.91, 1.09, 1.11)] == [True, False, False, True]
+
+
+def test_a_measurement_ends_early_after_a_whole_round() -> None:
+    ran: list[str] = []
+    times = time_rounds({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 100, enough=lambda: len(ran) > 7)
+    assert (ran.count("a"), ran.count("b")) == (6, 3), "one round to warm up and two that count"
+    assert {len(rounds) for rounds in times.seconds.values()} == {2}
