@@ -466,7 +466,7 @@ COMMANDS = (
     Command(
         "bench gpu",
         "prefill, copies and time to first token on a GPU; without one, the same steps on the CPU",
-        _bench("kvlab.lab.bench.gpu"),
+        _bench("kvlab.lab.bench.gpu.command"),
         (JSON,),
     ),
     Command(

@@ -317,7 +317,8 @@ class Fetch:
 
     def _copy_from_host(self, found: Sequence[Parts]) -> None:
         """Copy blocks of the host tier into their places."""
-        begin, together = self._outer.clock(), self._outer.window
+        begin = self._outer.clock()
+        together = self._outer.window if self._lanes else max(1, len(found))  # lanes take turns
         for at in range(0, len(found), together):
             self._copy(-1, found[at : at + together])
         for lane in self._lanes:
