@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvlab.lab.calibrate import fit
-from kvlab.lab.costs import Costs, Device, Link, Model
+from kvlab.lab.costs import H100, Costs, Device, Link, Model
 from kvlab.model import LlamaConfig
 
 
@@ -96,6 +96,15 @@ class Roof:
 
     flops_per_s: float
     bytes_per_s: float
+
+    @classmethod
+    def of(cls, device: Device) -> Roof:
+        """Return what a device reaches of its data sheet.
+
+        >>> round(Roof.of(H200).ridge)
+        172
+        """
+        return cls(device.flops_per_s * device.reached_flops, device.bytes_per_s * device.reached_bytes)
 
     @property
     def ridge(self) -> float:
@@ -191,6 +200,13 @@ def sides(costs: Costs, lengths: Sequence[int]) -> list[dict[str, Any]]:
 
 H200: Final = Device(989e12, 4.8e12, reached_flops=0.5, reached_bytes=0.6)
 """H200 SXM, dense BF16. Source: NVIDIA's data sheet; the reached shares are assumed."""
+GPUS: Final = {
+    "L4": Device(121e12, 0.3e12, reached_flops=0.5, reached_bytes=0.6),
+    "A100": Device(312e12, 2.039e12, reached_flops=0.5, reached_bytes=0.6),
+    "H100": H100,
+    "B200": Device(2250e12, 8e12, reached_flops=0.5, reached_bytes=0.6),
+}
+"""Dense BF16 of L4, A100 SXM 80 GB, H100 SXM and B200. Source: NVIDIA's data sheets; the reached shares are assumed."""
 GPT_OSS_120B: Final = Model(5.1e9, layers=36, heads=64, kv_heads=8, head_dim=64)
 """Source: config.json of openai/gpt-oss-120b; the active parameters from its model card. Every second layer attends to
 128 tokens only, so that less KV than `kv_bytes` may have to move."""

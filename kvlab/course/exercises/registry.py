@@ -24,6 +24,7 @@ from kvlab.course.exercises import (
     lesson_08,
     lesson_09,
     lesson_10,
+    lesson_11,
     lesson_11b,
 )
 from kvlab.course.exercises.engine import Exercise
@@ -43,6 +44,7 @@ LESSONS = (
     lesson_08,
     lesson_09,
     lesson_10,
+    lesson_11,
     lesson_11b,
 )
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
