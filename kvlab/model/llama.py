@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -25,6 +26,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from kvlab.errors import InputError, ModelError
 
@@ -139,8 +143,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     T, S, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if T == 1 or start == 0:  # these two cases need no mask, so faster kernels apply
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+    if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, gqa)):  # on a GPU: it needs no mask here either
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=gqa)
     sees = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(start)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=gqa)
+
+
+def _at_once(device: torch.device) -> AbstractContextManager[Any]:
+    """Leave out cuDNN's attention on a GPU: it builds a plan for each new length first, for a tenth of a second or more.
+
+    Torch prefers it on Hopper and Blackwell. Every decode step has a new length.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels) if device.type == "cuda" else nullcontext()
 
 
 class SelfAttention(nn.Module):
@@ -286,8 +301,9 @@ class Llama(nn.Module):
         self._check_room(T, kv, start)
         x = self.model.embed_tokens(tokens)
         rope = self.rope(start, T)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, None if kv is None else kv[i], start, self.attend)
+        with _at_once(self.device):
+            for i, layer in enumerate(self.model.layers):
+                x = layer(x, rope, None if kv is None else kv[i], start, self.attend)
         if last_only:
             x = x[:, -1:]
         return cast(Tensor, self.lm_head(self.model.norm(x)))
@@ -309,8 +325,9 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens[None])
         angles = self._angles_before(int(positions.max()) + 1)[positions]
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, None, 0, lambda q, k, v, _, i=i: attend(i, q, k, v))
+        with _at_once(self.device):
+            for i, layer in enumerate(self.model.layers):
+                x = layer(x, rope, None, 0, lambda q, k, v, _, i=i: attend(i, q, k, v))
         return cast(Tensor, self.lm_head(self.model.norm(x[0, last])))
 
     def check_tokens(self, tokens: Sequence[int], new_tokens: int = 0) -> Tensor:

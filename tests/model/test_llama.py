@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlab.errors import InputError, ModelError
-from kvlab.model import Llama, Tokenizer, attention
+from kvlab.model import Llama, Tokenizer, attention, llama
 from kvlab.model.fingerprint import spec_of
 from kvlab.model.llama import RMSNorm, RopeScaling, rope_frequencies
 from tests.harness.helpers import build_model
@@ -112,6 +112,34 @@ def test_attention_agrees_with_its_definition() -> None:
                 weights = (kh[:, :seen] @ q[:, h, t, :, None] / 8**0.5).softmax(dim=1)
                 expected[:, h, t] = (weights * vh[:, :seen]).sum(dim=1)
         torch.testing.assert_close(attention(q, k, v, start), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_attention_without_a_mask_behind_a_prefix_is_the_same(
+    heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, (k, v) = torch.randn(2, heads, 5, 8, generator=g), torch.randn(2, 2, kv_heads, 12, 8, generator=g)
+    expected = attention(q, k, v, 7)
+    monkeypatch.setattr(llama, "can_use_flash_attention", lambda params: True)  # as on a GPU
+    monkeypatch.setattr(torch.Tensor, "tril", lambda *_: pytest.fail("a mask"))
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(q, k, v, 7), expected, **CLOSE)
+
+
+def test_on_a_gpu_no_kernel_that_plans_first_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def own(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(q, k, v, start)
+
+    model = Llama(build_model().config, attend=own)
+    model(prompt(4))
+    monkeypatch.setattr(Llama, "device", torch.device("cuda"))
+    monkeypatch.setattr(Llama, "rope", lambda self, start, T: (torch.ones(T, 8), torch.zeros(T, 8)))
+    model(prompt(4))  # on the CPU
+    assert seen == [True, True, False, False] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_attention_can_be_replaced() -> None:
