@@ -321,8 +321,11 @@ class Fetch:
         together = self._outer.window if self._lanes else max(1, len(found))  # lanes take turns
         for at in range(0, len(found), together):
             self._copy(-1, found[at : at + together])
-        for lane in self._lanes:
-            lane.wait()
+        if found and self._lanes:
+            waiting = self._outer.clock()
+            for lane in self._lanes:
+                lane.wait()
+            self.trace.append(Span("copy", -1, waiting, self._outer.clock()))
         if found:
             self._outer.measured.append(("host", len(found), self._outer.clock() - begin))
 

@@ -183,10 +183,12 @@ def crossover(costs: Costs) -> float:
     square = costs.prefill_pair_s / 2
     linear = costs.prefill_token_s + square - costs.kv_bytes / costs.store.bytes_per_s
     constant = costs.prefill_s - costs.store.latency_s
-    if not square:
-        return max(1, math.floor(-constant / linear + 1e-9) + 1) if linear > 0 else math.inf
     under = linear * linear - 4 * square * constant
-    return max(1, math.floor((math.sqrt(under) - linear) / (2 * square)) + 1) if under >= 0 else 1
+    if under < 0:
+        return 1
+    if linear > 0:  # this form of the root loses no digits where pairs cost next to nothing
+        return max(1, math.floor(-2 * constant / (linear + math.sqrt(under)) + 1e-9) + 1)
+    return max(1, math.floor((math.sqrt(under) - linear) / (2 * square)) + 1) if square else math.inf
 
 
 def sides(costs: Costs, lengths: Sequence[int]) -> list[dict[str, Any]]:

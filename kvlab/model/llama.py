@@ -150,7 +150,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 def _at_once(device: torch.device) -> AbstractContextManager[Any]:
-    """Leave out cuDNN's attention on a GPU: it builds a plan for each new length first, for a tenth of a second or more.
+    """Leave out cuDNN's attention on a GPU: it first builds a plan for each new length, which can take 0.4 seconds.
 
     Torch prefers it on Hopper and Blackwell. Every decode step has a new length.
     """

@@ -137,6 +137,8 @@ def test_blocks_of_host_memory_are_given_back_after_they_were_copied(
     with cache.fetch(cache.namespace.keys(PROMPT), ["host"] * WINDOWS, outs_of(kv)) as fetch:
         assert all(fetch.filled)
         assert torch.equal(kv, expected), "before `finish`: nothing else is waited for"
+        begun = len(range(0, WINDOWS, cache._outer.window))
+        assert [span.stage for span in fetch.trace] == ["copy"] * (begun + 1), "begun, and waited for"
 
 
 def test_after_the_end_of_a_fetch_that_is_given_up_nothing_is_written(

@@ -98,6 +98,13 @@ def test_the_crossover_is_where_fetching_begins_to_win_for_good(
         assert after == 1 or sides(case, [after - 1])[0]["wins"] == "compute"
 
 
+def test_a_crossover_is_exact_though_pairs_cost_next_to_nothing() -> None:
+    """As after a fit of prefills that are short."""
+    wire = Link(0.01, 1e9)
+    plain, fitted = (Costs(93_000, 0.0, 1e-4, prefill_pair_s=pair, store=wire) for pair in (0.0, 1e-22))
+    assert crossover(fitted) == crossover(plain) == 1429
+
+
 def test_a_fit_of_measured_prefills_finds_their_costs() -> None:
     true = Costs(1000, 0.002, 3e-5, prefill_pair_s=2e-9)
     found = measured(1000, {n: true.prefill(n, 0) for n in (512, 2048, 8192, 16384)}, Link())

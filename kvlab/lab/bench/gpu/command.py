@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,25 +14,26 @@ from kvlab.lab.bench.gpu.compute import activation_bytes, decode, prefill, roofl
 from kvlab.lab.bench.gpu.limits import kernels, limits, roof_of
 from kvlab.lab.bench.gpu.moving import cast, h2d, load_path
 from kvlab.lab.bench.gpu.plan import CROSSOVER, PLANS, SHIPPED, Plan, random_model, shipped_model
-from kvlab.lab.bench.gpu.report import Report
+from kvlab.lab.bench.gpu.report import Report, Rows
 from kvlab.lab.bench.gpu.serving import SUFFIX, choices, ttft
 from kvlab.lab.gpu_model import Shape, break_even_gbps, crossover, measured, sides
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.model import Llama
 
 ABOUT = (
-    "limits: a matmul, and a copy within the device (bytes read and written), in the models' dtype. attention: which "
-    "kernels of torch take it. h2d: GB/s of one copy from host memory. cast: GB/s of KV out of records of a precision "
-    "that are on the device; share_of_copy: by the bytes that move, at the bandwidth of the copy in limits. prefill, "
-    "decode: milliseconds of a prompt and of a step. load_path: blocks from a tier in this process into the pages that "
-    "the model reads, compared bit for bit; ratio: time of a bare copy out of pinned (on a CPU: any) memory by that of "
-    "the load; fetch_ms, unpack_ms, copy_ms: of the stages of one load, which overlap. ttft: cold, all computed, "
-    f"against a prefix from a tier; the {SUFFIX} tokens behind it are always computed. planner: a store with a limited "
-    "bandwidth; regret: time of its plans by that of always fetching or always computing, whichever is faster. "
-    "roofline: the least time that the limits allow, and its share of the measured one. break_even: KV bytes of a "
-    "token x prefill tokens a second at the longest prompt: over a slower wire, computing is faster. crossover: from "
-    "how many tokens on fetching is faster, over a wire with a millisecond until the first byte, computed from the "
-    "measured prefills; longer prompts are extrapolated"
+    "limits: a matmul, and a copy within the device (bytes read and written), in the models' dtype. attention: "
+    "milliseconds of the first call of a kernel of torch with a new length, None if it does not take it; the models "
+    "use flash where they can, and never cudnn. h2d: GB/s of one copy from host memory. cast: GB/s of KV out of "
+    "records of a precision that are on the device; share_of_copy: by the bytes that move, at the bandwidth of the "
+    "copy in limits. prefill, decode: milliseconds of a prompt and of a step. load_path: blocks from a tier in this "
+    "process into the pages that the model reads, compared bit for bit; ratio: time of a bare copy out of pinned "
+    "(on a CPU: any) memory by that of the load; fetch_ms, unpack_ms, copy_ms: of the stages of one load, which "
+    f"overlap. ttft: cold, all computed, against a prefix from a tier; the {SUFFIX} tokens behind it are always "
+    "computed. planner: a store that gives at most so many GB/s; regret: time of its plans by that of always "
+    "fetching or always computing, whichever is faster. roofline: the least time that the limits allow, and its "
+    "share of the measured one. break_even: KV bytes of a token x prefill tokens a second at the longest prompt: "
+    "over a slower wire, computing is faster. crossover: from how many tokens on fetching is faster, over a wire "
+    "with a millisecond until the first byte, computed from the measured prefills; longer prompts are extrapolated"
 )
 TABLES = ("limits", "attention", "h2d", "cast", "prefill", "decode", "load_path", "ttft", "planner")
 
@@ -56,25 +56,28 @@ def run(device: str | None = None, plan: Plan | None = None, budget_s: float | N
     plan, begin = plan or PLANS[device], time.monotonic()
     ends = begin + (plan.budget_s if budget_s is None else budget_s)
     report, shapes = Report(device, plan.rounds, ends, plan.step_s), dict[str, Shape]()
+    machine = describe_machine()  # now, because after some errors a device says nothing any more
     with torch.inference_mode():
         _without_model(report, plan)
         for name, shape, make in _models(plan, device):
             _with_model(report, plan, name, shape, make, shapes)
             report.clean()  # nothing refers to that model any more
+    conclusions = _conclusions(report, plan, shapes)
     return {
         "about": ABOUT,
         "device": device,
         "store": "memory:// (records in this process)",
         "dtype": str(plan.dtype).removeprefix("torch."),
         **{table: report.tables.get(table, []) for table in TABLES},
-        **_conclusions(report, plan, shapes),
+        **conclusions,
         "skipped": report.skipped,
         "failed": report.failed,
         "ok": not report.failed,
         "seconds": time.monotonic() - begin,
-        "aa_ratio": max((t.aa_ratio for t in report.times), key=lambda ratio: abs(ratio - 1), default=1.0),
-        "noisy": any(t.noisy for t in report.times),
-        "machine": describe_machine(),
+        "aa_ratio": max((t.aa_ratio for _, t in report.times), key=lambda ratio: abs(ratio - 1), default=1.0),
+        "noisy": any(t.noisy for _, t in report.times),
+        "noisy_steps": sorted({step for step, t in report.times if t.noisy}),
+        "machine": machine,
         "versions": versions(),
     }
 
@@ -145,18 +148,18 @@ def _steps(report: Report, plan: Plan, shape: Shape, model: Llama) -> list[tuple
 
 
 def _conclusions(report: Report, plan: Plan, shapes: dict[str, Shape]) -> dict[str, Any]:
-    """What follows from the tables."""
+    """What follows from the tables. One that cannot be drawn takes nothing from what was measured."""
     regrets = sorted(row["regret"] for row in report.tables.get("planner", []))
     prefills = {name: _seconds(report, name) for name in shapes}
+    report.deadline = math.inf  # it is only arithmetic
+    report.add("roofline", "", lambda: roofline(report, plan, roof_of(report), shapes))
+    for name, seconds in prefills.items():
+        if seconds:
+            report.add("break_even", name, functools.partial(_break_even, shapes[name], plan, seconds))
+        if len(seconds) > 1:
+            report.add("crossover", name, functools.partial(_crossovers, shapes[name], plan, seconds))
     return {
-        "roofline": roofline(report, plan, roof_of(report), shapes),
-        "break_even": [_break_even(shapes[name], plan, seconds) for name, seconds in prefills.items() if seconds],
-        "crossover": [
-            row
-            for name, seconds in prefills.items()
-            if len(seconds) > 1
-            for row in _crossovers(shapes[name], plan, seconds)
-        ],
+        **{table: report.tables.get(table, []) for table in ("roofline", "break_even", "crossover")},
         "planner_within_1.1": sum(regret <= 1.1 for regret in regrets) / len(regrets) if regrets else None,
         "planner_p95_regret": regrets[math.ceil(0.95 * len(regrets)) - 1] if regrets else None,
     }
@@ -166,13 +169,13 @@ def _seconds(report: Report, name: str) -> dict[int, float]:
     return {row["tokens"]: row["ms"] / 1000 for row in report.tables.get("prefill", []) if row["shape"] == name}
 
 
-def _break_even(shape: Shape, plan: Plan, seconds: dict[int, float]) -> dict[str, Any]:
+def _break_even(shape: Shape, plan: Plan, seconds: dict[int, float]) -> Rows:
     kv, longest = shape.kv_bytes(plan.dtype.itemsize), max(seconds)
     gbps = break_even_gbps(kv, longest, seconds[longest])
-    return {"shape": shape.name, "kv_bytes": kv, "tok_s": longest / seconds[longest], "gbps": gbps}
+    return [{"shape": shape.name, "kv_bytes": kv, "tok_s": longest / seconds[longest], "gbps": gbps}]
 
 
-def _crossovers(shape: Shape, plan: Plan, seconds: dict[int, float]) -> Sequence[dict[str, Any]]:
+def _crossovers(shape: Shape, plan: Plan, seconds: dict[int, float]) -> Rows:
     rows = []
     for wire in plan.wires:
         costs = measured(shape.kv_bytes(plan.dtype.itemsize), seconds, wire)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from kvlab.lab.timing import Timings, time_rounds
 
-Rows = Sequence[dict[str, Any]]
+Rows = list[dict[str, Any]]
 NO_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Report:
         tables: rows by table.
         skipped, failed: steps without rows, each with its reason. What was loaded and is not what was stored has
             failed.
+        times: the step of each measurement, and its rounds.
     """
 
     device: str
@@ -42,7 +44,8 @@ class Report:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    times: list[Timings] = field(default_factory=list)
+    times: list[tuple[str, Timings]] = field(default_factory=list)
+    _step: str = ""
     _step_ends: float = math.inf
 
     def add(self, table: str, what: str, step: Callable[[], Rows], need: float = 0, host_need: float = 0) -> None:
@@ -51,24 +54,26 @@ class Report:
         Args:
             need, host_need: bytes on the device, and in the memory of the machine.
         """
-        begin = time.monotonic()
-        self._step_ends = begin + self.step_s
+        begin, rows = time.monotonic(), Rows()
+        self._step, self._step_ends = f"{table} {what}".strip(), begin + self.step_s
         try:
             if reason := self.too_late() or self.no_room(need) or self.no_room(host_need, "cpu"):
-                self.skipped.append(f"{table} {what}: {reason}")
+                self.skipped.append(f"{self._step}: {reason}")
                 return
-            self.tables.setdefault(table, []).extend(step())
+            rows = step()
+            self.tables.setdefault(table, []).extend(rows)
         except Exception as error:  # the other steps can still be measured, and a machine is lent for minutes
             if any(said in str(error).lower() for said in NO_MEMORY) or isinstance(error, MemoryError):
-                self.skipped.append(f"{table} {what}: out of memory")
+                self.skipped.append(f"{self._step}: out of memory")
             else:
-                logger.exception("%s %s failed", table, what)
-                self.failed.append(f"{table} {what}: {type(error).__name__}: {error}")
+                logger.exception("%s failed", self._step)
+                self.failed.append(f"{self._step}: {type(error).__name__}: {error}")
         finally:
             self._step_ends = math.inf
         # outside of `except`: there, the error's frames would still hold its tensors
         self.clean()
-        logger.info("%s %s: %.1f s", table, what, time.monotonic() - begin)
+        # these lines are there, whatever ends this process before its result is printed
+        logger.info("%s: %.1f s %s", self._step, time.monotonic() - begin, json.dumps(rows))
 
     def time(
         self, contenders: Mapping[str, Callable[[], object]], seconds_of: Callable[[Any], float] | None = None
@@ -80,7 +85,7 @@ class Report:
         """
         work = {name: self._waited_for(run) for name, run in contenders.items()}
         times = time_rounds(work, self.rounds, seconds_of, self.enough)
-        self.times.append(times)
+        self.times.append((self._step, times))
         return times
 
     def too_late(self) -> str:
@@ -124,6 +129,7 @@ def free_bytes(device: str) -> float:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float(torch.cuda.mem_get_info()[0] + unused)
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return math.inf
