@@ -157,15 +157,15 @@ def break_even_gbps(kv_bytes: int, tokens: int, seconds: float) -> float:
     return kv_bytes * tokens / seconds / 1e9
 
 
-def measured(kv_bytes: int, prefills: Mapping[int, float], store: Link) -> Costs:
-    """Return the costs that come closest to measured prefills: a call, its tokens, and their pairs.
+def fitted(kv_bytes: int, prefills: Mapping[int, float], store: Link) -> Costs:
+    """Return the costs that come closest to the times of prefills: a call, its tokens, and their pairs.
 
     Args:
         prefills: seconds by tokens; two lengths or more.
     """
     terms = [(1.0, n, n * (n + 1) / 2) for n in prefills]
     call, token, pair = fit(terms if len(terms) > 2 else [(0.0, *rest) for _, *rest in terms], [*prefills.values()])
-    return Costs(kv_bytes, call, token, prefill_pair_s=pair, store=store, source="measured")
+    return Costs(kv_bytes, call, token, prefill_pair_s=pair, store=store, source="fitted")
 
 
 def fetch_s(costs: Costs, tokens: int) -> float:
@@ -222,4 +222,4 @@ def published() -> Costs:
     """Return the costs that come closest to the published times. The wire's bandwidth is what explains them."""
     floor, token = fit([(1, n) for n in PUBLISHED], [pull / 1000 for _, pull in PUBLISHED.values()])
     store = Link(floor, GPT_OSS_120B.kv_bytes / token)
-    return measured(GPT_OSS_120B.kv_bytes, {n: ms / 1000 for n, (ms, _) in PUBLISHED.items()}, store)
+    return fitted(GPT_OSS_120B.kv_bytes, {n: ms / 1000 for n, (ms, _) in PUBLISHED.items()}, store)

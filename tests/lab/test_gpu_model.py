@@ -23,7 +23,7 @@ from kvlab.lab.gpu_model import (
     break_even_gbps,
     crossover,
     decode_work,
-    measured,
+    fitted,
     prefill_work,
     published,
     sides,
@@ -101,15 +101,15 @@ def test_the_crossover_is_where_fetching_begins_to_win_for_good(
 def test_a_crossover_is_exact_though_pairs_cost_next_to_nothing() -> None:
     """As after a fit of prefills that are short."""
     wire = Link(0.01, 1e9)
-    plain, fitted = (Costs(93_000, 0.0, 1e-4, prefill_pair_s=pair, store=wire) for pair in (0.0, 1e-22))
-    assert crossover(fitted) == crossover(plain) == 1429
+    plain, small = (Costs(93_000, 0.0, 1e-4, prefill_pair_s=pair, store=wire) for pair in (0.0, 1e-22))
+    assert crossover(small) == crossover(plain) == 1429
 
 
 def test_a_fit_of_measured_prefills_finds_their_costs() -> None:
     true = Costs(1000, 0.002, 3e-5, prefill_pair_s=2e-9)
-    found = measured(1000, {n: true.prefill(n, 0) for n in (512, 2048, 8192, 16384)}, Link())
+    found = fitted(1000, {n: true.prefill(n, 0) for n in (512, 2048, 8192, 16384)}, Link())
     assert found.prefill(32768, 0) == pytest.approx(true.prefill(32768, 0), rel=1e-6)
-    assert measured(1000, {512: 0.01, 1024: 0.02}, Link()).prefill(2048, 0) == pytest.approx(0.04)
+    assert fitted(1000, {512: 0.01, 1024: 0.02}, Link()).prefill(2048, 0) == pytest.approx(0.04)
 
 
 # --- the published crossover --------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_two_lengths_foretell_the_winner_at_the_others() -> None:
     pulls = [pull / 1000 for _, pull in ends.values()]
     token = (pulls[1] - pulls[0]) / (49152 - 2048)
     wire = Link(pulls[0] - 2048 * token, GPT_OSS_120B.kv_bytes / token)
-    case = measured(GPT_OSS_120B.kv_bytes, {n: compute / 1000 for n, (compute, _) in ends.items()}, wire)
+    case = fitted(GPT_OSS_120B.kv_bytes, {n: compute / 1000 for n, (compute, _) in ends.items()}, wire)
     for row, (compute, pull) in zip(sides(case, LENGTHS), PUBLISHED.values(), strict=True):
         assert (row["wins"] == "fetch") == (pull < compute)
         assert (row["compute_ms"], row["fetch_ms"]) == (pytest.approx(compute, rel=0.3), pytest.approx(pull, rel=0.15))

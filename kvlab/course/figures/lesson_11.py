@@ -19,12 +19,11 @@ from kvlab.lab.gpu_model import Roof
 LOAD = Flow(
     [
         Step("store", "records"),
-        Step("host memory", "fetched, checked", marked=True),
-        Step("pinned memory", "staged for the copy"),
+        Step("pinned memory", "received, checked", marked=True),
         Step("device", "copied, then cast", marked=True),
         Step("pages", "what attention reads"),
     ],
-    columns=5,
+    columns=4,
 )
 """The way of KV to a GPU."""
 SHOWN = {
@@ -64,7 +63,7 @@ def saturation(series: Mapping[str, Sequence[float]], batches: Sequence[int], ri
         ax.plot(batches, values, label=label)
     for name, ridge in ridges.items():
         ax.axhline(ridge, color="0.4", linestyle=":")
-        ax.annotate(f"{name} computes at its limit from here on", (batches[0], ridge * 1.08), fontsize=8)
+        ax.annotate(f"ridge of the {name}", (batches[-1], ridge * 1.08), fontsize=8, ha="right")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(batches, [str(b) for b in batches])
@@ -93,9 +92,13 @@ def needs(rows: Mapping[str, Mapping[str, float]], caption: str) -> None:
 def thresholds(title: str, rows: Mapping[str, Sequence[float | None]], wires: Sequence[float], caption: str) -> None:
     """Show from how many tokens on a fetch wins, by the bandwidth of the wire; None for never within the range."""
     fig, ax = plots.new_figure(title, "GB a second of the wire", "tokens from which on a fetch wins", height=3.6)
-    for name, lengths in rows.items():
+    most = max(n for lengths in rows.values() for n in lengths if n)
+    for i, ((name, lengths), colour) in enumerate(zip(rows.items(), plots.OKABE_ITO, strict=False)):
         pairs = [(wire, n) for wire, n in zip(wires, lengths, strict=True) if n]
-        ax.plot([wire for wire, _ in pairs], [n for _, n in pairs], label=name)
+        ax.plot([wire for wire, _ in pairs], [n for _, n in pairs], label=name, color=colour)
+        if never := [wire for wire, n in zip(wires, lengths, strict=True) if not n]:
+            ax.plot(never, [1.5 * 1.3**i * most] * len(never), "x", color=colour)
+    ax.annotate("×: never below 131,072 tokens", (0.99, 0.93), xycoords="axes fraction", ha="right", fontsize=8)
     ax.set_xscale("log")
     ax.set_yscale("log")
     for name, gbps in WIRES.items():
@@ -105,7 +108,7 @@ def thresholds(title: str, rows: Mapping[str, Sequence[float | None]], wires: Se
     ticks = [0.3, 1, 3, 10, 30]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.legend()
+    ax.legend(loc="center right")
     plots.show(fig, caption)
 
 
@@ -146,27 +149,32 @@ def stages(title: str, ways: Mapping[str, Mapping[str, Sequence[tuple[float, flo
     plots.show(fig, caption)
 
 
-def race_figure(lengths: Sequence[int], ms: Mapping[str, Sequence[float]], at: float | None) -> Figure:
-    """Return milliseconds of computing and of fetching by length, and where fetching begins to win."""
-    fig, ax = plots.new_figure("When is the prefix ready?", "tokens of the prefix", "milliseconds", height=3.4)
-    for name, values in ms.items():
-        ax.plot(lengths, values, label=name, marker="")
-    if at is not None and lengths[0] <= at <= lengths[-1]:
-        ax.axvline(at, color="0.4", linestyle=":")
-        ax.annotate(f"{at:,.0f} tokens", (at, ax.get_ylim()[1]), ha="center", va="bottom", fontsize=8.5)
+def race_figure(lengths: Sequence[int], times: Sequence[float], at: float) -> Figure:
+    """Return the time of fetching by that of computing, by length, and where fetching begins to win."""
+    title = "Time of fetching ÷ time of computing"
+    fig, ax = plots.new_figure(title, "tokens of the prefix", "below 1, a fetch wins", height=3.2)
+    ax.plot(lengths, times, marker="")
+    ax.axhline(1, color="0.4", linestyle=":")
+    if lengths[0] <= at <= lengths[-1]:
+        ax.plot([at], [1], "o", color="black")
+        ax.annotate(f"{at:,.0f} tokens", (at, 1), xytext=(4, 8), textcoords="offset points", fontsize=8.5)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ticks = [n for n in (64, 256, 1024, 4096, 16384, 65536) if lengths[0] <= n <= lengths[-1]]
+    ticks = [n for n in (256, 1024, 4096, 16384, 65536) if lengths[0] <= n <= lengths[-1]]
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    low, high = min(*times, 0.5), max(*times, 2)
+    shown = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low * 0.8 <= tick <= high * 1.2]
+    ax.set_ylim(low * 0.8, high * 1.2)
+    ax.set_yticks(shown)
     _plain(ax)
-    ax.legend()
     return fig
 
 
-def held(tried: Mapping[str, tuple[bool, bool]], first: str, second: str) -> Markdown:
-    """Return a table of conclusions: whether each holds in the first case, and in the second."""
+def held(tried: Mapping[str, Mapping[str, bool]]) -> Markdown:
+    """Return a table of conclusions: whether each holds in each case."""
     words = {True: "holds", False: "does not"}
-    return table([{"conclusion": name, first: words[a], second: words[b]} for name, (a, b) in tried.items()])
+    names = next(iter(tried.values()))
+    return table([{"conclusion": name} | {case: words[tried[case][name]] for case in tried} for name in names])
 
 
 def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:

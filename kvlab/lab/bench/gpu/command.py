@@ -16,7 +16,7 @@ from kvlab.lab.bench.gpu.moving import cast, h2d, load_path
 from kvlab.lab.bench.gpu.plan import CROSSOVER, PLANS, SHIPPED, Plan, random_model, shipped_model
 from kvlab.lab.bench.gpu.report import Report, Rows
 from kvlab.lab.bench.gpu.serving import SUFFIX, choices, ttft
-from kvlab.lab.gpu_model import Shape, break_even_gbps, crossover, measured, sides
+from kvlab.lab.gpu_model import Shape, break_even_gbps, crossover, fitted, sides
 from kvlab.lab.machine import describe_machine, versions
 from kvlab.model import Llama
 
@@ -178,7 +178,7 @@ def _break_even(shape: Shape, plan: Plan, seconds: dict[int, float]) -> Rows:
 def _crossovers(shape: Shape, plan: Plan, seconds: dict[int, float]) -> Rows:
     rows = []
     for wire in plan.wires:
-        costs = measured(shape.kv_bytes(plan.dtype.itemsize), seconds, wire)
+        costs = fitted(shape.kv_bytes(plan.dtype.itemsize), seconds, wire)
         wins = {f"{row['tokens'] // 1024}K": row["wins"] for row in sides(costs, CROSSOVER)}
         at = crossover(costs)
         rows.append(
