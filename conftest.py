@@ -28,6 +28,7 @@ NEEDS = {  # for doctests, pytest imports every module; these cannot be imported
         "kvlab/lab/deepspeed_engine.py",
         "kvlab/lab/deepspeed_tries.py",
     ],
+    "prometheus_client": ["kvlab/engine/metrics.py"],
     "ray": ["kvlab/serve/router.py", "tests/serve/routers.py"],
     "vllm": ["kvlab/connectors/vllm", "kvlab/lab/naive_connector.py", "tests/engines/sides.py"],
 }

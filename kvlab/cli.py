@@ -184,12 +184,21 @@ def _bench(module: str) -> Callable[..., int]:
     return run
 
 
-def _serve(workers: int, router: str, requests: int, rate: float, store: str | None, json: bool) -> int:
+def _serve(
+    workers: int,
+    router: str,
+    requests: int,
+    rate: float,
+    store: str | None,
+    metrics_port: int | None,
+    metrics_address: str,
+    json: bool,
+) -> int:
     from kvlab.lab import serving, tables
 
     if store is None and not _default_store().startswith("fakeredis://"):
         store = _default_store()
-    result = serving.run(workers, router, store, requests, rate)
+    result = serving.run(workers, router, store, requests, rate, metrics_port, metrics_address)
     _print_json(result) if json else print(tables.text(result))
     return SUCCESS
 
@@ -327,6 +336,18 @@ ROUTER = Option(
 )
 REQUESTS = Option("--requests", "number of requests (default 64)", {"type": _count, "default": 64})
 RATE = Option("--rate", "requests a second (default 8)", {"type": _rate, "default": 8.0, "metavar": "N"})
+METRICS = (
+    Option(
+        "--metrics-port",
+        "answer Prometheus meanwhile: this process here, each worker at one of the next ports",
+        {"type": _count, "metavar": "PORT"},
+    ),
+    Option(
+        "--metrics-address",
+        "where these ports listen (default 127.0.0.1)",
+        {"default": "127.0.0.1", "metavar": "ADDRESS"},
+    ),
+)
 TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {"metavar": "FILE"})
 FILE = Option(
     "trace", "a file with one request a line, in the form of Mooncake, Qwen-Bailian or kvlab", {"metavar": "TRACE"}
@@ -431,7 +452,7 @@ COMMANDS = (
         "serve",
         "serve a small load with worker processes, a router and a shared store; print what came from where",
         _serve,
-        (WORKERS, ROUTER, REQUESTS, RATE, STORE, JSON),
+        (WORKERS, ROUTER, REQUESTS, RATE, STORE, *METRICS, JSON),
     ),
     Command(
         "replay",

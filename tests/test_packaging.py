@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NODES = [f"cluster-{i}" for i in range(1, 7)]
 FOLLOWED = ["primary", "replica-1", "replica-2"]
 SENTINELS = [f"sentinel-{i}" for i in range(1, 4)]
-LOCKED_EXTRAS = ("course", "test", "hf", "secure")
+LOCKED_EXTRAS = ("course", "test", "hf", "secure", "metrics")
 
 
 def lock_lines():

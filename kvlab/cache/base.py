@@ -32,6 +32,9 @@ class CacheStats:
     the store accepted; a `WriteBehind` accepts a block when it queues it. `kept` counts the blocks
     offered to `save` that were already stored. `bytes_written` counts all records offered to the
     store. `kvlab.stores.faults.Reason` defines the reasons. `sources` counts the hits by tier.
+
+    `loads` counts loads of at least one block, and `load_s` the seconds that they took. `avoided_s` estimates the
+    seconds of prefill that the loaded blocks made unnecessary; a cache that does not know what prefill costs has 0.
     """
 
     requested: int = 0
@@ -43,6 +46,9 @@ class CacheStats:
     drops: Counter[str] = field(default_factory=Counter)
     bytes_read: int = 0
     bytes_written: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+    avoided_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:

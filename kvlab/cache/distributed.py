@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -143,7 +144,12 @@ class DistributedKVCache(KVCache):
         before, keys = chain[: start // B], chain[start // B :]
         if before:  # used but not fetched; they must not expire before the later blocks
             self.store.touch_many(before)
+        begin = time.perf_counter()
         hits, reason = self._load_blocks(keys, out, B)
+        if keys:
+            with self._lock:
+                self._stats.loads += 1
+                self._stats.load_s += time.perf_counter() - begin
         self._count(len(keys), hits, {reason: 1, Reason.GAP: len(keys) - hits - 1} if reason else {})
         return start + hits * B
 

@@ -186,6 +186,8 @@ class Fetch:
         filled: which blocks are in their place, once the fetch has ended.
         reasons: why a block is not, as far as that is known; "" else.
         trace: what the stages did, when.
+        load_s: once `finish` has returned, the seconds that this load took: what the engine computed meanwhile is not
+            in them, but if blocks are missing, all that it waited is.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Fetch:
         self._received: list[int] = []  # blocks that were unpacked, by window; appending is a single step
         self._received_s = 0.0  # when the last window was unpacked
         self._copied = 0  # windows
+        self.load_s = 0.0
         self._ended = False
         self.limit_s = outer.store.store.deadline_s + len(in_store) * outer.store.record_bytes / BYTES_PER_S
         self._device = outs[0].device if outs else torch.device("cpu")
@@ -248,6 +251,7 @@ class Fetch:
                 copies = [span for span in self.trace if span.stage == "copy" and span.window >= 0]
                 self._measure(sum(span.end - span.begin for span in copies))
         finally:
+            self._note_load()
             self.end()
         return self.filled
 
@@ -303,6 +307,11 @@ class Fetch:
         """Report how long it took until the last window was unpacked, and copying."""
         if blocks := sum(self._received):
             self._outer.measured.append(("store", blocks, self._received_s + copying_s))
+
+    def _note_load(self) -> None:
+        waited = self._outer.clock() - self._begin
+        copies = sum(s.end - s.begin for s in self.trace if s.stage == "copy" and (s.window >= 0 or not self._windows))
+        self.load_s = min(waited, self._received_s + copies) if all(self.filled) else waited
 
     def _borrow(self, numbers: Sequence[int]) -> list[Parts]:
         """Return the blocks of the host tier that are still there."""

@@ -167,7 +167,7 @@ def _by_plan(
         filled = fetch.finish(cache.wait_s)
     fetched = time.perf_counter()
     if counts:
-        cache.count(fetch, filled)
+        cache.count(fetch, filled, asked)
     for place, there in zip(places, filled, strict=True):
         if there:
             place.write()

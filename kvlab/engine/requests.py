@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvlab.errors import KVLabError
 
@@ -57,6 +59,50 @@ class Record:
     def ttft_s(self) -> float:
         """Seconds until its first token; NaN if there is none."""
         return self.first_token_at - self.submitted_at if self.tokens else math.nan
+
+
+TTFT_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds in seconds of the buckets that count times to the first token."""
+
+
+@dataclass
+class Histogram:
+    """Counts of numbers by range, and their sum.
+
+    Attributes:
+        bounds: the upper bound of each range, ascending; the last range has none.
+        counts: one more than bounds.
+    """
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count one number."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass
+class Totals:
+    """What a scheduler has counted over all requests.
+
+    Attributes:
+        sources: prompt tokens by where their KV came from, as in `Record.sources`. What a request finds a second time,
+            after a preemption, is not among them.
+        recomputed: tokens whose KV was needed again after a preemption.
+        ended: requests by `Record.reason`.
+        ttft: times to the first token in seconds, by whether some KV of the prompt was not computed.
+    """
+
+    sources: Counter[str] = field(default_factory=Counter)
+    recomputed: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    ttft: dict[bool, Histogram] = field(default_factory=lambda: {hit: Histogram(TTFT_S) for hit in (True, False)})
 
 
 @dataclass(frozen=True)

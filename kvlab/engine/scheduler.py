@@ -35,7 +35,7 @@ from kvlab.engine.batch import Row, forward
 from kvlab.engine.pages import BlockTable, PagePool, PoolExhausted
 from kvlab.engine.planner import Step
 from kvlab.engine.prefill import Filling, Prefill, filling, make_room, note_computed
-from kvlab.engine.requests import Busy, Output, Record
+from kvlab.engine.requests import Busy, Output, Record, Totals
 from kvlab.engine.saver import Saver
 from kvlab.engine.tiers import TieredCache
 from kvlab.errors import ConfigError, InputError
@@ -92,6 +92,7 @@ class Scheduler:
 
     Attributes:
         counts: steps, preemptions, and saves begun, dropped and failed.
+        totals: tokens by source, ends and times to the first token.
 
     Raises:
         ConfigError: a number is not a whole number of at least 1, pool and cache do not fit each other, or the pool
@@ -128,6 +129,7 @@ class Scheduler:
         self.max_batch, self.max_step_tokens, self.max_waiting = max_batch, max_step_tokens, max_waiting
         self._clock = clock
         self.counts: Counter[str] = Counter()
+        self.totals = Totals()
         self._waiting: deque[_Request] = deque()
         self._active: list[_Request] = []  # in the order of their admission
         self._by_id: dict[str, _Request] = {}
@@ -340,8 +342,10 @@ class Scheduler:
         record, known = request.record, len(request.tokens)
         if record.tokens:
             record.recomputed += known
+            self.totals.recomputed += known
         else:
             record.sources = filled.sources + Counter(computed=known - filled.sources.total())
+            self.totals.sources += record.sources
         record.probe_s += filled.probe_s
         record.fetch_s += filled.fetch_s
         request.job, request.todo, request.known = None, None, known
@@ -357,7 +361,9 @@ class Scheduler:
         if is_last:  # first of all: if an exception comes here, the next step computes the token again
             self._publish(request)
             self._save(request)
-        record.first_token_at = record.first_token_at or now
+        if not record.tokens:
+            record.first_token_at = now
+            self.totals.ttft[record.sources["computed"] < record.prompt_tokens].observe(now - record.submitted_at)
         record.tokens.append(token)
         record.token_at.append(now)
         self._outputs.append(Output(record.id, len(record.tokens) - 1, token))
@@ -369,6 +375,7 @@ class Scheduler:
     def _finish(self, request: _Request, reason: str, now: float) -> None:
         record = request.record
         record.reason, record.finished_at = reason, now
+        self.totals.ended[reason] += 1
         del self._by_id[record.id]
         self._outputs.append(Output(record.id, len(record.tokens), None, record))
 

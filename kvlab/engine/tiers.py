@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Final
 
@@ -143,7 +145,7 @@ class TieredCache(KVCache):
         hits = filled.index(False) if False in filled else len(keys)
         first = [fetch.reasons[hits] or Reason.LATE] if hits < len(keys) else []
         reasons = [""] * hits + first + [Reason.GAP] * (len(keys) - hits - 1)
-        self._count(fetch, [i < hits for i in range(len(keys))], reasons)
+        self._count(fetch, [i < hits for i in range(len(keys))], reasons, range(start // B, stop // B))
         return start + hits * B
 
     def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
@@ -275,9 +277,13 @@ class TieredCache(KVCache):
         """Fetch blocks only to measure how long that takes, and for host memory. Nobody waits for it."""
         Fetch(self._outer, keys, where, [torch.empty(self.store.block_shape) for _ in keys], alone=True)
 
-    def count(self, fetch: Fetch, filled: Sequence[bool]) -> None:
-        """Count the blocks of a fetch as hits by source, and as misses with their reasons."""
-        self._count(fetch, filled, [reason or Reason.LATE for reason in fetch.reasons])
+    def count(self, fetch: Fetch, filled: Sequence[bool], numbers: Sequence[int]) -> None:
+        """Count the blocks of a fetch as hits by source, and as misses with their reasons.
+
+        Args:
+            numbers: of the blocks, in their prompt.
+        """
+        self._count(fetch, filled, [reason or Reason.LATE for reason in fetch.reasons], numbers)
 
     def on_device(self, keys: Sequence[bytes]) -> None:
         """Note that the page pool has these blocks in its index now."""
@@ -328,9 +334,21 @@ class TieredCache(KVCache):
                 return self._seen[key] > 1
         return offered and self.write == "through"
 
-    def _count(self, fetch: Fetch, filled: Sequence[bool], reasons: Sequence[str]) -> None:
+    def _avoided_s(self, numbers: Iterable[int]) -> float:
+        """Estimate the seconds of prefill for some blocks, ascending; 0 as long as nothing was computed."""
+        B, seconds = self.block_tokens, 0.0
+        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+            blocks = [number for _, number in run]
+            seconds += self.planner.compute_s(blocks[0] * B, (blocks[-1] + 1) * B)
+        return 0.0 if math.isnan(seconds) else seconds
+
+    def _count(self, fetch: Fetch, filled: Sequence[bool], reasons: Sequence[str], numbers: Sequence[int]) -> None:
         pairs = list(zip(fetch.where, filled, reasons, strict=True))
+        avoided_s = self._avoided_s(itertools.compress(numbers, filled))
         with self._lock:
+            self._stats.loads += bool(pairs)
+            self._stats.load_s += fetch.load_s if pairs else 0.0
+            self._stats.avoided_s += avoided_s
             self._stats.requested += len(pairs)
             self._stats.hits += sum(filled)
             self._stats.sources += Counter(tier for tier, hit, _ in pairs if hit)

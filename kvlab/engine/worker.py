@@ -12,6 +12,7 @@ when its input ends, so it never outlives the process that started it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ SHARE: Final = 50
 KEY_BYTES: Final = 8
 """What a router gets of a block's key. Two blocks with the same 8 bytes cost a detour, never a wrong answer."""
 Message = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,18 @@ def _to_message(output: Output) -> Message:
     return {**vars(output), "record": None if output.record is None else vars(output.record)}
 
 
+def _start_metrics(scheduler: Scheduler, port: int, address: str, required: bool) -> None:
+    """Answer scrapes. A worker that was started in place of another one serves even if it cannot."""
+    try:
+        from kvlab.engine.metrics import start_metrics
+
+        start_metrics(scheduler, port, address)
+    except ConfigError as error:
+        if required:
+            raise
+        logger.error("this worker has no metrics: %s", error)
+
+
 def main() -> None:
     """Be a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
@@ -236,6 +250,8 @@ def main() -> None:
     first = json.loads(inbox.readline())
     try:
         scheduler = build(WorkerSettings.from_message(first["settings"]), first["max_waiting"])
+        if "metrics" in first:
+            _start_metrics(scheduler, **first["metrics"])
     except Exception as error:
         message = str(error) if isinstance(error, KVLabError) else f"{type(error).__name__}: {error}"
         outbox.write(json.dumps({"is": "failed", "message": message}).encode() + b"\n")

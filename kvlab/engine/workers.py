@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvlab.core.keys import Namespace
 from kvlab.engine.pages import PoolExhausted
@@ -34,7 +34,11 @@ from kvlab.engine.requests import Busy, Record
 from kvlab.engine.router import ROUTERS, Balance, BlockIndex, Router
 from kvlab.engine.worker import KEY_BYTES, Message, WorkerSettings
 from kvlab.errors import ConfigError, InputError, KVLabError
+from kvlab.stores.base import check_number
 from kvlab.stores.latch import Latch
+
+if TYPE_CHECKING:
+    from kvlab.engine.metrics import MetricsServer
 
 COMMAND: Final = [sys.executable, "-P", "-c", "from kvlab.engine.worker import main; main()"]
 START_S: Final = 120.0
@@ -155,9 +159,12 @@ class WorkerGroup:
         max_requests: requests that have not ended; one more is refused.
         silent_s: a worker that says nothing for so long is taken for dead.
         restart: whether a worker that dies is started again.
+        metrics_port: where this process answers Prometheus (`kvlab.engine.metrics`). Each worker has the next port, in
+            the order of their places; one that is started again has that of the one before it.
+        metrics_address: where all of them listen.
 
     Raises:
-        ConfigError: a setting is invalid.
+        ConfigError: a setting is invalid, or the port of this process is taken.
         WorkerError: a worker did not start; the message says why.
     """
 
@@ -170,6 +177,8 @@ class WorkerGroup:
         max_requests: int = 1024,
         silent_s: float = 30.0,
         restart: bool = True,
+        metrics_port: int | None = None,
+        metrics_address: str = "127.0.0.1",
     ) -> None:
         for name, size in (("workers", workers), ("max_requests", max_requests)):
             if type(size) is not int or size < 1:
@@ -178,6 +187,9 @@ class WorkerGroup:
             raise ConfigError(f"expected a router of {', '.join(ROUTERS)}, or a function, got {router!r}")
         if not silent_s >= 1:  # an idle worker says something every TICK_S
             raise ConfigError(f"expected silent_s of at least 1 second, got {silent_s!r}")
+        if metrics_port is not None:
+            check_number("metrics_port", metrics_port, 0, 65535 - workers, whole=True)
+        self._metrics = (metrics_port, metrics_address)
         self.settings = settings or WorkerSettings()
         try:
             self._first = json.dumps({"settings": self.settings.to_message(), "max_waiting": max_requests})
@@ -198,9 +210,12 @@ class WorkerGroup:
         self._names: Namespace | None = None
         self._eos: list[int] = []
         self._asked: dict[int, SimpleQueue[tuple[int, Message]]] = {}  # by the number of a question
+        self._deaths = 0
+        self._metrics_server: MetricsServer | None = None
         self._closing = Latch()
         self._changed = threading.Event()  # a worker is ready, or will never be
         try:
+            self._start_metrics()
             for place in range(workers):
                 self._start(place)
             threading.Thread(target=self._watch, name="kvlab-watch", daemon=True).start()
@@ -408,6 +423,13 @@ class WorkerGroup:
             del self._asked[number]
         return found
 
+    def counts(self) -> Counter[str]:
+        """The workers that are "ready" and "starting", "deaths" of workers, and "requests" that have not ended."""
+        with self._lock:
+            found = Counter("ready" if p.ready else "starting" for p in self._processes.values())
+            unfinished = sum(len(p.answers) for p in self._processes.values()) + len(self._parked)
+            return found + Counter(deaths=self._deaths, requests=unfinished)
+
     # --- processes ------------------------------------------------------------------------------
     def _start(self, place: int) -> None:
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -421,9 +443,24 @@ class WorkerGroup:
         )
         process = _Process(next(self._numbers), place, popen)
         self._processes[process.number] = process
-        process.outbox.put(self._first.encode() + b"\n")
+        process.outbox.put(json.dumps(json.loads(self._first) | self._metrics_of(process)).encode() + b"\n")
         for job in (self._read, self._write):
             threading.Thread(target=job, args=(process,), name=f"kvlab-worker-{process.number}", daemon=True).start()
+
+    def _start_metrics(self) -> None:
+        port, address = self._metrics
+        if port is not None:
+            from kvlab.engine.metrics import start_metrics  # it needs prometheus_client, and this module
+
+            self._metrics_server = start_metrics(self, port, address)
+
+    def _metrics_of(self, process: _Process) -> Message:
+        """What a worker is told of its metrics. The first workers must have some: a taken port is said at once."""
+        port, address = self._metrics
+        if port is None:
+            return {}
+        required = process.number < len(self._failed_starts)
+        return {"metrics": {"port": port + 1 + process.place, "address": address, "required": required}}
 
     def _tell(self, process: _Process, command: str, **content: Any) -> None:
         process.outbox.put(json.dumps({"do": command, **content}).encode() + b"\n")
@@ -442,6 +479,7 @@ class WorkerGroup:
         del self._processes[process.number]
         self._index.forget(process.number)
         self._balance.remove(process.number)
+        self._deaths += not self._closing.is_set
         if self._closing.is_set:
             for answer, _ in process.answers.values():
                 answer._end(error=_closed(answer))
@@ -504,6 +542,8 @@ class WorkerGroup:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End all workers. Requests that have not ended fail. Workers that do not end in time are killed."""
+        if self._metrics_server is not None:
+            self._metrics_server.close()
         with self._lock:
             self._closing.set()
             processes = list(self._processes.values())

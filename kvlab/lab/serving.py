@@ -154,15 +154,18 @@ def run(
     store: str | None = None,
     requests: int = 64,
     rate: float = 8.0,
+    metrics_port: int | None = None,
+    metrics_address: str = "127.0.0.1",
 ) -> dict[str, Any]:
     """Serve a skewed load with worker processes and a store that they share.
 
     Args:
         store: its URL; without one, a `redis-server` is started if there is one, else each worker has only its pages.
         requests, rate: how many, and how many a second.
+        metrics_port, metrics_address: see `WorkerGroup`.
 
     Raises:
-        KVLabError: the store does not answer, a worker did not start, or a request failed.
+        KVLabError: a port is taken, the store does not answer, a worker did not start, or a request failed.
     """
     arrivals = skewed(requests, rate, prefix=PREFIX)
     told = "none: no redis-server was found, and no --store given; each worker has its pages only"
@@ -176,7 +179,9 @@ def run(
             told = "shared: a redis-server that was started for this run"
         begin = time.perf_counter()
         settings = WorkerSettings(store=store, pages=PAGES, host_bytes=HOST_BYTES)
-        group = stack.enter_context(WorkerGroup(workers, settings, router=router))
+        group = stack.enter_context(
+            WorkerGroup(workers, settings, router=router, metrics_port=metrics_port, metrics_address=metrics_address)
+        )
         ready_s = time.perf_counter() - begin
         served = offer(group, arrivals)
     return {

@@ -120,6 +120,10 @@ class Store(ABC):
     def stats(self) -> StoreStats:
         """Return a copy of the counters."""
 
+    def breakers(self) -> dict[tuple[str, str], str]:
+        """Return the state of each circuit breaker, by the server and what it refuses: "calls" or "writes" only."""
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """Close the connections. Later reads are misses, later writes are dropped ("closed"). May be called twice."""

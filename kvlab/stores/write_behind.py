@@ -191,6 +191,10 @@ class WriteBehind(Store):
         inner = self.store.stats()
         return StoreStats(**{name: getattr(inner, name) + getattr(own, name) for name in vars(inner)})
 
+    def breakers(self) -> dict[tuple[str, str], str]:
+        """See `Store.breakers`. Returns those of the wrapped store."""
+        return self.store.breakers()
+
     def close(self) -> None:
         """See `Store.close`. First waits until the store has stored or dropped every queued value."""
         with self._lock:

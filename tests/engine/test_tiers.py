@@ -409,7 +409,7 @@ def test_a_load_of_many_windows_has_one_deadline() -> None:
     fetch, _ = start_fetch(cache, prompt)
     filled = fetch.finish(None)
     assert 1 <= sum(filled) <= 2 and clock.now - 100.0 < 2.0
-    cache.count(fetch, filled)
+    cache.count(fetch, filled, range(8))
     assert cache.stats().misses == Counter(late=8 - sum(filled))
 
 

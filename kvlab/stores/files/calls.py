@@ -104,10 +104,10 @@ class Call(Generic[T]):
 
 
 class Calls:
-    """Makes calls. Thread-safe."""
+    """Makes calls. Thread-safe. `breaker` opens if the disk does not answer."""
 
     def __init__(self) -> None:
-        self._breaker = Breaker()
+        self.breaker = Breaker()
         self.reset_after_fork()
         reset_in_children(self)
 
@@ -136,7 +136,7 @@ class Calls:
         refused = False
         works: bool | None = None
         try:
-            refused = not self._breaker.allow() and not always
+            refused = not self.breaker.allow() and not always
             if refused:
                 raise Failed(Reason.BREAKER)
             self._threads.submit(call.run)
@@ -158,7 +158,7 @@ class Calls:
         finally:
             call.abandon()
             if not refused:
-                self._breaker.record(works)
+                self.breaker.record(works)
 
     def start(self, work: Callable[[], object]) -> None:
         """Make a call that nobody waits for and that raises nothing, such as closing a file."""

@@ -350,6 +350,10 @@ class FileStore(Store):
         with self._lock:
             return copy.deepcopy(self._stats)
 
+    def breakers(self) -> dict[tuple[str, str], str]:
+        """See `Store.breakers`. The disk is the only server."""
+        return {("disk", "calls"): self._calls.breaker.state}
+
     def close(self) -> None:
         """See `Store.close`. The files stay."""
         self._closed = True

@@ -202,6 +202,12 @@ class RedisStore(Store):
         stats.faults += Counter(self._topology.faults)  # a copy, because the thread that requests the map may add to it
         return stats
 
+    def breakers(self) -> dict[tuple[str, str], str]:
+        """See `Store.breakers`. Of all known servers, by host:port or path, without a login."""
+        nodes = [(node.name.rpartition("://")[2].rpartition("@")[2], node) for node in self.nodes]
+        calls = {(name, "calls"): node.breaker.state for name, node in nodes}
+        return calls | {(name, "writes"): node.write_breaker.state for name, node in nodes}
+
     def close(self) -> None:
         """See `Store.close`."""
         self._closed = True

@@ -98,7 +98,7 @@ def test_the_breaker_opens_after_three_and_a_trial_may_close_it(
 ) -> None:
     calls = Calls()
     now = [0.0]
-    calls._breaker._clock = lambda: now[0]
+    calls.breaker._clock = lambda: now[0]
     assert [why(calls, hanging(disk), SHORT_S) for _ in range(4)] == ["timeout"] * 3 + ["breaker"]
     assert calls.run(Deadline(LONG_S), lambda call: 7, always=True) == 7  # health asks in any case
     assert [why(calls, raising(OSError(errno.EIO, "no"))) for _ in range(3)] == ["io"] * 3
@@ -186,7 +186,7 @@ def test_an_exception_in_the_caller_abandons_the_call(disk: threading.Event, mon
 
 def test_an_exception_in_the_trial_of_the_breaker_does_not_keep_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, now = Calls(), [0.0]
-    monkeypatch.setattr(calls._breaker, "_clock", lambda: now[0])
+    monkeypatch.setattr(calls.breaker, "_clock", lambda: now[0])
     for _ in range(3):
         why(calls, raising(OSError(errno.EIO, "no")))
     now[0] += 1.1
