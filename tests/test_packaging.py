@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NODES = [f"cluster-{i}" for i in range(1, 7)]
 FOLLOWED = ["primary", "replica-1", "replica-2"]
 SENTINELS = [f"sentinel-{i}" for i in range(1, 4)]
+WATCHERS = ["redis-exporter", "prometheus", "grafana"]
 LOCKED_EXTRAS = ("course", "test", "hf", "secure", "metrics")
 
 
@@ -144,7 +145,11 @@ def test_containers_may_do_nothing_that_they_need_not(name):
     assert service["read_only"] is True
     assert service["healthcheck"]["test"]
     assert not {"privileged", "cap_add", "pid", "ipc", "devices", "network_mode"} & service.keys()
-    if name != "jupyter":
+    if name in WATCHERS:
+        assert service["user"].split(":")[0] not in ("", "0") and service["mem_limit"]
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
+        assert all(mount.endswith(":ro") for mount in service.get("volumes", []) if mount.startswith("."))
+    elif name != "jupyter":
         assert (service["image"], service["user"], service["networks"]) == ("redis:8.10.2", "999:999", ["cache"])
         assert service["mem_limit"] and "/tmp" in service["tmpfs"]
         assert not {"ports", "volumes"} & service.keys()
@@ -155,7 +160,36 @@ def test_redis_and_jupyter_start_without_a_profile_and_the_two_sets_each_with_th
     assert {name for name, profiles in sets.items() if not profiles} == {"redis", "jupyter"}
     assert {name for name, profiles in sets.items() if profiles == ["cluster"]} == {*NODES, "cluster-keeper"}
     assert {name for name, profiles in sets.items() if profiles == ["sentinel"]} == {*FOLLOWED, *SENTINELS}
-    assert len(sets) == 2 + 7 + 6
+    assert {name for name, profiles in sets.items() if profiles == ["monitoring"]} == set(WATCHERS)
+    assert len(sets) == 2 + 7 + 6 + 3
+
+
+def test_grafana_alone_is_published_and_cannot_reach_redis():
+    ports = {name: services()[name].get("ports") for name in WATCHERS}
+    assert ports == {"redis-exporter": None, "prometheus": None, "grafana": ["127.0.0.1:3000:3000"]}
+    assert [services()[name]["networks"] for name in WATCHERS] == [["cache"], ["cache", "watch"], ["outside", "watch"]]
+    assert yaml.safe_load((ROOT / "docker-compose.yml").read_text())["networks"]["watch"]["internal"] is True
+    environment = services()["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert not [name for name in environment if "PASSWORD" in name]
+
+
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_what_the_watchers_mount_is_there_and_in_its_place(name):
+    mounts = dict(mount.split(":")[:2] for mount in services()[name]["volumes"] if mount.startswith("."))
+    assert all((ROOT / source).is_file() for source in mounts)
+    if name == "prometheus":  # rule files are looked for beside prometheus.yml
+        config = yaml.safe_load((ROOT / "docs/monitoring/prometheus.yml").read_text())
+        rules = {f"/etc/prometheus/{file}" for file in config["rule_files"]}
+        assert rules | {"/etc/prometheus/prometheus.yml"} == set(mounts.values())
+        targets = [t for job in config["scrape_configs"] for s in job["static_configs"] for t in s["targets"]]
+        assert {target.split(":")[0] for target in targets} == {"jupyter", "redis-exporter"} <= services().keys()
+    else:
+        provider = yaml.safe_load((ROOT / "docs/monitoring/grafana-dashboards.yml").read_text())["providers"][0]
+        assert "/etc/grafana/dashboards/kvlab.json" in mounts.values()
+        assert provider["options"]["path"] == "/etc/grafana/dashboards"
+        source = yaml.safe_load((ROOT / "docs/monitoring/grafana-datasource.yml").read_text())["datasources"][0]
+        assert (source["uid"], source["url"]) == ("prometheus", "http://prometheus:9090")
 
 
 def test_the_six_nodes_of_the_cluster_are_alike():

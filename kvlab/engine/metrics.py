@@ -115,6 +115,7 @@ METRICS: Final = (
     # Of a worker group, in the process that started the workers.
     _gauge("workers", "processes", "Workers that are ready, and that are starting.", "state"),
     _counter("worker_deaths", "processes", "Workers that have ended by themselves, or were killed."),
+    _gauge("group_unfinished_requests", "requests", "Requests that have not ended, of all workers."),
 )
 """All metrics, in the order of the page that they give."""
 NAMES: Final = frozenset(metric.name for metric in METRICS)
@@ -209,7 +210,7 @@ def _of_scheduler(scheduler: Scheduler) -> Iterator[Sample]:
 
 def _of_group(group: WorkerGroup) -> Iterator[Sample]:
     counts = group.counts()
-    yield from _plain(worker_deaths_total=counts["deaths"], unfinished_requests=counts["requests"])
+    yield from _plain(worker_deaths_total=counts["deaths"], group_unfinished_requests=counts["requests"])
     yield from _by("workers", (), {state: counts[state] for state in ("ready", "starting")})
 
 

@@ -135,7 +135,7 @@ class RedisServer:
             KVLabError: the program is not installed, exits at once, or does not answer within 30 seconds.
         """
         command = self._command()
-        before = _kill_with_parent if LIBC else None
+        before = kill_with_parent if LIBC else None
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=before
@@ -235,7 +235,7 @@ class _ExitedAtOnce(KVLabError):
     """The server could not start, for example because a port was taken."""
 
 
-def _kill_with_parent() -> None:
+def kill_with_parent() -> None:
     """Runs in the child process before exec: the kernel kills the server when the thread that started it ends."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import socket
 import urllib.request
 from collections import Counter
@@ -238,7 +240,10 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
             start_metrics(MemoryStore(), port)
-    assert str(caught.value) == f"expected a free port for metrics, got {port} on 127.0.0.1: Address already in use"
+    assert (
+        str(caught.value)
+        == f"expected a free port for metrics, got {port} on 127.0.0.1: {os.strerror(errno.EADDRINUSE)}"
+    )
 
 
 @pytest.mark.parametrize("port", [-1, 65536, "9400", 1.5, True])

@@ -89,6 +89,11 @@ NEEDS = {
     "hf": Need("transformers", lambda: find_spec("transformers") is not None, "pip install 'kvlab[hf]'"),
     "engines": Need("vLLM, in an environment of its own", lambda: find_spec("vllm") is not None, "make test-engines"),
     "mounts": Need("root, mount and bindfs", _mounts, "apt-get install bindfs, and run the tests as root"),
+    "prometheus": Need(
+        "prometheus and promtool",
+        lambda: all(map(shutil.which, ("prometheus", "promtool"))),
+        "apt-get install prometheus",
+    ),
     "ray": Need("Ray Serve, in an environment of its own", lambda: find_spec("ray") is not None, "make test-ray"),
     "alternatives": Need("the stores of others", lambda: find_spec("lmdb") is not None, "make alternatives"),
 }
@@ -129,7 +134,8 @@ def lane_of(nodeid: str, markers: Iterable[str]) -> str:
     path = nodeid.partition("::")[0]
     by_folder = next((lane for folder, lane in FOLDERS.items() if path.startswith(f"{folder}/")), None)
     by_marker = next((name for name in BY_MARKER if name in markers), None)
-    rest = "faults" if path.startswith("tests/faults/") else "redis" if "redis" in markers else "units"
+    is_real = "redis" in markers or "prometheus" in markers
+    rest = "faults" if path.startswith("tests/faults/") else "redis" if is_real else "units"
     return by_folder or by_marker or rest
 
 

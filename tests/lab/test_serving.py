@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvlab.cli import FAILURE, main
 from kvlab.engine import PagePool, generate
 from kvlab.engine.requests import Record
 from kvlab.engine.scheduler import Scheduler
@@ -149,3 +153,12 @@ def test_offer_here_serves_in_this_process() -> None:
     assert time.perf_counter() - begin >= 0.1 and [request.arrival for request in requests] == arrivals
     assert all(request.ttft_ms > 0 and request.worker == 0 for request in requests)
     assert serving.sources(requests) == {"computed": sum(len(a.tokens) for a in arrivals)}
+
+
+def test_the_port_of_metrics_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--store", "memory://", "--metrics-port", str(port)]) == FAILURE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"kvlab: expected a free port for metrics, got {port} on 127.0.0.1: {os.strerror(errno.EADDRINUSE)}\n"
