@@ -48,7 +48,7 @@ def test_prometheus_scrapes_two_workers_and_their_parent(redis_server: RedisServ
         wait_for(lambda: value("kvlab_worker_deaths_total") == {targets[0]: 1.0}, 60)
         wait_for(lambda: len(group.pids) == 2, 60)
         wait_for(lambda: sorted(value("kvlab_lookup_tokens_total").values()) == [0.0, 2.0 * LENGTH], 60)
-        assert value('kvlab_workers{state="ready"}') == {targets[0]: 2.0}
+        wait_for(lambda: value('kvlab_workers{state="ready"}') == {targets[0]: 2.0}, 30)
         assert not [t for t in value("up") if t not in targets]
 
 
