@@ -169,6 +169,18 @@ def _engine_doctor(engine: str, arguments: Sequence[str], store: str | None) -> 
     return FAILURE if problems else SUCCESS
 
 
+def _explain(store: str | None, json: bool, **options: Any) -> int:
+    from kvlab.lab import explain_file
+
+    found = explain_file.run(store=store or os.environ.get("KVLAB_STORE") or None, **options)
+    if json:
+        _print_json(found.as_json())
+    else:
+        for line in explain_file.lines(found):
+            print(_one_line(line))
+    return SUCCESS
+
+
 def _bench(module: str) -> Callable[..., int]:
     """Return a command that prints the result of the module's `run`. It fails if the result has a false "ok"."""
 
@@ -438,6 +450,16 @@ IMPORT = (
         {"choices": ["kvlab", "mooncake", "bailian"], "default": "kvlab", "metavar": "NAME"},
     ),
 )
+EXPLAIN = (
+    Option("file", "the prompt: text, or a JSON list of tokens", {"metavar": "FILE"}),
+    Option("--url", "the same as --store", {"metavar": "URL", "dest": "store"}),
+    Option("--model", "a model folder (default: the shipped model)", {"metavar": "FOLDER"}),
+    Option("--against", "a prompt that should share its beginning with FILE", {"metavar": "FILE"}),
+    Option("--precision", "of the cache (default float16)", {"default": "float16", "metavar": "NAME"}),
+    Option("--dtype", "in which the model computes (default float32)", {"default": "float32", "metavar": "NAME"}),
+    Option("--block", "tokens in a block (default: that of the model)", {"type": _count, "metavar": "N"}),
+    Option("--adapter", "the folder of a LoRA adapter", {"metavar": "FOLDER"}),
+)
 
 COMMANDS = (
     Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
@@ -447,6 +469,12 @@ COMMANDS = (
         "check this machine, or with --engine the set-up of a connector; exit with status 1 on a problem",
         _doctor,
         (ENGINE, STORE, ARGUMENTS),
+    ),
+    Command(
+        "explain",
+        "say block by block where the prompt in a file is, or why it misses; the salt is KVLAB_SALT in the environment",
+        _explain,
+        (*EXPLAIN, STORE, JSON),
     ),
     Command(
         "serve",

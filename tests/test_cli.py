@@ -60,7 +60,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_store_is_called_store_everywhere() -> None:
     taking = {command.name for command in COMMANDS if cli.STORE in command.options}
-    assert taking == {"demo", "doctor", "serve", "bench codec", "bench ttft", "bench wire"}
+    assert taking == {"demo", "doctor", "explain", "serve", "bench codec", "bench ttft", "bench wire"}
     assert (cli.STORE.flag, cli.STORE.settings["metavar"]) == ("--store", "URL")
     assert cli.STORE.help.startswith("URL of a store, for example redis://localhost:6379")
 

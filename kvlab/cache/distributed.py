@@ -9,16 +9,21 @@ one layer under a text with `cache_kv` and `get_cached_kv`, which use `kvlab.cac
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
+from kvlab.cache.describe import DIRECTORY, WRITTEN, Description, description_of, write
+from kvlab.cache.elsewhere import View
+from kvlab.cache.explain import Explanation, explain
+from kvlab.cache.recent import STORED, Recent
 from kvlab.cache.text import TextRecords
 from kvlab.core import record
 from kvlab.core.keys import KVSpec, Namespace, element_bytes
@@ -37,6 +42,7 @@ from kvlab.stores.url import url_of
 WINDOW_BYTES = 16 << 20  # of the records that one fetch returns
 MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
+DESCRIBE_S = 600.0  # between two writes of the description, if the TTL of the store is not known
 _NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -76,6 +82,8 @@ class DistributedKVCache(KVCache):
             write to the store can forge records. See `kvlab.core.seals`.
         encryption_key_id: the id of the master key for new records; by default the highest one.
         block_tokens: B; by default `KVSpec.block_tokens`.
+        describe: leave a description of model, precision and salted tenant in the store, with the first save and again
+            each quarter of the TTL, so that a miss can be explained. `kvlab.cache.describe` says what it gives away.
 
     Raises:
         ConfigError: a setting is invalid (an unknown precision or URL scheme, a negative TTL),
@@ -96,6 +104,7 @@ class DistributedKVCache(KVCache):
         encryption_keys: Mapping[int, bytes] | None = None,
         encryption_key_id: int | None = None,
         block_tokens: int | None = None,
+        describe: bool = True,
     ) -> None:
         self._salt = _salt_bytes(salt)
         self.format = _format(precision, compress, encryption_keys, self._salt, encryption_key_id)
@@ -109,6 +118,14 @@ class DistributedKVCache(KVCache):
         self._stats = CacheStats()
         self._suspects: dict[bytes, None] = {}  # cache keys to write even if the store has them; oldest first
         self._scratch = threading.local()
+        self.recent = Recent()
+        self._directory_seal = self.format.seal
+        if encryption_keys is not None:  # that of all tenants who share the master keys
+            self._directory_seal = AesGcm(encryption_keys, DIRECTORY, encryption_key_id)
+        self._founded = False  # whether this process was the first one to describe the namespace
+        self._described: Description | None = None
+        self.describe_every_s = describe_every(store, ttl_seconds)
+        self._describe_at = -math.inf if describe else math.inf
         self.reset_after_fork()
         reset_in_children(self)
 
@@ -150,6 +167,9 @@ class DistributedKVCache(KVCache):
             with self._lock:
                 self._stats.loads += 1
                 self._stats.load_s += time.perf_counter() - begin
+        self.recent.blocks(keys[:hits])
+        if hits and self._stats.stored:  # a reader that never saves does not write
+            self._describe()
         self._count(len(keys), hits, {reason: 1, Reason.GAP: len(keys) - hits - 1} if reason else {})
         return start + hits * B
 
@@ -165,6 +185,7 @@ class DistributedKVCache(KVCache):
         self.check_save(tokens, kv, start)
         chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
+        self.recent.saved(tokens)
         kept = self.present(chain)
         keys: list[bytes] = []
         blocks: list[list[Array]] = []
@@ -176,6 +197,7 @@ class DistributedKVCache(KVCache):
                 blocks.append(self.parts_of(kv[:, :, :, i * B : (i + 1) * B]))
             except Unholdable:
                 overflow = len(chain) - i
+                self.recent.blocks(chain[i:], Reason.OVERFLOW)
                 break
             keys.append(chain[i])
         stored = self.write(keys, blocks)
@@ -184,6 +206,25 @@ class DistributedKVCache(KVCache):
             self._stats.kept += kept_count
             self._stats.drops += Counter({Reason.OVERFLOW: overflow})
         return stored + kept_count
+
+    def explain(
+        self,
+        tokens: Sequence[int],
+        against: Sequence[int] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> Explanation:
+        """Explain block by block where a prompt is, or why it is not there. See `kvlab.cache.explain`.
+
+        Takes two round trips, at most six if a block is missing; writes nothing and counts nothing.
+
+        Args:
+            against: a request that should share its beginning with this one.
+            decode: turns tokens into text, to show where the two differ.
+
+        Raises:
+            InputError: a token is not an integer in 0 … 2**32 - 1.
+        """
+        return explain(self.view(), tokens, against, decode)
 
     def cache_kv(self, prefix: str, layer: int, k_tensor: Tensor, v_tensor: Tensor) -> bool:
         """Store one layer's keys and values under an exact text. Return whether the store accepted them.
@@ -282,6 +323,9 @@ class DistributedKVCache(KVCache):
         pairs = zip(keys, blocks, strict=True)
         values = [record.encode_parts(parts, shape, dtype, key, self.format) for key, parts in pairs]
         stored = self.store.put_many(keys, values)
+        self.recent.blocks(keys, STORED if stored == len(keys) else Reason.STORE)
+        if stored:
+            self._describe()
         with self._lock:
             for key in keys if stored == len(keys) else ():
                 self._suspects.pop(key, None)
@@ -308,6 +352,40 @@ class DistributedKVCache(KVCache):
         if reason and (value is not None or reason in _NO_RECORD):
             self._suspect([key])
         return parts, reason
+
+    def view(self) -> View:
+        """Return what `kvlab.cache.explain` looks at."""
+        spec, ns = self._bound()
+        return View(
+            store=self.store,
+            namespace=ns,
+            check=self._problem,
+            record_bytes=self.record_bytes,
+            description=description_of(spec, ns),
+            seal=self._directory_seal,
+            recent=self.recent,
+            founded=self._founded,
+        )
+
+    def _problem(self, key: bytes, value: bytes | memoryview) -> str:
+        """Return why a value is not a valid record of a block, or ""."""
+        try:
+            record.decode_parts(value, key, self.format, self.block_shape)
+        except BadRecord as error:
+            return error.reason
+        return ""
+
+    def _describe(self) -> None:
+        """Leave the description in the store, if it is time."""
+        with self._lock:
+            if time.monotonic() < self._describe_at:
+                return
+            self._describe_at = time.monotonic() + self.describe_every_s
+        spec, ns = self._bound()
+        if (description := description_of(spec, ns)) is not None:
+            if self._described is None:
+                self._described = description.of_tenant(self._salt)
+            self._founded |= write(self.store, self._directory_seal, self._described) == WRITTEN
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:
         if not (block_tokens is None or (type(block_tokens) is int and 0 < block_tokens < 2**32)):
@@ -431,6 +509,13 @@ def _store(
     if redis_host is not None:
         url = url_of(redis_host, 6379 if isinstance(redis_port, _Default) else redis_port)
     return open_store(url, ttl_s=DAY_S if isinstance(ttl, _Default) else ttl)
+
+
+def describe_every(store: str | Store | None, ttl: float | _Default | None) -> float:
+    """Return the seconds between two writes of a description: a quarter of the TTL, if that is known."""
+    if isinstance(store, Store) or ttl is None:
+        return DESCRIBE_S
+    return (DAY_S if isinstance(ttl, _Default) else ttl) / 4
 
 
 def _salt_bytes(salt: str | bytes) -> bytes:

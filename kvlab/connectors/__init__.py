@@ -4,7 +4,6 @@
     hf_models      which of these models are accepted, and their identity
     vllm           a KV connector for vLLM
     identity       the fingerprint of a model that this package does not run itself
-    describe       the descriptions of namespaces that connectors leave in the store
     shadow         whether a stored block equals the recomputed one
 
 Nothing here is imported by the rest of the package, and an engine is imported by its own connector only.

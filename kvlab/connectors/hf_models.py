@@ -6,19 +6,22 @@ and devices. `fit` refuses every model whose KV is not plain keys and values tha
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-from kvlab.connectors.identity import LENGTH_DEPENDENT_ROPE, as_stored, foreign_fingerprint, rope_types
+from kvlab.connectors.identity import LENGTH_DEPENDENT_ROPE, as_stored, foreign_config, foreign_fingerprint, rope_types
 from kvlab.connectors.shadow import different_elements
-from kvlab.core.keys import digest
+from kvlab.core.keys import Origin, digest
 from kvlab.errors import ConfigError
 from kvlab.model.fingerprint import digest_tensors
 
@@ -86,8 +89,8 @@ def state_problem(model: Any) -> str:
     return ""
 
 
-def fingerprint(model: Any, tokenizer: bytes, adapter: bytes, dtype: torch.dtype) -> bytes:
-    """Hash the weights, and return the fingerprint. That of a plain Llama is the one that `kvlab.Llama` has.
+def fingerprint(model: Any, tokenizer: bytes, adapter: bytes, dtype: torch.dtype) -> tuple[bytes, Origin]:
+    """Hash the weights, and return the fingerprint and its parts. For a plain Llama they are those of `kvlab.Llama`.
 
     Raises:
         ConfigError: the weights cannot be read.
@@ -102,7 +105,11 @@ def fingerprint(model: Any, tokenizer: bytes, adapter: bytes, dtype: torch.dtype
         weights = digest_tensors(as_stored(model.state_dict()))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"expected weights whose bytes can be read, got {error}") from error
-    return foreign_fingerprint(config, weights, tokenizer, adapter, str(dtype).removeprefix("torch."))
+    name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
+    name = Path(name).name if Path(name).is_absolute() else name  # paths of this machine are nobody's business
+    parts = hashlib.sha256(foreign_config(config)).digest(), weights, tokenizer, adapter
+    whole = foreign_fingerprint(config, weights, tokenizer, adapter, str(dtype).removeprefix("torch."))
+    return whole, Origin(name, f"transformers {transformers.__version__}", *parts)
 
 
 def _changed_buffers(model: Any) -> str:

@@ -13,6 +13,7 @@ except those of `IRRELEVANT`: two configs may differ without need, but never agr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -27,7 +28,7 @@ from kvlab.core.keys import digest, field
 from kvlab.errors import ModelError
 from kvlab.model.digests import FolderWeights
 from kvlab.model.files import INDEX, WEIGHTS, ModelFolder, read_folder
-from kvlab.model.fingerprint import LAYOUT_VERSION, fingerprint
+from kvlab.model.fingerprint import LAYOUT_VERSION, config_bytes, fingerprint
 
 IRRELEVANT = frozenset(
     (
@@ -80,10 +81,18 @@ def foreign_fingerprint(
             return fingerprint(config, weights, tokenizer, adapter, dtype)
         except ModelError:
             pass  # a Llama with a feature that this package lacks
-    kept = {str(name): value for name, value in config.items() if name not in IRRELEVANT}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode()
     version = struct.pack("<I", LAYOUT_VERSION)
+    text = foreign_config(config)
     return digest("kvlab/1/fingerprint", text, weights, tokenizer, adapter, dtype.encode(), version)
+
+
+def foreign_config(config: Mapping[str, Any]) -> bytes:
+    """Return the config as it is hashed into `foreign_fingerprint`."""
+    if config.get("model_type") == "llama":
+        with contextlib.suppress(ModelError):
+            return config_bytes(config)
+    kept = {str(name): value for name, value in config.items() if name not in IRRELEVANT}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str).encode()
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

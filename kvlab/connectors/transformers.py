@@ -13,9 +13,8 @@ nothing shows is a number that was changed on a module by hand, such as `self_at
 from __future__ import annotations
 
 import copy
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 
 from kvlab.cache import CacheStats, DistributedKVCache
-from kvlab.cache.distributed import DAY_S
-from kvlab.connectors import describe
+from kvlab.cache.distributed import DAY_S, describe_every
+from kvlab.cache.explain import Explanation
 from kvlab.connectors.shadow import TOLERANCE, Shadow
 from kvlab.core.keys import KVSpec
 from kvlab.errors import ConfigError, InputError
@@ -36,14 +35,12 @@ from kvlab.stores.base import described
 from kvlab.stores.faults import Reason
 
 try:
-    import transformers
     from transformers import DynamicCache, GenerationConfig
 except ImportError as error:
     raise ImportError(f'kvlab.connectors.transformers needs transformers ({error}): pip install "kvlab[hf]"') from error
 
 from kvlab.connectors import hf_models  # imports transformers
 
-DESCRIBE_S: Final = 600.0  # between two writes of the description, if the TTL of the store is not known
 PRECISION_OF: Final = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SHORT: Final = "short"
 # What `generate` takes besides the fields of a GenerationConfig, and what does not change keys and values.
@@ -148,7 +145,7 @@ class CachedModel:
             "encryption_key_id": encryption_key_id,
             "block_tokens": block_tokens,
         }
-        self._describe_every_s = DESCRIBE_S if isinstance(store, Store) or ttl_seconds is None else ttl_seconds / 4
+        self._describe_every_s = describe_every(store, ttl_seconds)
         self._earlier = CacheStats()
         self._cache: DistributedKVCache | None = None
         fit = hf_models.fit(model)
@@ -202,6 +199,25 @@ class CachedModel:
         """Hash the weights again. `generate` does so by itself when it notices a change (see the class)."""
         self._bind(hf_models.fit(self.model))
 
+    def explain(
+        self,
+        input_ids: Tensor,
+        against: Sequence[int] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> Explanation:
+        """Explain block by block where a prompt is, or why it is not there. See `DistributedKVCache.explain`.
+
+        Args:
+            input_ids: [1, T], as for `generate`.
+
+        Raises:
+            InputError: the prompt is empty or has several rows.
+        """
+        _check_ids(input_ids)
+        if input_ids.shape[0] != 1:
+            raise InputError(f"expected one prompt to explain, got {input_ids.shape[0]} rows")
+        return self._current().explain(input_ids[0].tolist(), against, decode)
+
     def stats(self) -> CacheStats:
         """Return the counters over all fingerprints that the model had. A batch counts the blocks of each row."""
         return self._earlier if self._cache is None else _sum(self._earlier, self._cache.stats())
@@ -225,8 +241,6 @@ class CachedModel:
         """Return the cache of the fingerprint that the model has now."""
         if hf_models.stamp(self.model) != self._stamp:
             self.refresh()
-        if time.monotonic() - self._described_at >= self._describe_every_s:
-            self._describe(self.cache)
         return self.cache
 
     def _bind(self, fit: hf_models.Fit) -> None:
@@ -237,29 +251,15 @@ class CachedModel:
             raise ConfigError(f"expected a model of float32, float16 or bfloat16, got KV of {fit.dtype}")
         computed = PRECISION_OF[fit.dtype]
         precision = self._precision or computed
-        fingerprint = hf_models.fingerprint(self.model, self._tokenizer, adapter, fit.dtype)
+        fingerprint, origin = hf_models.fingerprint(self.model, self._tokenizer, adapter, fit.dtype)
         cache = self._cache
         if cache is None or cache.namespace.fingerprint != fingerprint:
-            spec = KVSpec(fit.layers, fit.heads, fit.head_dim, fit.dtype, fingerprint)
+            spec = KVSpec(fit.layers, fit.heads, fit.head_dim, fit.dtype, fingerprint, origin)
             cache = DistributedKVCache(store=self.store, model=spec, precision=precision, **self._options)
             self.shadow.precision = max(cache.precision, computed, key=TOLERANCE.__getitem__)
-            self._earlier, self._cache, self._adapter = self.stats(), cache, adapter
-            self._describe(cache)
+            cache.describe_every_s = self._describe_every_s
+            self._earlier, self._cache = self.stats(), cache
         self._stamp, self._fit = stamp, fit
-
-    def _describe(self, cache: DistributedKVCache) -> None:
-        names, name = cache.namespace, str(getattr(self.model.config, "_name_or_path", "")) or type(self.model).__name__
-        description = describe.Description(
-            engine=f"transformers {transformers.__version__}",
-            model=Path(name).name if Path(name).is_absolute() else name,  # paths of this machine are nobody's business
-            fingerprint=names.fingerprint.hex(),
-            namespace=names.root.hex(),
-            precision=names.precision,
-            block_tokens=names.block_tokens,
-            adapter=self._adapter.hex(),
-        )
-        describe.write(self.store, cache.format.seal, names.salt, description)
-        self._described_at = time.monotonic()
 
     # --- one call -----------------------------------------------------------------------------------------------------
     def _setting(self, name: str, settings: Mapping[str, Any]) -> Any:

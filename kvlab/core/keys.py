@@ -72,6 +72,24 @@ def digest(domain: str, *parts: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a fingerprint was made of, for `kvlab.cache.describe`: digests of 32 bytes, b"" for none or not known.
+
+    Attributes:
+        model: its name, for readers.
+        engine: name and version of what computes the KV.
+        config, weights, tokenizer, adapter: the parts of the fingerprint.
+    """
+
+    model: str
+    engine: str
+    config: bytes
+    weights: bytes
+    tokenizer: bytes = b""
+    adapter: bytes = b""
+
+
+@dataclass(frozen=True)
 class KVSpec:
     """What a cache needs to know of a model: the shape of its KV, and the fingerprint.
 
@@ -79,6 +97,7 @@ class KVSpec:
         layers, heads, head_dim: L, H (KV heads) and D. P is always 2: keys and values.
         dtype: the dtype in which the model computes its KV.
         fingerprint: 32 bytes from `kvlab.model.fingerprint`.
+        origin: what the fingerprint was made of, if that is known. It is no part of the identity.
 
     Raises:
         ConfigError: a size is not a positive integer, or the fingerprint has another length.
@@ -89,6 +108,7 @@ class KVSpec:
     head_dim: int
     dtype: torch.dtype
     fingerprint: bytes
+    origin: Origin | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.heads, self.head_dim)

@@ -26,7 +26,7 @@ A record is a header of 128 bytes and a payload. In version 1, all integers are 
 
 Kinds 1 and 2 hold a tensor. Kinds 3 and 4 hold opaque elements, which only the writer interprets: a block
 in the memory layout of an inference engine (`kvlab.connectors.vllm`), and the description of a namespace
-(`kvlab.connectors.describe`).
+(`kvlab.cache.describe`).
 
 `encode` returns the header and the payload in pieces. It does not copy a contiguous CPU tensor of
 the stored dtype if the payload is raw and not encrypted. `decode` returns a tensor only for an

@@ -157,6 +157,25 @@ class AesGcm(Seal):
         return Cipher(AES(self._keys[key_id]), GCM(nonce, tag))
 
 
+def read_master_keys(text: str) -> dict[int, bytes]:
+    """Parse master keys as "1:<hex>,2:<hex>", by key id. No message contains a part of a key.
+
+    Raises:
+        ConfigError: the text has another form.
+    """
+    keys: dict[int, bytes] = {}
+    for part in text.split(","):
+        number, _, key = part.strip().partition(":")
+        try:
+            keys[int(number)] = bytes.fromhex(key)
+        except ValueError:
+            raise ConfigError(
+                "expected KVLAB_KEYS as id:key,id:key with keys of 64 hexadecimal digits; "
+                "python -c 'import os; print(os.urandom(32).hex())' makes one"
+            ) from None
+    return keys
+
+
 def _check_keys(keys: Mapping[int, bytes]) -> None:
     """Reject invalid master keys. No message may contain a part of a master key."""
     if not isinstance(keys, Mapping) or not keys:

@@ -26,6 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Final
 
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.distributed import DistributedKVCache
+from kvlab.cache.explain import Explanation, explain
 from kvlab.core.keys import Namespace
 from kvlab.core.precisions import Array, Unholdable, layout
 from kvlab.engine.fetch import Fetch, Outer
@@ -156,6 +158,7 @@ class TieredCache(KVCache):
         stored = self.store.present(keys)
         written: dict[bytes, list[Array]] = {}
         spilled: list[tuple[bytes, list[Array]]] = []
+        self.store.recent.saved(tokens)
         for i, key in enumerate(keys):
             offered, dirty = i >= first, self.write == "back" and not stored[i]
             to_host = offered and (dirty or not self.exclusive) and key not in self.host
@@ -164,6 +167,7 @@ class TieredCache(KVCache):
                 try:
                     parts = self.store.parts_of(kv[:, :, :, i * B : (i + 1) * B])
                 except Unholdable:
+                    self.store.recent.blocks(keys[i:], Reason.OVERFLOW)
                     with self._lock:
                         self._stats.drops[Reason.OVERFLOW] += len(keys) - i
                     stored = stored[:i]
@@ -178,6 +182,16 @@ class TieredCache(KVCache):
         with self._lock:
             self._stats.kept += sum(stored[first:])
         return len(safe & set(keys[first : len(stored)]))
+
+    def explain(
+        self,
+        tokens: Sequence[int],
+        against: Sequence[int] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> Explanation:
+        """See `DistributedKVCache.explain`. What host memory has is "host"; pages of an engine are not looked at."""
+        view = replace(self.store.view(), is_near=self.host.__contains__, refusal=self._refusal)
+        return explain(view, tokens, against, decode)
 
     def stats(self) -> CacheStats:
         """See `KVCache.stats`. `stored` and the bytes are those of the store.
@@ -314,6 +328,12 @@ class TieredCache(KVCache):
             for i, stored in zip(others, self.store.present([keys[i] for i in others]), strict=True):
                 where[i] = "store" if stored else ""
         return where
+
+    def _refusal(self, key: bytes) -> str:
+        """Return why a block was not written, or ""."""
+        with self._lock:
+            once = self.write == "selective" and self._seen.get(key) == 1
+        return "was not admitted: write is selective, and only one request needed the block so far" if once else ""
 
     def _note_use(self, keys: Sequence[bytes]) -> None:
         with self._lock:

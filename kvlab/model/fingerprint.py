@@ -11,6 +11,7 @@ into files. `kvlab.core.keys` defines what is hashed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kvlab.core.keys import KEY_BYTES, KVSpec, digest
+from kvlab.core.keys import KEY_BYTES, KVSpec, Origin, digest
 from kvlab.errors import ConfigError
 from kvlab.model.config import KV_FIELDS, config_of, kv_fields
 from kvlab.model.digests import Digests, FolderWeights, Progress, digest_tensors, tokenizer_digest, tokenizer_of
@@ -36,6 +37,7 @@ __all__ = [
     "fingerprint_of_model",
     "folder_digests",
     "spec_of",
+    "spec_of_folder",
     "tokenizer_digest",
 ]
 
@@ -134,18 +136,33 @@ def fingerprint_of_model(model: Llama, adapter: bytes = b"") -> bytes:
     A loaded model has the digests of the bytes that were loaded. Later changes of the folder have no
     effect. For a model without a folder, each call hashes the weights in memory and no tokenizer.
     """
-    found = model.digests if model.folder is not None else None
-    if found is None:
-        found = Digests(digest_tensors(model.state_dict().items()))
-    return fingerprint(model.config, found.weights, found.tokenizer, adapter, model.dtype)
+    return spec_of(model, adapter).fingerprint
 
 
 def spec_of(model: Llama, adapter: bytes = b"") -> KVSpec:
     """Return the `KVSpec` of a model of this package, with its fingerprint (see `fingerprint_of_model`)."""
-    c = model.config
-    return KVSpec(
-        c.num_hidden_layers, c.num_key_value_heads, c.head_dim, model.dtype, fingerprint_of_model(model, adapter)
-    )
+    found = model.digests if model.folder is not None else None
+    if found is None:
+        found = Digests(digest_tensors(model.state_dict().items()))
+    return _spec(model.config, found, adapter, model.dtype, "" if model.folder is None else str(model.folder))
+
+
+def spec_of_folder(folder: str | Path, dtype: torch.dtype = torch.float32, adapter: bytes = b"") -> KVSpec:
+    """Return the `KVSpec` of a model folder without loading the model.
+
+    Raises:
+        ModelError, ConfigError: as in `fingerprint_of_folder`.
+    """
+    config, found = read_folder(folder, lambda files: _read(files, None))
+    return _spec(config, found, adapter, dtype, str(folder))
+
+
+def _spec(config: LlamaConfig, found: Digests, adapter: bytes, dtype: torch.dtype, folder: str) -> KVSpec:
+    sizes = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    whole = fingerprint(config, found.weights, found.tokenizer, adapter, dtype)
+    name = Path(folder).name if folder else "Llama"  # paths of this machine are nobody's business
+    parts = hashlib.sha256(config_bytes(config)).digest(), found.weights, found.tokenizer, adapter
+    return KVSpec(*sizes, dtype, whole, Origin(name, "kvlab", *parts))
 
 
 def _read(files: ModelFolder, progress: Progress | None) -> tuple[LlamaConfig, Digests]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlab import MemoryStore
-from kvlab.connectors import describe
+from kvlab.cache import describe
 from kvlab.core.seals import Xxh3
 from kvlab.errors import ConfigError, InputError
 from tests.connectors.models import NO_SPECIALS, SIZES, TEXT, answer, build, cached, check, ids_of, plain, prompt, tiny
@@ -214,7 +214,7 @@ def test_a_change_of_the_weights_is_noticed(change: str) -> None:
         check(wrapped, TEXT, 47, "")
     stats = wrapped.stats()
     assert stats.stored == 6 and wrapped._cache.stats().stored == 3  # counters go on
-    assert len(describe.read_all(store, Xxh3(), b"")) == 2
+    assert len(describe.read_all(store, Xxh3())) == 2
 
 
 def test_frequencies_that_a_cast_rounded_are_another_identity() -> None:
@@ -443,7 +443,7 @@ def test_every_state_of_an_adapter_has_its_own_blocks(make: Callable[[], Any], s
         prints[state] = wrapped._cache.namespace.fingerprint
     assert prints["on"] == prints["scaled back"] and len({prints[s] for s in ("on", "off", "scaled", "merged")}) == 4
     assert answers["on"] != answers["off"] and answers["on"] != answers["scaled"]
-    adapters = {found.adapter for found in describe.read_all(wrapped.store, Xxh3(), b"")}
+    adapters = {found.adapter for found in describe.read_all(wrapped.store, Xxh3())}
     assert len(adapters) >= 4 and "" not in adapters
 
 

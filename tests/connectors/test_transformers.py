@@ -6,7 +6,9 @@ import logging
 import random
 import subprocess
 import sys
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import kvlab
 from kvlab import MemoryStore
-from kvlab.connectors import describe
+from kvlab.cache import describe
 from kvlab.core.seals import Xxh3
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import PRETRAINED
@@ -526,41 +528,42 @@ def test_without_shadow_mode_every_hit_is_loaded() -> None:
 def test_the_store_says_who_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    from kvlab.connectors import transformers as connector
-
     store, now = MemoryStore(), [0.0]
-    monkeypatch.setattr(connector.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     wrapped = cached(tiny(), store, salt="s", tokenizer=PRETRAINED)
-    (found,) = describe.read_all(store, Xxh3(), b"s")
+    assert describe.read_all(store, Xxh3()) == []  # who only reads leaves nothing
+    answer(wrapped, TEXT)
+    (found,) = describe.read_all(store, Xxh3())
     names = wrapped._cache.namespace
     assert found.engine == f"transformers {transformers.__version__}" and found.model == "LlamaForCausalLM"
-    assert (found.fingerprint, found.namespace) == (names.fingerprint.hex(), names.root.hex())
+    assert found.fingerprint == names.fingerprint.hex() and found == replace(found, tenant="").of_tenant(b"s")
     assert (found.precision, found.block_tokens, found.adapter, found.layout) == ("fp32", B, "", "")
+    assert found.tokenizer == wrapped._tokenizer.hex() and len(found.weights) == len(found.config) == 64
     wrapped.model.lm_head.weight.mul_(2)
     answer(wrapped, TEXT)
-    assert len(describe.read_all(store, Xxh3(), b"s")) == 2
-    store.delete_many(describe._keys(b"s"))
+    assert len(describe.read_all(store, Xxh3())) == 2
+    store.delete_many(describe._keys())
     now[0] = 599.0
     answer(wrapped, TEXT)
-    assert describe.read_all(store, Xxh3(), b"s") == []
+    assert describe.read_all(store, Xxh3()) == []
     now[0] = 600.0
     answer(wrapped, TEXT)
-    assert len(describe.read_all(store, Xxh3(), b"s")) == 1
+    assert len(describe.read_all(store, Xxh3())) == 1
 
 
 def test_a_description_is_written_again_after_a_quarter_of_the_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlab.connectors import transformers as connector
-
     now = [0.0]
-    monkeypatch.setattr(connector.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     wrapped = cached(tiny(), "memory://", ttl_seconds=100)
-    wrapped.store.delete_many(describe._keys(b""))
+    answer(wrapped, TEXT)
+    wrapped.store.delete_many(describe._keys())
     for now[0], count in ((24.9, 0), (25.0, 1)):
         answer(wrapped, TEXT)
-        assert len(describe.read_all(wrapped.store, Xxh3(), b"")) == count
+        assert len(describe.read_all(wrapped.store, Xxh3())) == count
 
 
 def test_a_path_of_this_machine_is_not_told() -> None:
     wrapped = cached(shipped())
-    (found,) = describe.read_all(wrapped.store, Xxh3(), b"")
+    answer(wrapped, TEXT)
+    (found,) = describe.read_all(wrapped.store, Xxh3())
     assert found.model == PRETRAINED.name

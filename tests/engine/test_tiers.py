@@ -32,7 +32,12 @@ WAIT_S = 30.0
 def tiered(store: Store | None = None, blocks: int = 64, model: Any = MODEL, **settings: Any) -> TieredCache:
     """Tiers with blocks of 16 tokens in FP32, without a planner unless it is asked for."""
     inner = DistributedKVCache(
-        precision="fp32", compress=False, store=store or MemoryStore(), model=model, block_tokens=B
+        precision="fp32",
+        compress=False,
+        store=store or MemoryStore(),
+        model=model,
+        block_tokens=B,
+        describe=False,  # tests count what is in the store
     )
     bytes_each = 4 * B * inner.spec.layers * 2 * inner.spec.heads * inner.spec.head_dim
     return TieredCache(inner, blocks * bytes_each, **{"planner": False, "window_bytes": 1, **settings})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kvlab.connectors import describe
+from kvlab.cache import describe
 from kvlab.core.seals import Xxh3
 from kvlab.stores import open_store
 from kvlab.testbed.server import RedisServer
@@ -97,7 +98,7 @@ def test_the_namespace_is_described_in_the_store(redis_server: RedisServer, monk
         ask(llm, PROMPTS[:1])
         space = scheduler_of(llm).space
     with open_store(redis_server.url) as store:
-        (found,) = describe.read_all(store, Xxh3(), b"tenant")
-        assert describe.read_all(store, Xxh3(), b"") == []
-    assert found.namespace == space.hex() and found.engine.startswith("vllm 0.3")
+        (found,) = describe.read_all(store, Xxh3())
+    assert found.engine.startswith("vllm 0.3") and found.layout
+    assert found == replace(found, tenant="").of_tenant(b"tenant") and space.hex() not in found.to_bytes().decode()
     assert (found.model, found.precision, found.block_tokens) == ("pretrained", "float32", 32)

@@ -25,7 +25,7 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.logger import init_logger
 
-from kvlab.connectors import describe
+from kvlab.cache import describe
 from kvlab.connectors.identity import files_digest
 from kvlab.connectors.shadow import TOLERANCE, Shadow
 from kvlab.connectors.vllm import namespace
@@ -109,15 +109,15 @@ class KVLabConnector(KVConnectorBase_V1):  # type: ignore[misc]
         layout = self._layouts[0]
         self._describer = describe.Describer(
             self._settings.open_store(),
-            self._settings.seal,
+            self._settings.directory_seal,
             self._settings.salt,
             describe.Description(
                 layout.engine,
                 self._vllm_config.model_config.model.rstrip("/").rpartition("/")[2],
                 self._fingerprint.hex(),
-                self.scheduler.space.hex(),
                 layout.dtype,
                 layout.block_tokens,
+                dtype=str(self._vllm_config.model_config.dtype).removeprefix("torch."),
                 layout=namespace.layout_digest(self._layouts).hex(),
             ),
             self._settings.ttl_seconds,

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvlab.cache.describe import DIRECTORY
 from kvlab.core.keys import digest
 from kvlab.core.record import OPAQUE, Format
-from kvlab.core.seals import AesGcm, Seal, Xxh3
+from kvlab.core.seals import AesGcm, Seal, Xxh3, read_master_keys
 from kvlab.errors import ConfigError
 from kvlab.stores import Store, WriteBehind, open_store
 from kvlab.stores.base import check_number, check_ttl
@@ -86,13 +87,18 @@ class Settings:
             store,
             **given,
             salt=os.fsencode(environment.get("KVLAB_SALT", "")),
-            keys=_master_keys(keys) if keys else None,
+            keys=read_master_keys(keys) if keys else None,
         )
 
     @property
     def seal(self) -> Seal:
         """What closes and opens records."""
         return Xxh3() if self.keys is None else AesGcm(self.keys, self.salt)
+
+    @property
+    def directory_seal(self) -> Seal:
+        """What closes and opens descriptions: the same for all tenants who share the master keys."""
+        return Xxh3() if self.keys is None else AesGcm(self.keys, DIRECTORY)
 
     @property
     def format(self) -> Format:
@@ -112,18 +118,3 @@ class Settings:
     def open_queue(self, store: Store) -> WriteBehind:
         """Put a queue in front of a store, so that writes happen in the background."""
         return WriteBehind(store, max_bytes=self.queue_bytes)
-
-
-def _master_keys(text: str) -> dict[int, bytes]:
-    """Parse "1:<hex>,2:<hex>". No message contains a part of a key."""
-    keys: dict[int, bytes] = {}
-    for part in text.split(","):
-        number, _, key = part.strip().partition(":")
-        try:
-            keys[int(number)] = bytes.fromhex(key)
-        except ValueError:
-            raise ConfigError(
-                "expected KVLAB_KEYS as id:key,id:key with keys of 64 hexadecimal digits; "
-                "python -c 'import os; print(os.urandom(32).hex())' makes one"
-            ) from None
-    return keys
