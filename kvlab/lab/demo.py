@@ -150,6 +150,7 @@ class _Caches:
                 precision="fp32",
                 compress=compress,
                 salt=salt,
+                describe=False,  # a salt for this run alone says nothing to others
             )
 
         self.raw, self.zstd = make(False, random + b"raw"), make(True, random + b"zstd")

@@ -448,3 +448,71 @@ def test_tokens_that_are_none(tokens: Any) -> None:
     for arguments in ((tokens,), (TOKENS, tokens)):
         with pytest.raises(InputError, match="expected tokens"):
             cache.explain(*arguments)
+
+
+# --- the edges of the rules ---------------------------------------------------------------------
+def test_a_block_that_goes_between_the_look_and_the_read_is_missing_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    cache = made(store)
+    save(cache)
+    stale = store.touch_many(cache.namespace.keys(TOKENS))
+    store.delete_many(cache.namespace.keys(TOKENS)[1:2])
+    monkeypatch.setattr(store, "touch_many", lambda keys: stale[: len(keys)])
+    found = cache.explain(TOKENS)
+    assert (found.cause, found.hit_blocks, found.checked_blocks) == ("gone", 1, 1)
+    assert [block.where for block in found.blocks] == ["store", "", "store", "store"]
+
+
+def test_only_the_first_records_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    cache = made(store)
+    save(cache)
+    for count in (2, 0):
+        monkeypatch.setattr("kvlab.cache.explain.CHECK_BYTES", count * cache.record_bytes)
+        before = store.stats().requested
+        found = cache.explain(TOKENS)
+        assert (found.hit_blocks, found.checked_blocks) == (4, max(1, count))
+        assert store.stats().requested - before == max(1, count)
+
+
+def test_a_namespace_that_has_no_more_of_the_prompt_is_not_blamed() -> None:
+    store = MemoryStore()
+    save(made(store, precision="fp16"), TOKENS[:32])
+    save(made(store), TOKENS[:32])
+    assert causes(made(store).explain(TOKENS)) == ["", "", "never_stored", "never_stored"]
+
+
+def test_blocks_in_the_layout_of_an_engine_are_not_blamed_even_if_a_description_claims_their_keys() -> None:
+    store = MemoryStore()
+    other = made(store, precision="fp16", describe=False)
+    save(other)
+    own = other.view().description
+    assert own is not None
+    describe.write(store, Xxh3(), replace(own, layout="ab"))
+    assert made(store).explain(TOKENS).cause == "never_stored"
+
+
+def test_a_fingerprint_that_differs_in_what_no_member_names_is_another_model() -> None:
+    store = MemoryStore()
+    save(made(store, replace(spec_of(), fingerprint=b"f" * 32)))
+    found = made(store).explain(TOKENS)
+    assert (found.cause, found.differs) == ("weights", ("weights",))
+
+
+def test_a_salt_under_which_the_beginning_is_stored_is_not_blamed() -> None:
+    store = MemoryStore()
+    save(made(store, salt="other"))
+    writer = made(store, salt="mine")
+    save(writer, TOKENS[:32])
+    assert causes(writer.explain(TOKENS)) == ["", "", "never_stored", "never_stored"]
+
+
+def test_the_whole_prompt_is_looked_for_in_few_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = MemoryStore(), []
+    for n in range(9):
+        save(made(store, spec_of(weights=bytes([n]))), TOKENS[:B])
+    save(made(store, precision="fp16"))
+    touch = store.touch_many
+    monkeypatch.setattr(store, "touch_many", lambda keys: (asked.append(len(keys)), touch(keys))[1])
+    assert made(store).explain(TOKENS).cause in ("precision", "weights")
+    assert asked == [4, 10, 16]
