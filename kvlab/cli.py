@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import kvlab
@@ -270,6 +271,33 @@ def _strategies(rounds: int, workload: list[str] | None, predict: bool, predicte
     return SUCCESS
 
 
+def _decide(
+    trace: str,
+    block: int | None,
+    ids: str | None,
+    shape: str,
+    prefill: float | None,
+    wire: float,
+    prices: str | None,
+    json: bool,
+    **options: Any,
+) -> int:
+    from kvlab.lab import decide, decide_inputs, decide_page, reuse, traces
+    from kvlab.lab.prices import read_prices
+
+    decide_inputs.sizes(shape)  # its mistakes, and those of the prices, are told before the trace is read
+    own = {} if prices is None else read_prices(prices, decide_inputs.USED)
+    requests = traces.Trace(trace, block, ids=ids)
+    found = reuse.reuse(requests, requests.block_tokens)
+    result = decide.decide(found, shape, prefill, wire, own, **options)
+    _print_json(result.as_json()) if json else print(_page(decide_page.page(result, Path(trace).name)))
+    return SUCCESS
+
+
+def _page(text: str) -> str:
+    return "\n".join(map(_one_line, text.split("\n")))
+
+
 def _trace_import(
     file: str, out: str, tokenizer: str | None, block: int | None, salt_file: str | None, form: str
 ) -> int:
@@ -321,6 +349,16 @@ def _capacities(text: str) -> list[int | None]:
     if len(parts) not in (2, 3) or None in parts[1:]:
         raise argparse.ArgumentTypeError(f"expected two or three numbers as 6000,12000, got {text!r}")
     return parts
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"[01]?\.?[0-9]{0,9}", text) or not any(map(str.isdigit, text)) or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return float(text)
+
+
+def _gibs(text: str) -> list[float]:
+    return [_rate(part) for part in text.split(",")]
 
 
 ROUNDS = 3
@@ -429,6 +467,44 @@ STRATEGIES = (
     Option("--predict", "only measure the costs, and print what is expected (minutes)", {"action": "store_true"}),
     Option("--predicted", "what --predict --json has printed, to compare with", {"metavar": "FILE"}),
 )
+DECIDE = (
+    Option(
+        "--shape",
+        "llama-3.1-8b, llama-3.2-1b, qwen2.5-0.5b, or layers x KV heads x head dim, as 80x8x128",
+        {"required": True, "metavar": "NAME"},
+    ),
+    Option(
+        "--prefill",
+        "prompt tokens a second of one engine (default: computed for H100s, which is never enough for a yes)",
+        {"type": _rate, "metavar": "TOK/S"},
+    ),
+    Option(
+        "--wire", "GB/s from a server of the tier, see bench wire", {"type": _rate, "required": True, "metavar": "GB/S"}
+    ),
+    Option("--prices", "JSON with prices of your contracts: docs/traces.md", {"metavar": "FILE"}),
+    Option("--gpus", "GPUs that serve this trace (default: as many as it needs)", {"type": _count, "metavar": "N"}),
+    Option(
+        "--tp",
+        "GPUs of one engine (default 1)",
+        {"type": _count, "default": 1, "metavar": "N", "dest": "gpus_per_engine"},
+    ),
+    Option(
+        "--own",
+        "hit rate that the engines have without the tier (default: computed from the memory of so many H100s)",
+        {"type": _share, "metavar": "RATE"},
+    ),
+    Option("--requests-per-month", "(default: the trace, over and over)", {"type": _count, "metavar": "N"}),
+    Option(
+        "--capacities",
+        "GiB of the tier (default 32,64, and so on to 4096)",
+        {"type": _gibs, "default": [float(32 << i) for i in range(8)], "metavar": "GIB,GIB"},
+    ),
+    Option(
+        "--precision",
+        "of the KV that is stored: fp32, fp16, bf16 (default), int8 or int4",
+        {"choices": ["fp32", "fp16", "bf16", "int8", "int4"], "default": "bf16", "metavar": "NAME"},
+    ),
+)
 IMPORT = (
     Option(
         "file",
@@ -505,6 +581,12 @@ COMMANDS = (
         "what a shared tier costs and saves, computed from dated prices: break-even, return on investment",
         _bench("kvlab.lab.cost_table"),
         (JSON,),
+    ),
+    Command(
+        "decide",
+        "does a shared tier pay for this trace: yes, no, or what to measure first, on one page",
+        _decide,
+        (FILE, *DECIDE, BLOCK, IDS, JSON),
     ),
     Command(
         "trace import",

@@ -228,15 +228,16 @@ class Roi:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything, with None in the place of `inf`, which JSON has not got."""
-        told: dict[str, Any] = _without_inf(asdict(self))
+        told: dict[str, Any] = without_inf(asdict(self))
         return told
 
 
-def _without_inf(told: Any) -> Any:
+def without_inf(told: Any) -> Any:
+    """Return the same data with None in the place of `inf`, which JSON has not got."""
     if isinstance(told, dict):
-        return {name: _without_inf(value) for name, value in told.items()}
+        return {name: without_inf(value) for name, value in told.items()}
     if isinstance(told, list | tuple):
-        return [_without_inf(value) for value in told]
+        return [without_inf(value) for value in told]
     return None if told == inf else told
 
 

@@ -6,10 +6,12 @@ source was found for says "assumed" and has a wide band.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from kvlab.errors import InputError
 
@@ -159,3 +161,50 @@ RATES: Final[dict[str, Rates]] = {
     ),
 }  # fmt: skip
 """By vendor."""
+
+
+# --- your own -----------------------------------------------------------------------------------
+GIVEN: Final = "given"
+"""The source of what the user said."""
+
+
+def given(price: Price, value: float, low: float | None = None, high: float | None = None) -> Price:
+    """Return a price with the user's value; it has a band only if its ends are given."""
+    ends = (value if low is None else low, value if high is None else high)
+    return replace(price, value=value, low=ends[0], high=ends[1], band=GIVEN, date=GIVEN, source=GIVEN)
+
+
+def read_prices(file: str | Path, names: Sequence[str] = tuple(PRICES)) -> dict[str, Price]:
+    """Read the prices of contracts: JSON, by some names of `PRICES`, each a number or an object of value, low and high.
+
+    Args:
+        names: which are of use.
+
+    Raises:
+        InputError: the file cannot be read, or a price is none; the message names its key.
+    """
+    try:
+        told = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{file}: expected a file of prices, got: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: expected JSON, got: {error}") from None
+    if not isinstance(told, dict):
+        raise InputError(f'{file}: expected an object such as {{"gpu": 2.5}}, got {type(told).__name__}')
+    if unknown := [key for key in told if key not in names]:
+        raise InputError(f"{file}: expected only {', '.join(names)}, got {unknown[0]!r:.60}")
+    return {key: _read_price(f"{file}: {key}", key, row) for key, row in told.items()}
+
+
+def _read_price(where: str, key: str, row: Any) -> Price:
+    parts = row if isinstance(row, dict) else {"value": row}
+    numbers = all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts.values())
+    if not numbers or "value" not in parts or parts.keys() - {"value", "low", "high"}:
+        raise InputError(f'{where}: expected a number, or {{"value": …, "low": …, "high": …}}, got {row!r:.60}')
+    try:
+        price = given(PRICES[key], **{name: float(part) for name, part in parts.items()})
+    except (InputError, OverflowError):
+        raise InputError(f"{where}: expected 0 <= low <= value <= high, got {row!r:.60}") from None
+    if PRICES[key].unit == "share" and (price.high > 1 or (key == "utilisation" and price.low <= 0)):
+        raise InputError(f"{where}: expected a share of at most 1, and a utilisation above 0, got {row!r:.60}")
+    return price

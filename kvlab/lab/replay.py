@@ -339,25 +339,30 @@ def _timed(requests: Iterable[Request], seconds: list[float]) -> Iterator[Reques
 
 
 # --- all capacities at once ---------------------------------------------------------------------
-def lru_curve(requests: Iterable[Request]) -> list[int]:
-    """Return the found blocks of an LRU cache for every capacity: entry c is that of a capacity of c blocks.
+def lru_needs(requests: Iterable[Request]) -> Iterator[list[int]]:
+    """Return for each request the capacity in blocks that each of its leading blocks needs to be found by LRU.
 
     The stack distance of a block is how many other blocks were used since its last use, plus one: LRU has it if the
     capacity is at least that. In a request a block counts only if all blocks before it are there, so its distance is
-    the largest one up to it. Source: Mattson et al., 1970, "Evaluation techniques for storage hierarchies".
+    the largest one up to it. A list ends before the first block that no capacity has.
+    Source: Mattson et al., 1970, "Evaluation techniques for storage hierarchies".
     """
     stack = _Stack()
-    needed: Counter[int] = Counter()
     for request in requests:
-        largest = 0
+        needs: list[int] = []
         for key in request.blocks:
             distance = stack.distance(key)
             if distance is None:
                 break
-            largest = max(largest, distance)
-            needed[largest] += 1
+            needs.append(max(distance, needs[-1] if needs else 0))
         for key in request.used:
             stack.use(key)
+        yield needs
+
+
+def lru_curve(requests: Iterable[Request]) -> list[int]:
+    """Return the found blocks of an LRU cache for every capacity: entry c is that of a capacity of c blocks."""
+    needed = Counter(need for needs in lru_needs(requests) for need in needs)
     curve, total = [], 0
     for capacity in range(max(needed, default=0) + 1):
         total += needed[capacity]

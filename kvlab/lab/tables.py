@@ -29,3 +29,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def usd(value: float) -> str:
+    """Format dollars.
+
+    >>> usd(-1234.5), usd(0.4)
+    ('-$1,234', '$0')
+    """
+    whole = f"{abs(value):,.0f}"
+    return f"-${whole}" if value < 0 and whole != "0" else f"${whole}"
+
+
+def number(value: float) -> str:
+    """Format a number with three digits.
+
+    >>> number(0.12345), number(12345.6), number(1234567)
+    ('0.123', '12,300', '1,230,000')
+    """
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"

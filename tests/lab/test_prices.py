@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from kvlab.errors import InputError
-from kvlab.lab.prices import CROSS_ZONE, GPU, MANAGED, PRICES, RAM, RATES, Price, corners, interval
+from kvlab.lab.prices import CROSS_ZONE, GIVEN, GPU, MANAGED, PRICES, RAM, RATES, Price, corners, interval, read_prices
 
 ALL = [*PRICES.values(), *(price for rates in RATES.values() for price in (rates.input, rates.cached, rates.write))]
 every_price = pytest.mark.parametrize("price", ALL, ids=lambda price: price.name)
@@ -55,3 +56,14 @@ def test_corners_begin_with_the_middle_and_have_all_ends() -> None:
 
 def test_times_scales_the_whole_band() -> None:
     assert [getattr(GPU.times(2), part) for part in ("low", "value", "high")] == [2 * 3.99, 2 * GPU.value, 2 * 6.88]
+
+
+def test_own_prices_take_the_place_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"gpu": 2.5, "ram": {"value": 4, "high": 5}}', "utf-8")
+    told = read_prices(tmp_path / "p.json")
+    assert [*told] == ["gpu", "ram"]
+    assert (told["gpu"].low, told["gpu"].value, told["gpu"].high) == (2.5,) * 3
+    assert (told["ram"].low, told["ram"].value, told["ram"].high) == (4, 4, 5)
+    assert told["gpu"].unit == GPU.unit and {told["gpu"].source, told["ram"].date} == {GIVEN}
+    with pytest.raises(InputError, match="expected only gpu, got 'ram'"):
+        read_prices(tmp_path / "p.json", ["gpu"])
