@@ -65,7 +65,7 @@ class Sizes:
         """Return the bytes of KV of a token, scales of the integer precisions included.
 
         >>> sizes("32x8x128").kv_bytes(), sizes("Llama-3.1-8B").kv_bytes("int8")
-        (131072, 69632)
+        (131072, 67584)
         """
         if precision not in PRECISIONS:
             raise InputError(f"expected one of {', '.join(PRECISIONS)} as the precision, got {precision!r}")

@@ -77,7 +77,7 @@ def _inputs(d: Decision) -> Iterator[str]:
         f"{mean:,.0f} tokens each{short}",
     )
     yield from _said("model", f"{d.shape}, {d.precision}: {d.kv_bytes:,} bytes of KV a token")
-    yield from _said("prefill", f"{_known(d, 'prefill')}; tokens a second of an engine of {d.gpus_per_engine} GPU(s)")
+    yield from _said("prefill", f"{_known(d, 'prefill')}; tokens/s of an engine, its GPUs: {d.gpus_per_engine}")
     side = "above" if d.above_break_even else "NOT above"
     yield from _said("wire", f"{number(d.inputs['wire'].value)} GB/s, {side} the break-even of {d.break_even_gbps:.3g}")
     wins = "is never faster than computing"

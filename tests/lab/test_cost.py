@@ -318,7 +318,7 @@ def test_roi_as_json_has_everything_and_no_infinity() -> None:
     assert {price["name"] for price in told["inputs"]["prices"]} >= {GPU.name, RAM.name, UTILISATION.name}
 
 
-# --- the examples of docs/01 --------------------------------------------------------------------
+# --- the examples of docs/01, and one whose band spans zero --------------------------------------
 FLEET = Load(80_000_000, prompt=8000, new=300)
 """Forty H100s with the 8B model at middle prices; with the 70B a request takes 6.7 times as much, so 12 million."""
 

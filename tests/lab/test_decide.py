@@ -28,6 +28,8 @@ from kvlab.lab.replay import Setup, replay
 from kvlab.lab.reuse import Reuse, reuse
 from kvlab.lab.traces import from_blocks, write
 
+ROOT = Path(__file__).parents[2]
+MOONCAKE = ROOT.parent / "shared" / "traces" / "conversation_trace.jsonl"
 KILO = "25x1x10"
 """25 layers x 2 x 1 head x 10 x 2 bytes: 1,000 bytes of KV a token."""
 TINY = reuse(from_blocks([[1, 2], [3, 4], [1, 2], [3, 5]], 1000), 1000)
@@ -254,10 +256,10 @@ worlds = st.builds(
         **{"requests_per_month": requests, "capacities": [0.1, 1, 40, 90]},
     },
     st.integers(0, 30),
-    st.floats(1e3, 1e9),
-    st.floats(1e3, 1e5),
-    st.floats(0.1, 30),
-    st.floats(0, 0.9),
+    st.sampled_from([10**exponent for exponent in range(5, 10)]),
+    st.floats(1e3, 2e4),
+    st.floats(1, 30),
+    st.floats(0, 0.4),
     st.sampled_from([{}, money(), {**money(), "utilisation": BAND}, {**money(), "ram": PRICES["ram"]}]),
 )
 
@@ -348,6 +350,15 @@ def test_the_page_is_a_page(words: str, file: str, capsys: pytest.CaptureFixture
     assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) <= 45
     assert re.match("(YES|NO|MEASURE FIRST): +a shared KV tier for t.jsonl\n", text)
     assert "1000 tokens each, LRU; endless" in text.replace("\n", " ")
+
+
+@pytest.mark.skipif(not MOONCAKE.exists(), reason="needs Mooncake's conversation_trace.jsonl in ../shared/traces")
+def test_the_page_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "01_why_kv_cache_matters.md").read_text("utf-8")
+    block = re.search(r"```\n\$ python -m kvlab decide (.*)\n((?s:.*?))```", text)
+    assert block
+    words = [str(MOONCAKE) if word.endswith(".jsonl") else word for word in block[1].split()]
+    assert run(words, capsys) == block[2]
 
 
 def test_a_trace_without_repeats_is_a_clear_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
