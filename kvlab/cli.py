@@ -493,7 +493,9 @@ DECIDE = (
         "hit rate that the engines have without the tier (default: computed from the memory of so many H100s)",
         {"type": _share, "metavar": "RATE"},
     ),
-    Option("--requests-per-month", "(default: the trace, over and over)", {"type": _count, "metavar": "N"}),
+    Option(
+        "--requests-per-month", "requests a month (default: the trace, over and over)", {"type": _count, "metavar": "N"}
+    ),
     Option(
         "--capacities",
         "GiB of the tier (default 32,64, and so on to 4096)",

@@ -130,6 +130,15 @@ def test_without_a_prefill_it_is_computed_and_never_enough_for_a_yes() -> None:
     assert known.verdict == "yes"
 
 
+def test_a_computed_prefill_says_no_to_a_wire_only_if_all_of_its_band_does() -> None:
+    """An engine may be slower than computed: then a slower wire is fast enough."""
+    mid = decide(TINY, "llama-3.1-8b", None, 50, own=0, requests_per_month=1e9, capacities=[1]).break_even_gbps
+    for share, verdict in ((0.9, "measure first"), (0.55, "no")):
+        told = decide(TINY, "llama-3.1-8b", None, mid * share, own=0, requests_per_month=1e9, capacities=[1])
+        assert told.verdict == verdict and not told.above_break_even and told.long_share == 0
+        assert json.dumps(told.as_json(), allow_nan=False) and told.as_json()["crossover"] is None
+
+
 def test_engines_that_are_not_described_have_a_band() -> None:
     """An H100 beside the 8B model has 56 GB for KV; with blocks of 512 tokens, 834 of them."""
     chains = [[i] for i in range(2000)] * 2
