@@ -70,7 +70,9 @@ def problems(file: Path) -> list[str]:
     """A line for each unknown metric, and one for a file that cannot be read."""
     recorded = {rule["record"] for rule in _all_rules(FILES[0]) if "record" in rule}
     try:
-        content = yaml.safe_load(file.read_text("utf-8")) if file.suffix != ".json" else json.loads(file.read_text())
+        content = (
+            yaml.safe_load(file.read_text("utf-8")) if file.suffix != ".json" else json.loads(file.read_text("utf-8"))
+        )
         asked = list(_panels(content) if "panels" in content else _rules(content))
         recorded |= {rule["record"] for rule in _all_rules(file) if "record" in rule}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:

@@ -65,7 +65,7 @@ class Prometheus:
     def retarget(self, job: str, targets: Sequence[str]) -> None:
         """Scrape other targets from now on. It takes Prometheus a moment to notice."""
         new = self.folder / "new"
-        new.write_text(json.dumps([{"targets": list(targets)}]))
+        new.write_text(json.dumps([{"targets": list(targets)}]), "utf-8")
         new.replace(self.folder / f"{job}.json")
 
     def __enter__(self) -> Self:

@@ -35,7 +35,8 @@ def test_prometheus_scrapes_two_workers_and_their_parent(redis_server: RedisServ
         prompt = list(range(10, 10 + LENGTH))
         for _ in range(4):
             group.submit(prompt, 2, stop_at_eos=False).result(60)
-            wait_for(lambda: redis_server.client().dbsize() == BLOCKS, 30)  # saved, before the other worker looks
+            # saved, with a description of the namespace, before the other worker looks
+            wait_for(lambda: redis_server.client().dbsize() == BLOCKS + 1, 30)
         wait_for(lambda: value("up") == dict.fromkeys(targets, 1.0), 30)
         wait_for(lambda: value("kvlab_lookup_tokens_total") == dict.fromkeys(targets[1:], 2.0 * LENGTH), 30)
         by_source = prometheus.query("sum by (source) (kvlab_hit_tokens_total)")

@@ -140,7 +140,7 @@ def _tiers(
     """A host tier and a store that have the prefix, and nothing else that could give it. The records are deleted."""
 
     def over(store: Store, host_bytes: int) -> TieredCache:
-        inner = DistributedKVCache(store=store, model=model, precision=precision, compress=compress)
+        inner = DistributedKVCache(store=store, model=model, precision=precision, compress=compress, describe=False)
         return TieredCache(inner, host_bytes, planner=False, write="through" if not host_bytes else "back")
 
     with (
