@@ -27,6 +27,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("KVLAB_SALT", raising=False)
     monkeypatch.delenv("KVLAB_KEYS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "store").mkdir()
     return f"file://{tmp_path / 'store'}"
 
 
@@ -100,6 +101,26 @@ def test_tokens_in_a_file(url: str, model: Llama, tmp_path: Path, capsys: pytest
     assert explain(capsys, "--url", url, str(tmp_path / "tokens.json"))["cause"] == ""
     (tmp_path / "tokens.json").write_text(json.dumps(tokens[:5]))
     assert explain(capsys, "--url", url, str(tmp_path / "tokens.json"))["cause"] == "below_block"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", '{"a": [1]}'), ("a.json", "[]"), ("a.json", "text"), ("a.txt", '[1, 2, "x"]'), ("a.txt", "[1.5, 2]")],
+)
+def test_a_broken_list_of_tokens_is_not_read_as_text(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text, "utf-8")
+    assert main(["explain", "--url", url, str(tmp_path / name)]) != 0
+    assert "expected a JSON list of whole numbers" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_not_made(
+    prompt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--url", f"file://{tmp_path}/mistyped", prompt]) != 0
+    assert "expected a folder that is there" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_server_that_is_not_there_is_a_cause(url: str, prompt: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 
@@ -70,6 +71,8 @@ def run(
         "encryption_keys": read_master_keys(keys) if keys else None,
         "block_tokens": block,
     }
+    if store.startswith("file:") and not Path(unquote(urlsplit(store).path)).is_dir():
+        raise ConfigError(f"expected a folder that is there, got {store}")  # a store would make it, and find it empty
     with DistributedKVCache(
         store=store, model=spec, precision=precision, ttl_seconds=None, describe=False, **options
     ) as cache:
@@ -116,6 +119,10 @@ def _tokens(file: str, tokenizer: _Lazy) -> list[int]:
         value = None
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         return value
+    if file.endswith(".json") or (isinstance(value, list) and any(type(token) is int for token in value)):
+        raise InputError(
+            f"{file}: expected a JSON list of whole numbers, the tokens; a text ends in another name than .json"
+        )
     if not text:
         raise InputError(f"{file}: expected a text that is not empty, or a JSON list of tokens")
     return tokenizer.get().encode(text)
