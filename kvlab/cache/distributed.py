@@ -9,6 +9,7 @@ one layer under a text with `cache_kv` and `get_cached_kv`, which use `kvlab.cac
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import threading
 import time
@@ -42,6 +43,7 @@ from kvlab.stores.url import url_of
 WINDOW_BYTES = 16 << 20  # of the records that one fetch returns
 MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
+logger = logging.getLogger(__name__)
 DESCRIBE_S = 600.0  # between two writes of the description, if the TTL of the store is not known
 _NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -384,7 +386,12 @@ class DistributedKVCache(KVCache):
         spec, ns = self._bound()
         if (description := description_of(spec, ns)) is not None:
             if self._described is None:
-                self._described = description.of_tenant(self._salt)
+                try:
+                    self._described = description.of_tenant(self._salt)
+                except (AttributeError, ValueError, MemoryError):  # no scrypt in this Python, or no 32 MiB for it
+                    logger.warning("no description is left in the store: the digest of the salt cannot be computed")
+                    self._describe_at = math.inf
+                    return
             self._founded |= write(self.store, self._directory_seal, self._described) == WRITTEN
 
     def _make_namespace(self, block_tokens: int | None) -> Namespace | None:

@@ -52,6 +52,21 @@ def causes(found: Explanation) -> list[str]:
     return [block.cause for block in found.blocks]
 
 
+@pytest.mark.parametrize("error", [AttributeError, ValueError, MemoryError])
+def test_a_salt_whose_digest_cannot_be_computed_costs_the_description_alone(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_scrypt(*args: object, **options: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(describe.hashlib, "scrypt", no_scrypt)
+    store = MemoryStore()
+    cache = made(store, salt="a tenant")
+    assert save(cache) == 4 and save(cache, [*range(200)]) > 0 and cache.match(TOKENS) == 4 * B
+    assert "no description is left in the store" in caplog.text and len(caplog.records) == 1
+    assert describe.listing(store, Xxh3()).found == ()
+
+
 # --- nothing is wrong ---------------------------------------------------------------------------
 @pytest.mark.parametrize("other", [False, True])
 def test_a_healthy_system_blames_nothing(other: bool) -> None:
