@@ -26,6 +26,7 @@ from kvlab.course.exercises import (
     lesson_10,
     lesson_11,
     lesson_11b,
+    lesson_12,
 )
 from kvlab.course.exercises.engine import Exercise
 from kvlab.errors import InputError
@@ -46,6 +47,7 @@ LESSONS = (
     lesson_10,
     lesson_11,
     lesson_11b,
+    lesson_12,
 )
 BY_CONSTANT = {name: e for lesson in LESSONS for name, e in vars(lesson).items() if isinstance(e, Exercise)}
 """The exercises by the constants that hold them: what `exercises.HIT_RATE` means in a notebook."""
