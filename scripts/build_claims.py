@@ -38,8 +38,9 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
+from scripts.repository import BLOB
+
 ROOT: Final = Path(__file__).resolve().parents[1]
-BLOB: Final = "https://github.com/kvlab/kvlab/blob/main/"
 VERDICTS: Final = ("measured", "computed", "cited", "no evidence found")
 HOLDS: Final = ("yes", "no", "depends", "not testable here")
 REFERENCE: Final = re.compile(r"\{([^{}]+)\}")

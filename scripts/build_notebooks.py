@@ -52,11 +52,12 @@ from kvlab.course.exercises import Exercise
 from kvlab.course.exercises.registry import BY_CONSTANT
 from kvlab.course.kernel import kernel_environment
 from kvlab.lab.streams import accept_any_text
+from scripts.repository import NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SANITIZE = NOTEBOOKS / "sanitize.cfg"
-REPOSITORY = "kvlab/kvlab"
+REPOSITORY = NAME
 CELL_TIMEOUT = 120  # seconds, as for nbval in pyproject.toml
 BEGIN, END = "<!-- course:begin -->", "<!-- course:end -->"
 GENERATED = ("header", "colab-setup", "footer")  # tags and ids of the generated cells

@@ -478,3 +478,14 @@ def test_alternatives_say_in_one_line_that_a_trace_cannot_be_read(trace):
     run = subprocess.run(["sh", "scripts/alternatives.sh", trace], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == f"alternatives: {trace} is not a file that can be read\n"
+
+
+def test_the_address_of_the_repository_is_set_once():
+    """What names it in a text names the one of pyproject; programs take it from there."""
+    address = PROJECT["urls"]["Repository"]
+    assert f"git clone {address} && cd {PROJECT['name']}" in (ROOT / "README.md").read_text()
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    links = {link for text in texts for link in re.findall(r"https://github\.com/[\w-]+/kvlab\b", text.read_text())}
+    assert links == {address}
+    programs = [*ROOT.glob("scripts/*.py"), *ROOT.glob("docs/site/*.py"), *ROOT.glob("kvlab/**/*.py")]
+    assert [path for path in programs if address.removeprefix("https://") in path.read_text()] == []
