@@ -12,7 +12,7 @@ PY := .venv/bin/python
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test test-engines test-ray alternatives check notebooks lint clean
+.PHONY: help setup lab demo test test-engines test-ray alternatives check notebooks site lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ check: setup ## while you change code: lint, types, units and contracts, in unde
 
 notebooks: setup ## run the notebooks and write their outputs
 	$(PY) scripts/build_notebooks.py
+
+site: setup ## the website, from README, docs/ and the stored outputs of the notebooks, into build/site/
+	$(PY) scripts/build_site.py
 
 lint: setup ## style and types
 	$(PY) -m ruff check .

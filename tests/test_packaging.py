@@ -20,7 +20,7 @@ NODES = [f"cluster-{i}" for i in range(1, 7)]
 FOLLOWED = ["primary", "replica-1", "replica-2"]
 SENTINELS = [f"sentinel-{i}" for i in range(1, 4)]
 WATCHERS = ["redis-exporter", "prometheus", "grafana"]
-LOCKED_EXTRAS = ("course", "test", "hf", "secure", "metrics")
+LOCKED_EXTRAS = ("course", "test", "hf", "secure", "metrics", "site")
 
 
 def lock_lines():
@@ -84,7 +84,7 @@ def test_the_lock_names_no_build_and_no_cuda():
 
 def test_requirements_are_ranges_with_an_end():
     """A new major version is tried before readers get it. What follows the calendar has no such versions."""
-    for requirement in [*wanted(), *map(Requirement, PROJECT["optional-dependencies"]["docs"])]:
+    for requirement in wanted():
         if requirement.name not in ("cryptography", "furo"):
             operators = {specifier.operator for specifier in requirement.specifier}
             assert operators == {">=", "<"}, str(requirement)
@@ -302,7 +302,7 @@ ONLY_CUDA = """case "$*" in
 def test_make_alone_lists_the_targets():
     run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = re.findall(r"make (\w+) ", run.stdout)
-    assert targets == ["help", "lab", "demo", "test", "alternatives", "check", "notebooks", "lint", "clean"]
+    assert targets == ["help", "lab", "demo", "test", "alternatives", "check", "notebooks", "site", "lint", "clean"]
 
 
 def test_a_python_that_is_too_old_is_refused_in_one_line(checkout):

@@ -21,6 +21,7 @@ SECONDS = {
     "tests/test_cli.py": 70,
     "tests/notebooks/test_build.py": 60,
     "tests/lab/test_demo.py": 25,
+    "tests/site/test_site.py": 50,
     "tests/browser/test_lab.py": 25,
     "tests/harness/test_learner.py": 15,
     "tests/stores/redis/test_store.py": 15,
