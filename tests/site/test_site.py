@@ -34,6 +34,10 @@ WIDE = """() => Math.max(  // the theme hides what the page has too much, and le
     document.documentElement.scrollWidth - window.innerWidth,
     ...[...document.querySelectorAll('.content')].map(column => column.scrollWidth - column.clientWidth),
 )"""
+ON_TOP = """() => {
+    const box = document.activeElement.getBoundingClientRect();
+    return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === document.activeElement;
+}"""
 FOCUSED = "() => document.activeElement.getAttribute('href')"
 
 
@@ -267,16 +271,21 @@ def test_search_finds_a_word_of_a_notebook(address: str) -> None:
 
 
 @pytest.mark.browser
-def test_the_keyboard_reaches_content_and_navigation(address: str) -> None:
-    with browser(DESK) as (page, _):
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_the_keyboard_reaches_content_and_navigation(address: str, width: int) -> None:
+    with browser(width) as (page, _):
         page.goto(address)
         page.keyboard.press("Tab")
         assert page.evaluate(FOCUSED) == "#furo-main-content", "the first stop skips the navigation"
-        focused = []
-        for _ in range(60):
+        focused = set()
+        while html_of(NOTEBOOKS[-1]) not in focused and len(focused) < 60:
             page.keyboard.press("Tab")
-            focused.append(page.evaluate(FOCUSED))
-    assert {html_of(name) for name in NOTEBOOKS} <= set(focused)
+            focused.add(page.evaluate(FOCUSED))
+        link = page.locator(".sidebar-tree a:focus")
+        page.wait_for_function("() => document.activeElement.getBoundingClientRect().left >= 0")
+        assert link.get_attribute("href") == html_of(NOTEBOOKS[-1])
+        assert page.evaluate(ON_TOP)
+    assert {html_of(name) for name in NOTEBOOKS} <= focused
 
 
 @pytest.mark.browser
