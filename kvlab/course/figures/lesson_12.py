@@ -1,0 +1,101 @@
+"""The drawings and tables of notebook 12: drills, servers by prompt length, bands of money, advice, phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from kvlab.course import plots
+from kvlab.course.figures.lesson_11b import table
+from kvlab.course.pictures import Flow, Step
+from kvlab.lab.decide import Row
+from kvlab.lab.recommend import Choice
+
+__all__ = ["GATED", "PHASES", "advice", "drilled", "drills", "money", "servers", "table"]
+
+Answers = Sequence[Sequence[Any]]
+"""Of each request of a drill: the tokens that came from the cache, and whether the answer is right."""
+PHASES = Flow(
+    [
+        Step("local", "drills, your own trace"),
+        Step("staging", "write only, then shadow reads"),
+        Step("5 % of the workers", "hits are used", marked=True),
+        Step("all", "alerts, and a way back"),
+    ],
+    columns=4,
+)
+"""The way into production."""
+GATED = ("local", "staging", "production, 5 %")
+"""The phases after which there is a gate."""
+PARTS = ("verdict", "router", "host memory", "shared store", "planner", "salt", "encryption_keys")
+"""The parts of a deployment that `advice` shows."""
+
+
+def drilled(before: Answers, during: Answers, after: Answers, reasons: Mapping[str, int]) -> dict[str, Any]:
+    """Return a drill as a row: the fewest tokens found in each part, how many answers were right, what was counted."""
+    everything = [*before, *during, *after]
+    wrong = sum(not right for _, right in everything)
+    return {
+        "before": min(found for found, _ in before),
+        "during": [found for found, _ in during],
+        "after": after[-1][0],
+        "right": "all" if not wrong else f"{len(everything) - wrong} of {len(everything)}",
+        "counted": sorted(str(reason) for reason, count in reasons.items() if count),
+    }
+
+
+def drills(rows: Mapping[str, Mapping[str, Any]]) -> Markdown:
+    """Return drills as a table."""
+    return table(
+        [
+            {
+                "fault": name,
+                "tokens before": row["before"],
+                "during": ", ".join(map(str, row["during"])),
+                "after": row["after"],
+                "right answers": row["right"],
+                "counted": ", ".join(row["counted"]) or "nothing",
+            }
+            for name, row in rows.items()
+        ]
+    )
+
+
+def servers(own_tokens: Sequence[int], counts: Sequence[int], chosen: int, at: int) -> Figure:
+    """Return servers by the tokens of a user, and a point for the chosen length."""
+    fig, ax = plots.new_figure("Servers for all users' blocks", "own tokens of each user", "servers")
+    ax.plot(own_tokens, counts)
+    ax.plot([at], [chosen], "k*", markersize=12)
+    ax.annotate(f" {chosen}", (at, chosen), ha="right", va="bottom")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(own_tokens, [f"{tokens:,}" for tokens in own_tokens])
+    ax.set_ylim(bottom=0)
+    return fig
+
+
+def money(rows: Sequence[Row]) -> Figure:
+    """Return the band of the net gain by capacity."""
+    fig, ax = plots.new_figure("Net gain a month, over all bands", "US dollars a month", height=0.9 + 0.5 * len(rows))
+    for i, row in enumerate(rows):
+        low, middle, high = row.net_usd
+        colour = plots.OKABE_ITO[2] if low > 0 else plots.OKABE_ITO[1] if high <= 0 else plots.OKABE_ITO[0]
+        said = "pays" if low > 0 else "loses" if high <= 0 else "depends"
+        ax.plot([low, high], [i, i], "-|", color=colour, linewidth=3, markersize=12)
+        ax.plot([middle], [i], "o", color=colour)
+        ax.annotate(f" {said}", (high, i), va="center")
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(rows)), [f"{row.gib:g} GiB" for row in rows])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    return fig
+
+
+def advice(advised: Mapping[str, Sequence[Choice]]) -> Markdown:
+    """Return what each reader should take, part by part, as a table."""
+    takes = {who: {choice.part: choice.take for choice in choices} for who, choices in advised.items()}
+    parts = [part for part in PARTS if any(part in taken for taken in takes.values())]
+    return table([{"part": part} | {who: taken.get(part, "–") for who, taken in takes.items()} for part in parts])
