@@ -42,7 +42,7 @@ class StoreStats:
     `misses` and `drops` count values. `faults` counts failed round trips. It includes those of `probe`,
     `touch_many` and `delete_many`, which are not requests: while a store is down, an engine that probes
     first records faults but no misses. `redirects` counts keys that a cluster node redirected to
-    another node. A few redirects are normal while slots move.
+    another node, once for each command. A few redirects are normal while slots move.
     """
 
     requested: int = 0
@@ -75,9 +75,11 @@ class Store(ABC):
 
     Attributes:
         deadline_s: the most seconds that a call takes, without what large values add (`kvlab.stores.deadline`).
+        ttl_s: how long a value lives after its last use. None: until it is evicted, or it is not known.
     """
 
     deadline_s: float = math.inf
+    ttl_s: float | None = None
 
     @abstractmethod
     def get_many(
@@ -93,20 +95,43 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """Store values, replacing existing ones; return how many were accepted. Values may be reused after the call."""
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
+        """Store values, replacing existing ones; return how many were accepted. Values may be reused after the call.
+
+        Args:
+            ttl_s: how long these values live if nothing uses them; None: as long as the TTL of the store says. A
+                later use keeps a value for at least the TTL of the store.
+
+        Raises:
+            ConfigError: `ttl_s` is no TTL, or the store has none of its own, so that a use could not refresh it.
+        """
 
     @abstractmethod
     def probe(self, keys: Sequence[bytes]) -> int:
         """Return the length of the longest present prefix of `keys`, in one round trip. Not counted as a request."""
 
     @abstractmethod
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return which keys are present, and restart their TTLs, in one round trip.
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
+        """Return which keys are present, and restart their TTLs, in one round trip. No life gets shorter by that.
 
         This is for blocks that are used without being fetched: the root of a chain must not expire before
         its leaves. Like `probe`, the result is advice and not counted as a request.
+
+        Args:
+            ttl_s: they live for at least so long from now; None: the TTL of the store.
         """
+
+    def hold_many(self, keys: Sequence[bytes], lease_s: float, holder: str) -> tuple[int, bool]:
+        """Keep the values that are present, from the first on, until a lease ends. An earlier lease of `holder` ends.
+
+        Returns:
+            How many are kept, and whether eviction spares them. A store that cannot promise that refreshes their TTLs
+            and returns False, as here: its server may evict them at any time.
+        """
+        return sum(self.touch_many(keys, lease_s)), False
+
+    def release(self, holder: str) -> None:  # noqa: B027  # where nothing is held there is nothing to do
+        """End the lease of a holder, if there is one. TTLs stay as they are."""
 
     @abstractmethod
     def delete_many(self, keys: Sequence[bytes]) -> int:
@@ -238,6 +263,20 @@ def check_ttl(ttl_s: float | None) -> None:
     """
     if ttl_s is not None:
         check_number("a TTL (None for no expiry)", ttl_s, 0, MAX_TTL_S, "seconds")
+
+
+def check_own_ttl(ttl_s: float | None, of_store: float | None) -> None:
+    """Check the TTL of some values.
+
+    Args:
+        of_store: the TTL of their store.
+
+    Raises:
+        ConfigError: it is no TTL, or the store has none.
+    """
+    check_ttl(ttl_s)
+    if ttl_s is not None and of_store is None:
+        raise ConfigError(f"expected a store with a TTL of its own for values with one ({ttl_s} s), got one without")
 
 
 def deliver(value: bytes, out: memoryview | None) -> bytes | memoryview | None:

@@ -19,6 +19,7 @@ from kvlab.stores.base import (
     check_buffers,
     check_clock,
     check_keys,
+    check_own_ttl,
     check_ttl,
     check_values,
     deliver,
@@ -44,7 +45,7 @@ class MemoryStore(Store):
     def __init__(self, ttl_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         check_ttl(ttl_s)
         check_clock(clock)
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[bytes, tuple[bytes, float]] = {}
         self._stats = StoreStats()
@@ -67,9 +68,10 @@ class MemoryStore(Store):
             reasons += key_reasons
         return got
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
         """See `Store.put_many`."""
         check_values(keys, values)
+        check_own_ttl(ttl_s, self.ttl_s)
         with self._lock:
             self._stats.offered += len(keys)
             if self._closed:
@@ -82,7 +84,7 @@ class MemoryStore(Store):
                     self._stats.drops[Reason.TOO_BIG] += 1
                     continue
                 stored += 1
-                self._entries[key] = (data, self._expires_at())
+                self._entries[key] = (data, self._expires_at(ttl_s))
                 self._stats.stored += 1
                 self._stats.bytes_in += len(data)
             return stored
@@ -96,11 +98,12 @@ class MemoryStore(Store):
                     return i
             return len(keys)
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
         """See `Store.touch_many`."""
         check_keys(keys)
+        check_ttl(ttl_s)
         with self._lock:
-            return [self._refresh(key) for key in keys]
+            return [self._refresh(key, ttl_s) for key in keys]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
@@ -141,15 +144,15 @@ class MemoryStore(Store):
             self._stats.misses[reason] += 1
             return None
         key_reasons.append("")
-        self._entries[key] = (value, self._expires_at())
+        self._refresh(key)
         self._stats.hits += 1
         self._stats.bytes_out += len(value)
         return got
 
-    def _refresh(self, key: bytes) -> bool:
+    def _refresh(self, key: bytes, ttl_s: float | None = None) -> bool:
         value = self._alive(key)
         if value is not None:
-            self._entries[key] = (value, self._expires_at())
+            self._entries[key] = (value, max(self._entries[key][1], self._expires_at(ttl_s)))
         return value is not None
 
     def _alive(self, key: bytes) -> bytes | None:
@@ -159,5 +162,6 @@ class MemoryStore(Store):
             return None
         return value
 
-    def _expires_at(self) -> float:
-        return float("inf") if self._ttl_s is None else self._clock() + self._ttl_s
+    def _expires_at(self, ttl_s: float | None = None) -> float:
+        ttl_s = self.ttl_s if ttl_s is None else ttl_s
+        return float("inf") if ttl_s is None else self._clock() + ttl_s

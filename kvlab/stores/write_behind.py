@@ -19,6 +19,8 @@ from kvlab.stores.base import (
     check_clock,
     check_keys,
     check_number,
+    check_own_ttl,
+    check_ttl,
     check_values,
     deliver,
     joined,
@@ -74,7 +76,7 @@ class WriteBehind(Store):
         check_number("patience_s", patience_s, 0, 1e9, "seconds")
         check_clock(clock)
         self.store = store
-        self.deadline_s = store.deadline_s
+        self.deadline_s, self.ttl_s = store.deadline_s, store.ttl_s
         self.max_bytes, self.patience_s, self.clock = max_bytes, patience_s, clock
         self._own = StoreStats()
         self._closed = False
@@ -85,9 +87,10 @@ class WriteBehind(Store):
     def __repr__(self) -> str:
         return f"WriteBehind({self.store!r})"
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`. Copies the values into the queue and returns."""
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
+        """See `Store.put_many`. Copies the values into the queue and returns. `ttl_s` begins when they are written."""
         check_values(keys, values)
+        check_own_ttl(ttl_s, self.ttl_s)
         queued = 0
         with self._lock:
             for key, value in zip(keys, values, strict=True):
@@ -102,6 +105,7 @@ class WriteBehind(Store):
                     self._bytes -= len(older)
                     del self._waiting[key]  # the newer value goes to the end of the queue
                 self._waiting[key] = data
+                self._ttls[key] = self.ttl_s if ttl_s is None else ttl_s
                 self._bytes += len(data)
                 queued += 1
             if queued and not self._thread.is_alive():
@@ -155,12 +159,26 @@ class WriteBehind(Store):
                 break
         return at
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """See `Store.touch_many`."""
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
+        """See `Store.touch_many`. A queued value gets the longest of its TTLs when it is written."""
         check_keys(keys)
+        check_ttl(ttl_s)
         with self._lock:
             waiting = [self._pending(key) is not None for key in keys]
-        return [w or there for w, there in zip(waiting, self.store.touch_many(keys), strict=True)]
+            wanted_s = self.ttl_s if ttl_s is None else ttl_s
+            for key in self._waiting.keys() & set(keys):
+                own_s = self._ttls[key]
+                self._ttls[key] = None if own_s is None or wanted_s is None else max(own_s, wanted_s)
+        stored = self.store.touch_many(keys) if ttl_s is None else self.store.touch_many(keys, ttl_s)
+        return [w or there for w, there in zip(waiting, stored, strict=True)]
+
+    def hold_many(self, keys: Sequence[bytes], lease_s: float, holder: str) -> tuple[int, bool]:
+        """See `Store.hold_many`. What is queued is not held."""
+        return self.store.hold_many(keys, lease_s, holder)
+
+    def release(self, holder: str) -> None:
+        """See `Store.release`."""
+        self.store.release(holder)
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Waits while a batch that contains one of the keys is being written."""
@@ -170,6 +188,7 @@ class WriteBehind(Store):
             for key in set(keys):
                 value = self._waiting.pop(key, None)
                 if value is not None:
+                    del self._ttls[key]
                     deleted += 1
                     self._bytes -= len(value)
                     self._drop(Reason.DELETED)
@@ -210,6 +229,8 @@ class WriteBehind(Store):
         self._work = Latch()  # the thread waits for it when the queue is empty
         self._after_batch: list[Latch] = []  # callers that wait for the thread
         self._waiting: dict[bytes, bytes] = {}  # in order of arrival
+        self._ttls: dict[bytes, float | None] = {}  # of those that wait
+        self._ttl_s: float | None = None  # of those that are being written
         self._writing: dict[bytes, bytes] = {}
         self._bytes = 0
         self._reading = 0  # reads of the store that are running
@@ -279,7 +300,7 @@ class WriteBehind(Store):
                 continue
             begin = self.clock()
             try:
-                self.store.put_many(list(self._writing), list(self._writing.values()))
+                self._put([*self._writing], [*self._writing.values()])
             except Exception:  # an exception from the store must not stop later writes
                 logger.exception("the store raised an exception in put_many")
                 with self._lock:
@@ -296,10 +317,20 @@ class WriteBehind(Store):
             for latch in waiting:
                 latch.set()
 
+    def _put(self, keys: list[bytes], values: list[bytes]) -> None:
+        if self._ttl_s == self.ttl_s:  # the store may be one that knows no other TTL
+            self.store.put_many(keys, values)
+        else:
+            self.store.put_many(keys, values, self._ttl_s)
+
     def _take_batch(self) -> None:
+        """Take values of one TTL."""
         size = 0
         while self._waiting and size < BATCH_BYTES:
             key = next(iter(self._waiting))
+            if self._writing and self._ttls[key] != self._ttl_s:
+                return
+            self._ttl_s = self._ttls.pop(key)
             self._writing[key] = self._waiting.pop(key)
             size += len(self._writing[key])
 

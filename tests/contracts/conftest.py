@@ -56,8 +56,8 @@ def _files(**settings: Any) -> FileStore:
 class Flushed(WriteBehind):
     """Writes behind, but done when the call returns: the suite asks what finished writes have counted."""
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        queued = super().put_many(keys, values)
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
+        queued = super().put_many(keys, values, ttl_s)
         assert self.flush(TIMEOUT_S)
         return queued
 

@@ -183,15 +183,21 @@ class SpyStore(Store):
     def get_many(self, keys: Any, out: Any = None, reasons: Any = None) -> list[bytes | memoryview | None]:
         return self.inner.get_many(keys, out, reasons)
 
-    def put_many(self, keys: Any, values: list[Value]) -> int:
+    def put_many(self, keys: Any, values: list[Value], ttl_s: float | None = None) -> int:
         self.put_keys += keys
-        return self.inner.put_many(keys, values)
+        return self.inner.put_many(keys, values) if ttl_s is None else self.inner.put_many(keys, values, ttl_s)
 
     def probe(self, keys: Any) -> int:
         return self.inner.probe(keys)
 
-    def touch_many(self, keys: Any) -> list[bool]:
-        return self.inner.touch_many(keys)
+    def touch_many(self, keys: Any, ttl_s: float | None = None) -> list[bool]:
+        return self.inner.touch_many(keys) if ttl_s is None else self.inner.touch_many(keys, ttl_s)
+
+    def hold_many(self, keys: Any, lease_s: float, holder: str) -> tuple[int, bool]:
+        return self.inner.hold_many(keys, lease_s, holder)
+
+    def release(self, holder: str) -> None:
+        self.inner.release(holder)
 
     def delete_many(self, keys: Any) -> int:
         return self.inner.delete_many(keys)

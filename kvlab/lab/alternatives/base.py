@@ -17,6 +17,7 @@ from kvlab.stores.base import (
     Value,
     check_buffers,
     check_keys,
+    check_own_ttl,
     check_ttl,
     check_values,
     joined,
@@ -95,9 +96,10 @@ class Adapter(Store):
             reasons += [value if isinstance(value, Reason) else "" for value in got]
         return [None if isinstance(value, Reason) else value for value in got]
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`."""
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
+        """See `Store.put_many`. Values with a TTL of their own are refused."""
         check_values(keys, values)
+        check_own_ttl(ttl_s, self.ttl_s)
         whole = [joined(value) for value in values]
         fits = [i for i, value in enumerate(whole) if len(value) <= MAX_VALUE_BYTES]
         try:
@@ -121,8 +123,8 @@ class Adapter(Store):
         have = self._advice(keys, renew=False)
         return have.index(False) if False in have else len(have)
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
-        """See `Store.touch_many`."""
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
+        """See `Store.touch_many`. The TTL is always that of the store."""
         return self._advice(keys, renew=True)
 
     def delete_many(self, keys: Sequence[bytes]) -> int:

@@ -2,6 +2,7 @@
 
     DIR/.kvlab       what is taken, and when the folder was last swept; changed under its lock
     DIR/.tmp/…       values that are being written; each writer has a lock on its file
+    DIR/.held/…      one file per lease: the names of the values that it holds; its time is when it ends
     DIR/3f/3f9c…     values; the name is a hash of the key
 
 A value is written to a file of its own and renamed into place. Readers therefore get the old value, the new value or
@@ -40,6 +41,8 @@ NAME_LENGTH: Final = 40
 _COUNT: Final = struct.Struct("<8sQQQ")
 _MOST_PARTS: Final = 512
 _MAGIC: Final = b"kvlabfs1"
+MOST_LEASES: Final = 1024
+"""Leases at the same time. Each is read when another one begins."""
 _CLOEXEC: Final = getattr(os, "O_CLOEXEC", 0)
 # A link in the place of a file is not followed, and a pipe is not waited for.
 _FLAGS: Final = _CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -116,6 +119,7 @@ class Folder:
         self._sync = sync
         self._count = f"{path}/.kvlab"
         self._tmp = f"{path}/.tmp"
+        self._leases = f"{path}/.held"
         self._locked: set[int] = set()
         reset_in_children(self)
 
@@ -308,9 +312,10 @@ class Folder:
         """Note a use of a value; return whether it is there and was last used after `oldest_ns`."""
         path = f"{self.path}/{name}"
         try:
-            if os.stat(path, follow_symlinks=False).st_mtime_ns <= oldest_ns:
+            before_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
+            if before_ns <= oldest_ns:
                 return False
-            os.utime(path, ns=(now_ns, now_ns), follow_symlinks=False)
+            os.utime(path, ns=(max(now_ns, before_ns),) * 2, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -342,6 +347,84 @@ class Folder:
                         count.subtract(blocks(status.st_size))
                         deleted[-1] = status.st_mtime_ns
         return deleted
+
+    # --- leases ---------------------------------------------------------------------------------
+    def hold(
+        self, holder: str, names: Sequence[str], most: int, now_ns: int, lease_ns: int, oldest_ns: int, used_ns: int
+    ) -> int:
+        """Hold the values that are there, from the first on, as long as all leases hold at most `most` bytes.
+
+        Args:
+            holder: its earlier lease ends.
+            oldest_ns: values that were last used then, or before, are not there.
+            used_ns: their last use from now on. A sweep that has chosen one before spares it for that.
+
+        Returns:
+            How many are held.
+        """
+        with self.counting():
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._leases, 0o700)
+            self._end_lease(holder)
+            others, leases = self._held(now_ns)
+            total = sum(blocks(status.st_size) for name in others if (status := self._status(name)))
+            held: list[str] = []
+            for name in dict.fromkeys(names) if leases < MOST_LEASES else ():
+                status = self._status(name)
+                if status is None or status.st_mtime_ns <= oldest_ns:
+                    continue
+                total += 0 if name in others else blocks(status.st_size)
+                if total > most:
+                    break
+                os.utime(f"{self.path}/{name}", ns=(max(used_ns, status.st_mtime_ns + 1),) * 2, follow_symlinks=False)
+                held.append(name)
+            if held:
+                self._write_lease(holder, held, now_ns + lease_ns)
+        return len(held)
+
+    def release(self, holder: str) -> None:
+        """End a lease."""
+        with self.counting():
+            self._end_lease(holder)
+
+    def held(self, now_ns: int) -> set[str]:
+        """Return the names of all values that leases hold; delete leases that have ended."""
+        with self.counting():
+            return self._held(now_ns)[0]
+
+    def _held(self, now_ns: int) -> tuple[set[str], int]:
+        """Return the names that leases hold, and the number of leases. The caller has the lock."""
+        names: set[str] = set()
+        leases = 0
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self._leases):
+                if entry.stat(follow_symlinks=False).st_mtime_ns <= now_ns:
+                    os.unlink(entry.path)
+                    continue
+                with open(entry.path, "rb") as file:
+                    lines = file.read().split()
+                names.update(line.decode("ascii", "replace") for line in lines)
+                leases += 1
+        return names, leases
+
+    def _write_lease(self, holder: str, names: Sequence[str], until_ns: int) -> None:
+        path = f"{self._leases}/{holder}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
+        try:
+            _write_all(fd, [memoryview("\n".join(names).encode())])
+            os.utime(fd, ns=(until_ns, until_ns))  # a process that is killed before leaves one that has ended
+        finally:
+            os.close(fd)
+
+    def _end_lease(self, holder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._leases}/{holder}")
+
+    def _status(self, name: str) -> os.stat_result | None:
+        try:
+            return os.stat(f"{self.path}/{name}", follow_symlinks=False)
+        except (FileNotFoundError, ValueError):
+            return None
 
     # --- sweeps ---------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -3,6 +3,9 @@
 A sweep reads the whole folder, so it evicts a tenth of the room at once, and takes place in the background as soon as
 less than a twentieth is free. The cost of a put is therefore that of a few file names, however many values there are.
 
+What a lease holds is neither evicted nor expired, whichever process has the lease. A file that is used after a sweep
+has chosen it stays, so a lease that begins meanwhile counts, too.
+
 Of all processes that share a folder, one sweeps at a time. Uses by others are seen by the times of the files. Several
 uses of a value between two sweeps count as one. This matters only to policies that count uses.
 """
@@ -61,6 +64,8 @@ class Janitor:
         self._closed = False
         self._policy: Policy[str] = POLICIES[self._policy_name](self._most)
         self._seen: dict[str, Entry] = {}
+        self._held: set[str] = set()
+        self._pinned: set[str] = set()  # of these, what the policy knows
         self._overflow: list[str] = []  # evicted by the policy, but still there
         self._has_swept = False
 
@@ -139,18 +144,21 @@ class Janitor:
         """Read the folder, delete what is expired or left over, and tell the policy; return the bytes of the rest."""
         reaped, used = self._folder.reap(stopped)
         self.reaped += reaped
+        self._held = self._folder.held(now)
         present: dict[str, Entry] = {}
         expired: list[Entry] = []
         for entry in self._folder.entries():
             if stopped():
                 raise Stopped
             used += entry.size
-            if self._ttl_ns is not None and entry.used_ns + self._ttl_ns <= now:
+            is_old = self._ttl_ns is not None and entry.used_ns + self._ttl_ns <= now
+            if is_old and entry.name not in self._held:
                 expired.append(entry)
             else:
                 present[entry.name] = entry
         deleted, freed = self._delete(expired, stopped)
         self.expired += deleted
+        self._pin(set())
         for name in self._seen.keys() - present.keys():
             self._policy.remove(name)
         self._overflow = []
@@ -158,8 +166,17 @@ class Janitor:
             known = self._seen.get(entry.name)
             if known is None or entry.used_ns > known.used_ns or entry.name not in self._policy:
                 self._policy.access(entry.name, entry.size, self._overflow)
+        self._pin(self._held & present.keys())
         self._seen = present
         return used - freed
+
+    def _pin(self, names: set[str]) -> None:
+        """Let the policy spare these values, and no others."""
+        for name in self._pinned:
+            self._policy.unpin(name)
+        self._pinned = {name for name in names if name in self._policy}
+        for name in self._pinned:
+            self._policy.pin(name)
 
     def _evict(self, wanted: int, stopped: Callable[[], bool]) -> None:
         """Delete values of so many bytes, in the order of the policy. Values that were used meanwhile stay."""
@@ -170,7 +187,7 @@ class Janitor:
                 name = overflow.pop(0) if overflow else self._policy.evict()
                 if name is None:
                     break
-                if name in self._seen and name not in self._policy:
+                if name in self._seen and name not in self._policy and name not in self._held:
                     batch.append(self._seen.pop(name))
             if not batch:
                 return

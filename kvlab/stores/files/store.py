@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 from kvlab.core.policies import POLICIES
 from kvlab.errors import ConfigError
 from kvlab.stores.base import (
+    MAX_TTL_S,
     MAX_VALUE_BYTES,
     Health,
     Store,
@@ -32,6 +33,7 @@ from kvlab.stores.base import (
     check_clock,
     check_keys,
     check_number,
+    check_own_ttl,
     check_ttl,
     check_values,
     pieces,
@@ -77,6 +79,7 @@ class FileStore(Store):
         sync: what is on the disk when a put returns, and so outlives a power failure: "none" (the kernel writes it
             later), "data" (the value), "full" (its name, too). The end of a process alone loses nothing.
         deadline_s: the limit for a whole call. Every 50 MB of values add one second.
+        max_held: the share of `max_bytes` that all leases together may hold (`hold_many`).
         clock: returns seconds since 1970; tests pass their own.
 
     If the disk is full, a tenth of the values leave, as if `max_bytes` were reached.
@@ -94,6 +97,7 @@ class FileStore(Store):
         policy: str = "lru",
         sync: str = "none",
         deadline_s: float = 1.0,
+        max_held: float = 0.5,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if os.name == "nt":
@@ -101,11 +105,13 @@ class FileStore(Store):
         check_ttl(ttl_s)
         check_number("max_bytes", max_bytes, BLOCK - 1, 1 << 60, "bytes", whole=True)
         check_number("deadline_s", deadline_s, 0, MAX_DEADLINE_S, "seconds")
+        check_number("max_held", max_held, 0, 1, "of the room")
         check_clock(clock)
         for name, value, known in (("policy", policy, POLICIES), ("sync", sync, SYNCS)):
             if not isinstance(value, str) or value not in known:
                 raise ConfigError(f"expected {name} as one of {', '.join(known)}, got {value!r}")
         self.path, self.max_bytes, self.deadline_s = _checked(path), max_bytes, deadline_s
+        self.ttl_s, self._most_held = ttl_s, int(max_held * max_bytes)
         self._ttl_ns = None if ttl_s is None else max(1, int(ttl_s * NS))
         self._clock = clock
         self._folder = Folder(self.path, sync)
@@ -220,13 +226,18 @@ class FileStore(Store):
             return Reason.ABSENT if status.st_mtime_ns <= self._oldest_ns() else Reason.TOO_BIG
         deadline.extend(status.st_size)
         with contextlib.suppress(OSError):  # a disk that cannot be written can be read
-            os.utime(fd, ns=(self._now(),) * 2)
+            os.utime(fd, ns=(max(self._now(), status.st_mtime_ns),) * 2)
         return fd, status.st_size
 
     # --- writes ---------------------------------------------------------------------------------
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
-        """See `Store.put_many`."""
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
+        """See `Store.put_many`.
+
+        A file has one time, its last use. One that is to live longer or shorter is written with a use in the future
+        or in the past, so it also leaves later or earlier when room is needed.
+        """
         check_values(keys, values)
+        check_own_ttl(ttl_s, self.ttl_s)
         parts = [[view.cast("B") for part in pieces(value) if (view := memoryview(part)).nbytes] for value in values]
         sizes = [sum(part.nbytes for part in value) for value in parts]
         fits = [i for i, size in enumerate(sizes) if size <= MAX_VALUE_BYTES and blocks(size) <= self.max_bytes]
@@ -236,7 +247,8 @@ class FileStore(Store):
         failed: Reason | None = None
         if fits:
             try:
-                self._run(deadline, partial(self._write, [(name_of(keys[i]), parts[i]) for i in fits], results))
+                values_of = [(name_of(keys[i]), parts[i]) for i in fits]
+                self._run(deadline, partial(self._write, values_of, results, self._shift_ns(ttl_s)))
             except Failed as error:
                 failed = error.reason
         outcomes = [*results, *[failed] * len(fits)][: len(fits)]  # of the first, some were written in time
@@ -252,22 +264,28 @@ class FileStore(Store):
         return len(stored)
 
     def _write(
-        self, values: Sequence[tuple[str, list[memoryview]]], results: list[Reason | None], call: Call[None]
+        self,
+        values: Sequence[tuple[str, list[memoryview]]],
+        results: list[Reason | None],
+        shift_ns: int,
+        call: Call[None],
     ) -> None:
         """Write values; append to `results` why each was dropped, or None."""
         for name, parts in values:
             if call.abandoned:
                 return
             try:
-                results.append(self._write_one(name, parts, lambda: call.abandoned))
+                results.append(self._write_one(name, parts, lambda: call.abandoned, shift_ns))
             except (OSError, Stopped) as error:
                 results.append(reason_of(error))
             if call.abandoned and results[-1] is None:  # the caller may have counted it as dropped
                 self._folder.delete([name])
 
-    def _write_one(self, name: str, parts: list[memoryview], stopped: Callable[[], bool]) -> Reason | None:
+    def _write_one(
+        self, name: str, parts: list[memoryview], stopped: Callable[[], bool], shift_ns: int = 0
+    ) -> Reason | None:
         def write() -> int | None:
-            return self._folder.write(name, parts, self.max_bytes, self._now(), stopped)
+            return self._folder.write(name, parts, self.max_bytes, self._now() + shift_ns, stopped)
 
         need, began_ns = blocks(sum(part.nbytes for part in parts)), self._now()
         try:
@@ -291,10 +309,30 @@ class FileStore(Store):
         check_keys(keys)
         return self._advice(self._present, keys, 0)
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
         """See `Store.touch_many`."""
         check_keys(keys)
-        return self._advice(self._touch, keys, [False] * len(keys))
+        check_ttl(ttl_s)
+        return self._advice(partial(self._touch, shift_ns=self._shift_ns(ttl_s)), keys, [False] * len(keys))
+
+    def hold_many(self, keys: Sequence[bytes], lease_s: float, holder: str) -> tuple[int, bool]:
+        """See `Store.hold_many`. All processes that share the folder spare them, also if this one is killed.
+
+        All leases together hold at most `max_held` of the room. Of keys that exceed it, the first ones are held. The
+        values live at least as long as the lease; a process that has a shorter TTL than this one does not see that.
+        """
+        check_keys(keys)
+        check_number("lease_s", lease_s, 0, MAX_TTL_S, "seconds")
+        return self._advice(partial(self._hold, _lease_of(holder), lease_s), keys, 0), True
+
+    def _hold(self, holder: str, lease_s: float, names: list[str]) -> int:
+        now_ns, oldest_ns = self._now(), self._oldest_ns()
+        used_ns = max(now_ns, now_ns + self._shift_ns(lease_s))
+        return self._folder.hold(holder, names, self._most_held, now_ns, int(lease_s * NS), oldest_ns, used_ns)
+
+    def release(self, holder: str) -> None:
+        """See `Store.release`."""
+        self._advice(lambda names: self._folder.release(_lease_of(holder)), [], None)
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
@@ -315,8 +353,8 @@ class FileStore(Store):
             self._folder.check()
         return count
 
-    def _touch(self, names: list[str]) -> list[bool]:
-        oldest_ns, now_ns = self._oldest_ns(), self._now()
+    def _touch(self, names: list[str], shift_ns: int = 0) -> list[bool]:
+        oldest_ns, now_ns = self._oldest_ns(), self._now() + shift_ns
         touched = [self._folder.touch(name, oldest_ns, now_ns) for name in names]
         if not all(touched):
             self._folder.check()
@@ -402,9 +440,17 @@ class FileStore(Store):
     def _now(self) -> int:
         return int(self._clock() * NS)
 
+    def _shift_ns(self, ttl_s: float | None) -> int:
+        """How much later than now a value was used that lives for `ttl_s`; its TTL counts from its last use."""
+        return 0 if ttl_s is None or self._ttl_ns is None else max(1, int(ttl_s * NS)) - self._ttl_ns
+
     def _oldest_ns(self) -> int:
         """The last use of a value that has just expired."""
         return -1 if self._ttl_ns is None else self._now() - self._ttl_ns
+
+
+def _lease_of(holder: str) -> str:
+    return os.path.basename(name_of(holder.encode()))
 
 
 def _checked(path: str | os.PathLike[str]) -> str:

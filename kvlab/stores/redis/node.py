@@ -162,7 +162,7 @@ class Node:
             job.run()
 
     def get(self, batch: Batch, indices: Sequence[int], deadline: Deadline, asking: bool = False) -> Answer:
-        """Fetch values, window by window. The TTL of a hit is restarted in the same round trip."""
+        """Fetch values, window by window. The TTL of a hit is restarted in the same round trip, unless it is longer."""
         names, out = batch.names, batch.out
         if len(indices) < len(names):
             names, out = [names[i] for i in indices], None if out is None else [out[i] for i in indices]
@@ -175,7 +175,7 @@ class Node:
                 continue
             commands: list[Command] = [(b"GET", name) for name in names[start:stop]]
             if batch.ttl_ms is not None:
-                commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms) for name in names[start:stop]]
+                commands += [(b"PEXPIRE", name, b"%d" % batch.ttl_ms, b"GT") for name in names[start:stop]]
             replies = self.round_trip(commands, deadline, answer, out[start:stop] if out else None, asking)
             values = replies[: len(window)]
             refused = next((r for r in replies[len(window) :] if isinstance(r, Exception) and is_refusal(r)), None)

@@ -28,6 +28,7 @@ from kvlab.stores.base import (
     check_clock,
     check_keys,
     check_number,
+    check_own_ttl,
     check_ttl,
     check_values,
     pieces,
@@ -111,9 +112,10 @@ class RedisStore(Store):
             raise ConfigError(f"expected read_replicas as True or False, got {type(read_replicas).__name__}")
         self._topology = topology_of(url, max_connections, read_replicas, clock)
         self.url = url
-        self._ttl_ms = None if ttl_s is None else max(1, round(ttl_s * 1000))
-        # Records the use of a key, for its TTL or for eviction. The reply is 1 if the key is present.
-        self._touch = (b"TOUCH",) if self._ttl_ms is None else (b"PEXPIRE", b"%d" % self._ttl_ms)
+        self.ttl_s = ttl_s
+        self._ttl_ms = None if ttl_s is None else _ms(ttl_s)
+        # Records the use of a key, for its TTL or for eviction. GT: others may have given it a longer life.
+        self._touch = (b"TOUCH",) if self._ttl_ms is None else (b"PEXPIRE", b"%d" % self._ttl_ms, b"GT")
         self.deadline_s = deadline_s
         self._read_replicas = read_replicas
         # A single server must have all keys: MOVED is a fault, because the URL names a cluster node.
@@ -163,11 +165,13 @@ class RedisStore(Store):
             reasons += key_reasons
         return got
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value], ttl_s: float | None = None) -> int:
         """See `Store.put_many`. A value above the limit of its server is dropped and not sent."""
         check_values(keys, values)
+        check_own_ttl(ttl_s, self.ttl_s)
+        ttl_ms = self._ttl_ms if ttl_s is None else _ms(ttl_s)
         sizes = [_nbytes(value) for value in values]
-        batch = Batch("put", [KEY_PREFIX + key for key in keys], values=values, sizes=sizes, ttl_ms=self._ttl_ms)
+        batch = Batch("put", [KEY_PREFIX + key for key in keys], values=values, sizes=sizes, ttl_ms=ttl_ms)
         replies = self._answer(batch, Deadline(self.deadline_s))
         key_reasons = ["" if is_ok(reply) else reason_of(reply) for reply in replies]
         stored = key_reasons.count("")
@@ -184,12 +188,24 @@ class RedisStore(Store):
         replies = self._send_each(keys, b"EXISTS", reading=True)
         return next((i for i, there in enumerate(replies) if there != 1), len(keys))
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
         """See `Store.touch_many`. False for keys of a server that does not answer."""
+        check_ttl(ttl_s)
+        if self._ttl_ms is not None:
+            return self._extend(keys, self._touch if ttl_s is None else (b"PEXPIRE", b"%d" % _ms(ttl_s), b"GT"))
         replies = self._send_each(keys, *self._touch)
-        if self._ttl_ms is None and any(isinstance(reply, Exception) and is_refusal(reply) for reply in replies):
+        if any(isinstance(reply, Exception) and is_refusal(reply) for reply in replies):
             replies = self._send_each(keys, b"EXISTS")  # the user may only read: the use is not recorded
         return [reply == 1 for reply in replies]
+
+    def _extend(self, keys: Sequence[bytes], touch: Sequence[bytes]) -> list[bool]:
+        """Extend lives that end too soon; return which keys are present. PEXPIRE GT says 0 for a longer life, too."""
+        check_keys(keys)
+        names = [KEY_PREFIX + key for key in keys]
+        commands = [(touch[0], name, *touch[1:]) for name in names] + [(b"EXISTS", name) for name in names]
+        replies = self._answer(Batch("send", names * 2, commands), Deadline(self.deadline_s))
+        pairs = zip(replies, replies[len(names) :], strict=False)
+        return [not isinstance(extended, Exception) and there == 1 for extended, there in pairs]
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`. Keys of a server that does not answer are not counted."""
@@ -354,6 +370,10 @@ def _answers(batch: Batch, sub_batches: Sequence[SubBatch], deadline: Deadline) 
                 job.abandon()
         deadline.extend_to(ends)
     return answers
+
+
+def _ms(ttl_s: float) -> int:
+    return max(1, round(ttl_s * 1000))
 
 
 def _nbytes(value: Value) -> int:
