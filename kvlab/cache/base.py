@@ -31,7 +31,8 @@ class CacheStats:
     they are stored, so they count as misses with the reason "gap". `stored` counts the blocks that
     the store accepted; a `WriteBehind` accepts a block when it queues it. `kept` counts the blocks
     offered to `save` that were already stored. `bytes_written` counts all records offered to the
-    store. `kvlab.stores.faults.Reason` defines the reasons. `sources` counts the hits by tier.
+    store. `pinned` counts the blocks that pins kept, by how: "held" or "refreshed", once for each tier and
+    each renewal. `kvlab.stores.faults.Reason` defines the reasons. `sources` counts the hits by tier.
 
     `loads` counts loads of at least one block, and `load_s` the seconds that they took. `avoided_s` estimates the
     seconds of prefill that the loaded blocks made unnecessary; a cache that does not know what prefill costs has 0.
@@ -43,6 +44,7 @@ class CacheStats:
     sources: Counter[str] = field(default_factory=Counter)
     stored: int = 0
     kept: int = 0
+    pinned: Counter[str] = field(default_factory=Counter)
     drops: Counter[str] = field(default_factory=Counter)
     bytes_read: int = 0
     bytes_written: int = 0

@@ -24,6 +24,7 @@ from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.describe import DIRECTORY, WRITTEN, Description, description_of, write
 from kvlab.cache.elsewhere import View
 from kvlab.cache.explain import Explanation, explain
+from kvlab.cache.pins import MAX_LEASE_S, Kept, Pin
 from kvlab.cache.recent import STORED, Recent
 from kvlab.cache.text import TextRecords
 from kvlab.core import record
@@ -35,7 +36,7 @@ from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.model.fingerprint import spec_of
 from kvlab.stores import Health, Store, open_store
-from kvlab.stores.base import MAX_VALUE_BYTES, described
+from kvlab.stores.base import MAX_TTL_S, MAX_VALUE_BYTES, check_number, check_own_ttl, described
 from kvlab.stores.faults import Reason
 from kvlab.stores.fork import reset_in_children
 from kvlab.stores.url import url_of
@@ -84,6 +85,7 @@ class DistributedKVCache(KVCache):
             write to the store can forge records. See `kvlab.core.seals`.
         encryption_key_id: the id of the master key for new records; by default the highest one.
         block_tokens: B; by default `KVSpec.block_tokens`.
+        max_lease_s: the longest lease of a `pin`.
         describe: leave a description of model, precision and salted tenant in the store, with the first save and again
             each quarter of the TTL, so that a miss can be explained. `kvlab.cache.describe` says what it gives away.
 
@@ -106,8 +108,11 @@ class DistributedKVCache(KVCache):
         encryption_keys: Mapping[int, bytes] | None = None,
         encryption_key_id: int | None = None,
         block_tokens: int | None = None,
+        max_lease_s: float = MAX_LEASE_S,
         describe: bool = True,
     ) -> None:
+        check_number("max_lease_s", max_lease_s, 0, MAX_TTL_S, "seconds")
+        self.max_lease_s = max_lease_s
         self._salt = _salt_bytes(salt)
         self.format = _format(precision, compress, encryption_keys, self._salt, encryption_key_id)
         if not (model is None or isinstance(model, Llama | KVSpec)):
@@ -175,20 +180,29 @@ class DistributedKVCache(KVCache):
         self._count(len(keys), hits, {reason: 1, Reason.GAP: len(keys) - hits - 1} if reason else {})
         return start + hits * B
 
-    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
+    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0, ttl_s: float | None = None) -> int:
         """See `KVCache.save`. Blocks that are already stored are not sent again, but their TTL is renewed.
 
         After a load found an unusable record, `save` writes this block and the later blocks of that
         load even if they are stored. If the precision cannot represent a number of a block, this
         block and all later blocks are dropped.
+
+        Args:
+            ttl_s: how long the store keeps these blocks and those before them if nothing uses them; None: as its own
+                TTL says. A block that several saves name lives as long as the longest of them says, and a later use
+                counts like a save without `ttl_s`.
+
+        Raises:
+            InputError: see `KVCache.save`.
+            ConfigError: `ttl_s` is no TTL, or the store has none of its own.
         """
         ns = self._bound()[1]
         B = ns.block_tokens
-        self.check_save(tokens, kv, start)
+        self.check_save(tokens, kv, start, ttl_s)
         chain = ns.keys(tokens)
         first = -(-max(start, 0) // B)
         self.recent.saved(tokens)
-        kept = self.present(chain)
+        kept = self.present(chain, ttl_s)
         keys: list[bytes] = []
         blocks: list[list[Array]] = []
         overflow = 0
@@ -202,12 +216,30 @@ class DistributedKVCache(KVCache):
                 self.recent.blocks(chain[i:], Reason.OVERFLOW)
                 break
             keys.append(chain[i])
-        stored = self.write(keys, blocks)
+        stored = self.write(keys, blocks, ttl_s)
         kept_count = sum(kept[first : len(chain) - overflow])
         with self._lock:
             self._stats.kept += kept_count
             self._stats.drops += Counter({Reason.OVERFLOW: overflow})
         return stored + kept_count
+
+    def pin(self, tokens: Sequence[int], lease_s: float) -> Pin:
+        """Keep the leading blocks of `tokens` that are stored, until the lease ends. See `kvlab.cache.pins`.
+
+        Takes two round trips. A fault of the store gives a pin that keeps nothing; the store counts its reason.
+
+        Raises:
+            ConfigError: `lease_s` is not a positive number, or exceeds `max_lease_s`.
+            InputError: a token is not an integer in 0 … 2**32 - 1.
+        """
+        keys = self._bound()[1].keys(tokens)
+
+        def begin(lease_s: float, holder: str) -> Kept:
+            kept = Kept()
+            self.hold(keys[: self.store.probe(keys)], lease_s, holder, kept)
+            return kept
+
+        return Pin(len(keys), lease_s, self.max_lease_s, begin, self.store.release)
 
     def explain(
         self,
@@ -286,8 +318,9 @@ class DistributedKVCache(KVCache):
             raise InputError(f"expected 0 <= start <= stop <= {count} in steps of {B}, got {got}")
         _check_kv(out, spec, stop - start)
 
-    def check_save(self, tokens: Sequence[int], kv: Tensor, start: int) -> None:
-        """Raise InputError if the arguments of `save` do not fit."""
+    def check_save(self, tokens: Sequence[int], kv: Tensor, start: int, ttl_s: float | None = None) -> None:
+        """Raise InputError or ConfigError if the arguments of `save` do not fit."""
+        check_own_ttl(ttl_s, self.store.ttl_s)
         _check_kv(kv, self._bound()[0], _length(tokens))
         _check_positions(start)
         if kv.dtype not in record.DTYPES.values() or kv.layout != torch.strided or kv.is_meta:
@@ -314,17 +347,23 @@ class DistributedKVCache(KVCache):
         """
         return to_parts(block, self.format.precision, plane_axis=1)
 
-    def present(self, keys: Sequence[bytes]) -> list[bool]:
+    def hold(self, keys: Sequence[bytes], lease_s: float, holder: str, kept: Kept) -> None:
+        """Keep blocks in the store; add what it keeps to `kept`."""
+        kept.note("store", *self.store.hold_many(keys, lease_s, holder))
+        with self._lock:
+            self._stats.pinned += Counter(held=kept.held.get("store", 0), refreshed=kept.refreshed.get("store", 0))
+
+    def present(self, keys: Sequence[bytes], ttl_s: float | None = None) -> list[bool]:
         """Return which blocks the store has, without those whose last load found an unusable record. Renews TTLs."""
-        stored = self.store.touch_many(keys)
+        stored = self.store.touch_many(keys) if ttl_s is None else self.store.touch_many(keys, ttl_s)
         return [there and key not in self._suspects for there, key in zip(stored, keys, strict=True)]
 
-    def write(self, keys: Sequence[bytes], blocks: Sequence[list[Array]]) -> int:
+    def write(self, keys: Sequence[bytes], blocks: Sequence[list[Array]], ttl_s: float | None = None) -> int:
         """Write blocks, whether they are present or not. Return how many the store accepted."""
         shape, dtype = self.block_shape, self._bound()[0].dtype
         pairs = zip(keys, blocks, strict=True)
         values = [record.encode_parts(parts, shape, dtype, key, self.format) for key, parts in pairs]
-        stored = self.store.put_many(keys, values)
+        stored = self.store.put_many(keys, values) if ttl_s is None else self.store.put_many(keys, values, ttl_s)
         self.recent.blocks(keys, STORED if stored == len(keys) else Reason.STORE)
         if stored:
             self._describe()

@@ -18,6 +18,7 @@ from kvlab.cache.base import KVCache
 from kvlab.engine.pages import PAGE_TOKENS, BlockTable, PagePool
 from kvlab.engine.planner import Plan
 from kvlab.engine.prefill import Prefill, make_room, prefill
+from kvlab.engine.saver import check_retention
 from kvlab.engine.tiers import TieredCache
 from kvlab.errors import InputError
 from kvlab.model import Llama
@@ -59,15 +60,18 @@ def generate(
     cache: KVCache | None = None,
     stop_at_eos: bool = True,
     pool: PagePool | None = None,
+    ttl_s: float | None = None,
 ) -> Generation:
     """Continue `tokens` greedily.
 
     Args:
         pool: pages that requests share; without one, the request gets pages of its own.
+        ttl_s: see `DistributedKVCache.save`.
 
     Raises:
         InputError: the prompt is empty or too long, a token is not in the vocabulary, or cache and pool do not
             fit each other.
+        ConfigError: `ttl_s` is no TTL, or cannot be kept.
         PoolExhausted: the pool has too few pages for the request. The pool is as if it had not been made.
     """
     begin = time.perf_counter()
@@ -78,6 +82,7 @@ def generate(
     T = prompt.shape[1]
     pool = pool or PagePool(model, -(-(T + max_new_tokens) // PAGE_TOKENS))
     _check_fit(pool, cache)
+    check_retention(cache, ttl_s)
     with pool.new_table(pool.keys(tokens)) as table:
         make_room(table, T, cache)
         filled = prefill(model, prompt, table, cache)
@@ -90,16 +95,17 @@ def generate(
         total = time.perf_counter() - begin
         known = [*tokens, *new[:-1]]  # the KV of the last token was not computed
         pool.publish(table, pool.keys(known))
-        saved = _save(cache, known, table, filled) if cache else 0
+        saved = _save(cache, known, table, filled, ttl_s) if cache else 0
     return Generation(
         new, T, filled.sources.total(), ttft, total, saved, filled.sources["device"], dict(filled.sources), filled.plan
     )
 
 
-def _save(cache: KVCache, known: Sequence[int], table: BlockTable, filled: Prefill) -> int:
+def _save(cache: KVCache, known: Sequence[int], table: BlockTable, filled: Prefill, ttl_s: float | None) -> int:
     if isinstance(cache, TieredCache):
         cache.on_device(table.keys)
-    return cache.save(known, table.read(len(known)), filled.first_to_save)
+    kv, first = table.read(len(known)), filled.first_to_save
+    return cache.save(known, kv, first, **({} if ttl_s is None else {"ttl_s": ttl_s}))
 
 
 def _check_fit(pool: PagePool, cache: KVCache | None) -> None:

@@ -5,14 +5,16 @@ seal and compression. So a block is the same whether it comes from here or from 
 quarter of fp32, and the device converts the numbers.
 
 All blocks are rows of one allocation, which is pinned if the device is a GPU. An eviction policy of `core.policies`
-chooses which block leaves. It never leaves while it is borrowed.
+chooses which block leaves. It never leaves while it is borrowed, or while a lease holds it (`kvlab.cache.pins`).
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +24,7 @@ from kvlab.core import codecs
 from kvlab.core.policies import POLICIES, Policy
 from kvlab.core.precisions import Array, Layout, layout_bytes
 from kvlab.errors import ConfigError
+from kvlab.stores.base import check_clock, check_number
 from kvlab.stores.fork import reset_in_children
 
 ALIGNMENT = 64
@@ -36,22 +39,35 @@ class HostBlocks:
         max_bytes: 0 for no host tier.
         policy: the eviction policy, a name in `kvlab.core.policies.POLICIES`.
         pinned: page-locked memory, which a GPU reads without the CPU.
+        max_held: the share of the blocks that all leases together may hold.
+        clock: returns seconds. Can be replaced in tests.
 
     Attributes:
         capacity: the number of blocks that fit.
 
     Raises:
         ConfigError: `max_bytes` is negative, holds no block, or is more than the machine gives; there is no GPU for
-            `pinned`; or the policy is unknown.
+            `pinned`; the policy is unknown; or `max_held` is not above 0 and at most 1.
     """
 
-    def __init__(self, parts: Layout, max_bytes: int, policy: str = "lru", pinned: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Layout,
+        max_bytes: int,
+        policy: str = "lru",
+        pinned: bool = False,
+        max_held: float = 0.5,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         size = -(-layout_bytes(parts) // ALIGNMENT) * ALIGNMENT
         if type(max_bytes) is not int or not (max_bytes == 0 or size <= max_bytes < MOST):
             raise ConfigError(f"expected host_bytes as 0 or {size:,} (one block) … {MOST:,}, got {max_bytes!r}")
         if policy not in POLICIES:
             raise ConfigError(f"expected one of the policies {', '.join(POLICIES)}, got {policy!r}")
+        check_number("max_held", max_held, 0, 1, "of the room")
+        check_clock(clock)
         self.capacity = max_bytes // size
+        self._most_held, self._clock = int(max_held * self.capacity), clock
         if pinned and not torch.cuda.is_available():
             raise ConfigError("expected pinned=True only on a machine with an NVIDIA GPU")
         try:
@@ -60,6 +76,7 @@ class HostBlocks:
             raise ConfigError(f"expected host_bytes that this machine has, got {max_bytes:,}: {error}") from None
         self._parts, self._rows, self._policy_name = parts, memory.numpy(), policy
         self._closed = False
+        self._first_end: float
         self.reset_after_fork()
         reset_in_children(self)
 
@@ -99,6 +116,39 @@ class HostBlocks:
                 self._borrowed[key] -= 1
                 self._policy.unpin(key)
 
+    def hold(self, keys: Iterable[bytes], lease_s: float, holder: str) -> int:
+        """Keep those of these blocks that are here, from the first on, until the lease ends; return how many.
+
+        All leases together hold at most `max_held` of the blocks. An earlier lease of `holder` ends.
+        """
+        with self._lock, self._repaired():
+            self._end_leases(holder)
+            held: list[bytes] = []
+            for key in dict.fromkeys(keys):
+                if key not in self._row_of:
+                    continue
+                if key not in self._held and len(self._held) >= self._most_held:
+                    break
+                self._policy.pin(key)
+                self._held[key] += 1
+                held.append(key)
+            if held:
+                self._leases[holder] = self._clock() + lease_s, held
+                self._first_end = min(self._first_end, self._leases[holder][0])
+            return len(held)
+
+    def release(self, holder: str) -> None:
+        """End the lease of a holder, if there is one."""
+        with self._lock, self._repaired():
+            self._end_leases(holder)
+
+    @property
+    def held(self) -> int:
+        """The number of blocks that leases hold."""
+        with self._lock, self._repaired():
+            self._end_leases()
+            return len(self._held)
+
     def put(self, key: bytes, parts: Sequence[Array], dirty: bool = False) -> list[tuple[bytes, list[Array]]]:
         """Copy a block in. One that is here already stays as it is; one for which there is no room is left out.
 
@@ -112,6 +162,7 @@ class HostBlocks:
             if key in self._row_of:
                 self._dirty |= {key: None} if dirty else {}
                 return []
+            self._end_leases()
             evicted = [key] if self._closed else self._policy.admit(key)
             if evicted == [key]:
                 return [(key, list(parts))] if dirty else []
@@ -125,9 +176,11 @@ class HostBlocks:
             return [block for block in spilled if block is not None]
 
     def remove(self, key: bytes) -> None:
-        """Forget a block. One that is borrowed or dirty stays."""
+        """Forget a block. One that is borrowed, dirty or held stays."""
         with self._lock, self._repaired():
-            if key in self._row_of and key not in self._dirty and not self._borrowed[key]:
+            self._end_leases()
+            is_needed = key in self._dirty or key in self._held or self._borrowed[key]
+            if key in self._row_of and not is_needed:
                 self._policy.remove(key)
                 self._free.append(self._row_of.pop(key))
 
@@ -157,6 +210,7 @@ class HostBlocks:
         with self._lock, self._repaired():
             self._closed = True
             self._dirty.clear()
+            self._end_leases(*self._leases)
             for key in [key for key in self._row_of if not self._borrowed[key]]:
                 self._policy.remove(key)
                 self._free.append(self._row_of.pop(key))
@@ -169,6 +223,9 @@ class HostBlocks:
             assert len(self._policy) == len(self._row_of), "the policy has another block"
             assert all(key in self._policy for key in self._row_of), "a block that the policy does not know"
             assert self._dirty.keys() <= self._row_of.keys(), "a dirty block that is not here"
+            held = Counter(key for _, keys in self._leases.values() for key in keys)
+            assert held == self._held and held.keys() <= self._row_of.keys(), "a held block that is not here"
+            assert len(held) <= self._most_held, "more blocks are held than allowed"
 
     def reset_after_fork(self) -> None:
         """See `Forkable`. The child starts with no blocks: its parent's threads may have been writing one."""
@@ -176,6 +233,9 @@ class HostBlocks:
         self._row_of: dict[bytes, int] = {}
         self._dirty: dict[bytes, None] = {}
         self._borrowed: Counter[bytes] = Counter()
+        self._held: Counter[bytes] = Counter()  # by how many leases
+        self._leases: dict[str, tuple[float, list[bytes]]] = {}  # by holder: when it ends, and what it holds
+        self._first_end = math.inf  # no lease ends before
         self._free = list(range(self.capacity))
         self._policy: Policy[Any] = POLICIES[self._policy_name](self.capacity)
 
@@ -191,10 +251,25 @@ class HostBlocks:
             self._policy = POLICIES[self._policy_name](self.capacity)
             for key in self._row_of:
                 self._policy.admit(key)
-            for key, times in self._borrowed.items():
+            self._held = Counter(key for _, keys in self._leases.values() for key in keys)
+            self._first_end = -math.inf  # it is looked for anew
+            for key, times in (self._borrowed + self._held).items():
                 for _ in range(times):
                     self._policy.pin(key)
             raise
+
+    def _end_leases(self, *holders: str) -> None:
+        """End the leases of these holders, and all whose time is over."""
+        now = self._clock()
+        if now < self._first_end and not holders:
+            return
+        for holder, (expires_at, keys) in [*self._leases.items()]:
+            if holder in holders or expires_at <= now:
+                for key in keys:
+                    self._policy.unpin(key)
+                self._held -= Counter(keys)
+                del self._leases[holder]
+        self._first_end = min((expires_at for expires_at, _ in self._leases.values()), default=math.inf)
 
     def _view(self, row: int) -> list[Array]:
         whole = self._rows[row, : layout_bytes(self._parts)]

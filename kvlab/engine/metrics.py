@@ -100,6 +100,8 @@ METRICS: Final = (
     _counter("load_seconds", "seconds", "Time that loads took."),
     _counter("prefill_avoided_seconds", "seconds", "Estimated prefill time of the tokens that were loaded instead."),
     _gauge("host_blocks", "blocks", "Blocks in host memory."),
+    _gauge("host_held_blocks", "blocks", "Of these, blocks that pins hold."),
+    _counter("pinned_blocks", "blocks", "Blocks that pins kept, by how: held, or refreshed (evictable).", "how"),
     # Of a store: values and round trips.
     _counter("store_requested", "values", "Values that were asked for: hits and misses."),
     _counter("store_hits", "values", "Values that the store returned."),
@@ -178,8 +180,12 @@ def _of_cache(cache: KVCache) -> Iterator[Sample]:
     yield from _by("loaded_blocks_total", ["host", "store"] if tiers else ["store"], stats.sources)
     yield from _by("failed_blocks_total", Reason, stats.misses)
     yield from _by("dropped_blocks_total", Reason, stats.drops)
+    yield from _by("pinned_blocks_total", ("held", "refreshed"), stats.pinned)
     if isinstance(cache, TieredCache):
-        yield from _plain(prefill_avoided_seconds_total=stats.avoided_s, host_blocks=len(cache.host))
+        host = cache.host
+        yield from _plain(
+            prefill_avoided_seconds_total=stats.avoided_s, host_blocks=len(host), host_held_blocks=host.held
+        )
     store = cache.store.store if isinstance(cache, TieredCache) else getattr(cache, "store", None)
     if isinstance(store, Store):
         yield from _of_store(store)

@@ -11,8 +11,11 @@ from functools import partial
 
 import torch
 
+from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.engine.pages import BlockTable, PagePool
 from kvlab.engine.tiers import TieredCache
+from kvlab.errors import ConfigError
+from kvlab.stores.base import check_own_ttl
 from kvlab.stores.latch import Latch
 from kvlab.stores.workers import Workers
 
@@ -24,6 +27,7 @@ class _Save:
     """Leading blocks of a request. `table` keeps their pages; whoever acquires `claim` may begin or revoke it."""
 
     table: BlockTable
+    ttl_s: float | None
     claim: threading.Lock = field(default_factory=threading.Lock)
     done: Latch = field(default_factory=Latch)
 
@@ -41,18 +45,19 @@ class Saver:
         self._saves: list[_Save] = []
         self._thread = Workers(1, "kvlab-save")
 
-    def begin(self, table: BlockTable, tokens: Sequence[int], first: int) -> None:
+    def begin(self, table: BlockTable, tokens: Sequence[int], first: int, ttl_s: float | None = None) -> None:
         """Save the blocks of `table.keys` from number `first` on.
 
         Args:
             tokens: of the request, from its first token on.
+            ttl_s: see `DistributedKVCache.save`.
         """
         self._counts["saves"] += 1
         if len(self._saves) >= self._most:
             self._counts["saves dropped"] += 1
             return
         B = self._cache.block_tokens
-        save = _Save(self._pool.fork(table, blocks=len(table.keys)))
+        save = _Save(self._pool.fork(table, blocks=len(table.keys)), ttl_s)
         self._saves.append(save)
         try:
             self._thread.submit(partial(self._run, save, tokens[: len(table.keys) * B], first * B))
@@ -64,7 +69,7 @@ class Saver:
         if not save.claim.acquire(blocking=False):
             return
         try:
-            self._cache.save(tokens, save.table.read(len(tokens)), start)
+            self._cache.save(tokens, save.table.read(len(tokens)), start, save.ttl_s)
         except Exception:
             logger.exception("a save failed")
             self._counts["saves failed"] += 1
@@ -92,3 +97,17 @@ class Saver:
         for save in saves:
             self._pool.close(save.table)
             self._saves.remove(save)
+
+
+def check_retention(cache: KVCache | None, ttl_s: float | None) -> None:
+    """Check the TTL of a request before anything is computed for it.
+
+    Raises:
+        ConfigError: it is no TTL, or there is no cache or store that could keep it.
+    """
+    if ttl_s is None:
+        return
+    own = cache.store if isinstance(cache, TieredCache) else cache
+    if not isinstance(own, DistributedKVCache):
+        raise ConfigError(f"expected a DistributedKVCache or tiers with ttl_s={ttl_s}, got {type(cache).__name__}")
+    check_own_ttl(ttl_s, own.store.ttl_s)

@@ -36,7 +36,7 @@ from kvlab.engine.pages import BlockTable, PagePool, PoolExhausted
 from kvlab.engine.planner import Step
 from kvlab.engine.prefill import Filling, Prefill, filling, make_room, note_computed
 from kvlab.engine.requests import Busy, Output, Record, Totals
-from kvlab.engine.saver import Saver
+from kvlab.engine.saver import Saver, check_retention
 from kvlab.engine.tiers import TieredCache
 from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
@@ -65,6 +65,7 @@ class _Request:
     prompt: list[int]
     limit: int
     stop_at_eos: bool
+    ttl_s: float | None = None
     table: BlockTable | None = None
     job: Filling | None = None
     keys: Sequence[bytes] = ()
@@ -139,10 +140,21 @@ class Scheduler:
         self._closed = False
 
     # --- requests -------------------------------------------------------------------------------
-    def submit(self, id: str, tokens: Sequence[int], max_new_tokens: int = 32, stop_at_eos: bool = True) -> Record:
+    def submit(
+        self,
+        id: str,
+        tokens: Sequence[int],
+        max_new_tokens: int = 32,
+        stop_at_eos: bool = True,
+        ttl_s: float | None = None,
+    ) -> Record:
         """Queue a request; return its record, which the steps fill in.
 
+        Args:
+            ttl_s: how long the store keeps its blocks, see `DistributedKVCache.save`.
+
         Raises:
+            ConfigError: `ttl_s` is no TTL, or there is no store with a TTL to keep it.
             Busy: too many requests wait.
             InputError: `id` is that of a request that has not ended, the prompt is empty, too long or has unknown
                 tokens, or `max_new_tokens` is not a whole number of at least 1.
@@ -154,6 +166,7 @@ class Scheduler:
             raise InputError(f"expected the id of a new request as a string, got {id!r}")
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise InputError(f"expected max_new_tokens as a whole number of at least 1, got {max_new_tokens!r}")
+        check_retention(self.cache, ttl_s)
         prompt = self.model.check_tokens(tokens, max_new_tokens)[0].tolist()
         pages = -(-(len(prompt) + max_new_tokens) // self.pool.page_tokens) + 1  # one to copy a shared page into
         if pages > len(self.pool.refs):
@@ -161,7 +174,7 @@ class Scheduler:
         if len(self._waiting) >= self.max_waiting:
             raise Busy(f"{len(self._waiting)} requests are waiting, as many as allowed; try again later")
         record = Record(id, len(prompt), submitted_at=self._clock())
-        request = _Request(record, prompt, max_new_tokens, stop_at_eos)
+        request = _Request(record, prompt, max_new_tokens, stop_at_eos, ttl_s)
         self._waiting.append(request)
         self._by_id[id] = request
         return record
@@ -410,7 +423,7 @@ class Scheduler:
         """Begin to save the blocks that are new since the last time."""
         table = request.table
         if self._saver is not None and table is not None and len(table.keys) > request.saved:
-            self._saver.begin(table, request.tokens, request.saved)
+            self._saver.begin(table, request.tokens, request.saved, request.ttl_s)
             request.saved = len(table.keys)
 
     def run(self) -> Iterator[Output]:

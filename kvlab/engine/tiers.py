@@ -8,11 +8,13 @@
 which blocks a request needs (`locate`), starts a `Fetch`, computes what the planner says, and saves what is new.
 
 What is written when: with write "through", a new block goes to the store at once; with "back", when it leaves host
-memory, or at `flush` and `close`; with "selective", when a second request needs it. Queue and pace of the writes
+memory, or at `flush` and `close`; with "selective", when a second request needs it. A save with a TTL of its own is
+never written back later, because its TTL counts from the save. Queue and pace of the writes
 are those of the store (`kvlab.stores.WriteBehind`). A block that could not be written is no hit anywhere else.
 
 What is kept where: inclusive tiers (the default) keep a copy in host memory of what is on the device. Exclusive
-tiers do not: a block goes from host memory to the device when it is used, and back when its pages are needed.
+tiers do not: a block goes from host memory to the device when it is used, and back when its pages are needed. What a
+pin holds stays in host memory all the same. TTLs are those of the store: host memory has none.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor
 from kvlab.cache.base import CacheStats, KVCache
 from kvlab.cache.distributed import DistributedKVCache
 from kvlab.cache.explain import Explanation, explain
+from kvlab.cache.pins import Kept, Pin
 from kvlab.core.keys import Namespace
 from kvlab.core.precisions import Array, Unholdable, layout
 from kvlab.engine.fetch import Fetch, Outer
@@ -68,6 +71,7 @@ class TieredCache(KVCache):
         policy: the eviction policy of host memory, a name in `kvlab.core.policies.POLICIES`.
         planner: decides between fetching and computing; False fetches whatever there is.
         pinned: page-locked host memory, for a GPU.
+        max_held: the share of host memory that pins may hold.
         window_bytes: records that are fetched together; while they are unpacked, the next are fetched.
         clock: returns seconds. Can be replaced in tests.
 
@@ -86,6 +90,7 @@ class TieredCache(KVCache):
         policy: str = "lru",
         planner: bool = True,
         pinned: bool = False,
+        max_held: float = 0.5,
         window_bytes: int = 4 << 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -98,7 +103,7 @@ class TieredCache(KVCache):
         check_number("window_bytes", window_bytes, 0, 1 << 40, "bytes", whole=True)
         check_clock(clock)
         parts = layout(store.precision, store.block_shape, plane_axis=1)
-        self.store, self.host = store, HostBlocks(parts, host_bytes, policy, pinned)
+        self.store, self.host = store, HostBlocks(parts, host_bytes, policy, pinned, max_held, clock)
         self.write, self.exclusive, self.wait_s = write, exclusive, wait_s
         self.planner = Planner(store.block_tokens, chooses=planner)
         self._setting = (window_bytes, clock, pinned)
@@ -150,19 +155,20 @@ class TieredCache(KVCache):
         self._count(fetch, [i < hits for i in range(len(keys))], reasons, range(start // B, stop // B))
         return start + hits * B
 
-    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0) -> int:
-        """See `KVCache.save`. The return value also counts the blocks that are in host memory only."""
-        self.store.check_save(tokens, kv, start)
+    def save(self, tokens: Sequence[int], kv: Tensor, start: int = 0, ttl_s: float | None = None) -> int:
+        """See `DistributedKVCache.save`. The return value also counts the blocks that are in host memory only."""
+        self.store.check_save(tokens, kv, start, ttl_s)
         B, keys = self.block_tokens, self.namespace.keys(tokens)
         first = -(-max(start, 0) // B)
-        stored = self.store.present(keys)
+        stored = self.store.present(keys, ttl_s)
+        write = "through" if self.write == "back" and ttl_s is not None else self.write
         written: dict[bytes, list[Array]] = {}
         spilled: list[tuple[bytes, list[Array]]] = []
         self.store.recent.saved(tokens)
         for i, key in enumerate(keys):
-            offered, dirty = i >= first, self.write == "back" and not stored[i]
+            offered, dirty = i >= first, write == "back" and not stored[i]
             to_host = offered and (dirty or not self.exclusive) and key not in self.host
-            to_store = not stored[i] and self._is_written(key, offered)
+            to_store = not stored[i] and self._is_written(key, offered and write == "through")
             if to_host or to_store:
                 try:
                     parts = self.store.parts_of(kv[:, :, :, i * B : (i + 1) * B])
@@ -178,10 +184,29 @@ class TieredCache(KVCache):
                 self.host.mark_dirty(key)  # the store has lost it
         safe = {key for key, there in zip(keys, stored, strict=False) if there or key in self.host}
         safe |= {key for key, _ in spilled} if self._outer.write_back(spilled) else set()
-        safe |= written.keys() if self.store.write([*written], [*written.values()]) == len(written) else set()
+        safe |= written.keys() if self.store.write([*written], [*written.values()], ttl_s) == len(written) else set()
         with self._lock:
             self._stats.kept += sum(stored[first:])
         return len(safe & set(keys[first : len(stored)]))
+
+    def pin(self, tokens: Sequence[int], lease_s: float) -> Pin:
+        """See `DistributedKVCache.pin`. Keeps the leading blocks that a tier has, in each tier that has them."""
+        keys = self.namespace.keys(tokens)
+
+        def begin(lease_s: float, holder: str) -> Kept:
+            kept, where = Kept(), self._where(keys)
+            there = keys[: where.index("") if "" in where else len(where)]
+            kept.note("host", self.host.hold(there, lease_s, holder), True)
+            with self._lock:
+                self._stats.pinned += Counter(held=kept.held.get("host", 0))
+            self.store.hold(there, lease_s, holder, kept)
+            return kept
+
+        def end(holder: str) -> None:
+            self.host.release(holder)
+            self.store.store.release(holder)
+
+        return Pin(len(keys), lease_s, self.store.max_lease_s, begin, end)
 
     def explain(
         self,
@@ -345,14 +370,14 @@ class TieredCache(KVCache):
         while len(self._seen) > MAX_SEEN:
             del self._seen[next(iter(self._seen))]
 
-    def _is_written(self, key: bytes, offered: bool) -> bool:
-        """Whether a block that the store lacks is written now."""
+    def _is_written(self, key: bytes, is_due: bool) -> bool:
+        """Whether a block that the store lacks is written now. `is_due`: unless admission is selective."""
         if self.write == "selective":
             with self._lock:
                 if key not in self._seen:
                     self._count_use(key, 1)
                 return self._seen[key] > 1
-        return offered and self.write == "through"
+        return is_due
 
     def _avoided_s(self, numbers: Iterable[int]) -> float:
         """Estimate the seconds of prefill for some blocks, ascending; 0 as long as nothing was computed."""

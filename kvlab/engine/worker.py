@@ -177,7 +177,7 @@ class Worker:
     def _do_submit(self, id: str, **request: Any) -> None:
         try:
             self._scheduler.submit(id, **request)
-        except (Busy, InputError, PoolExhausted) as error:
+        except (Busy, ConfigError, InputError, PoolExhausted) as error:
             self._tell("refused", id=id, error=type(error).__name__, message=str(error))
 
     def _do_cancel(self, id: str) -> None:

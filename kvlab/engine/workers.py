@@ -34,7 +34,7 @@ from kvlab.engine.requests import Busy, Record
 from kvlab.engine.router import ROUTERS, Balance, BlockIndex, Router
 from kvlab.engine.worker import KEY_BYTES, Message, WorkerSettings
 from kvlab.errors import ConfigError, InputError, KVLabError
-from kvlab.stores.base import check_number
+from kvlab.stores.base import check_number, check_ttl
 from kvlab.stores.latch import Latch
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ TRIES: Final = 5
 them, or be unlucky beside one that does."""
 STARTS: Final = 3
 """After so many processes in a row that ended before they were ready, no more are started in that place."""
-ERRORS: Final = {error.__name__: error for error in (Busy, InputError, PoolExhausted)}
+ERRORS: Final = {error.__name__: error for error in (Busy, ConfigError, InputError, PoolExhausted)}
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +73,7 @@ class Answer:
     limit: int
     stop_at_eos: bool
     submitted_at: float
+    ttl_s: float | None = None
     tokens: list[int] = field(default_factory=list, repr=False)
     token_at: list[float] = field(default_factory=list, repr=False)
     workers: list[int] = field(default_factory=list)
@@ -237,17 +238,28 @@ class WorkerGroup:
             return {p.number: p.popen.pid for p in self._processes.values() if p.ready}
 
     # --- requests -------------------------------------------------------------------------------
-    def submit(self, tokens: Sequence[int], max_new_tokens: int = 32, stop_at_eos: bool = True) -> Answer:
+    def submit(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int = 32,
+        stop_at_eos: bool = True,
+        ttl_s: float | None = None,
+    ) -> Answer:
         """Send a request to a worker. What the worker refuses is raised by the answer.
+
+        Args:
+            ttl_s: see `Scheduler.submit`.
 
         Raises:
             Busy: `max_requests` have not ended.
+            ConfigError: `ttl_s` is no TTL.
             InputError: no list of token numbers, `max_new_tokens` is no whole number of at least 1, or the group was
                 closed.
             WorkerError: there is no worker, and none will be started.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise InputError(f"expected max_new_tokens as a whole number of at least 1, got {max_new_tokens!r}")
+        check_ttl(ttl_s)
         try:
             prompt = [operator.index(token) for token in tokens]
         except TypeError as error:
@@ -265,6 +277,7 @@ class WorkerGroup:
                 max_new_tokens,
                 bool(stop_at_eos),  # not NumPy's, which JSON does not know
                 time.perf_counter(),
+                ttl_s,
                 _cancel=self._give_up,
             )
             self._send(answer)
@@ -299,9 +312,9 @@ class WorkerGroup:
         self._index.expect(process.number, keys)
         process.answers[answer.id] = answer, len(answer.tokens)
         answer.workers.append(process.number)
-        self._tell(
-            process, "submit", id=answer.id, tokens=known, max_new_tokens=remaining, stop_at_eos=answer.stop_at_eos
-        )
+        request: dict[str, Any] = {"tokens": known, "max_new_tokens": remaining, "stop_at_eos": answer.stop_at_eos}
+        request |= {} if answer.ttl_s is None else {"ttl_s": answer.ttl_s}
+        self._tell(process, "submit", id=answer.id, **request)
 
     def _choose(self, blocks: int, matched: Mapping[int, int]) -> int:
         candidates = [c for c in self._balance.candidates(matched) if self._processes[c.worker].ready]

@@ -14,10 +14,11 @@ from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import KVSpec, Namespace
 from kvlab.engine import Generation, generate
 from kvlab.engine.pages import PagePool, PoolExhausted
-from kvlab.errors import InputError
+from kvlab.engine.tiers import TieredCache
+from kvlab.errors import ConfigError, InputError
 from kvlab.model import Llama
 from kvlab.stores import MemoryStore
-from tests.harness.helpers import attentive_model, flipped, small_spec
+from tests.harness.helpers import FakeClock, attentive_model, flipped, small_spec
 
 LENGTHS = (1, 7, 16, 63, 64, 65, 100, 127, 128, 129, 150, 192, 193, 256, 300, 31)
 SMALL_BLOCK = 16
@@ -470,3 +471,30 @@ def test_a_pool_and_a_cache_of_other_blocks_are_refused() -> None:
     for names in (Namespace(bytes(32), "fp32", b"", 64), Namespace(bytes(32), "int8", b"", SMALL_BLOCK)):
         with pytest.raises(InputError, match=r"give the pool cache\.namespace"):
             generate(SMALL, words(9), 1, cache, pool=PagePool(SMALL, 8, names))
+
+
+# --- how long blocks are kept -------------------------------------------------------------------
+@pytest.mark.parametrize("tiers", [False, True])
+def test_a_request_says_how_long_its_blocks_are_kept(tiers: bool) -> None:
+    clock = FakeClock()
+    store = MemoryStore(ttl_s=100, clock=clock)
+    inner = DistributedKVCache(store=store, model=SMALL, precision="fp32", block_tokens=16, describe=False)
+    prompts = {ttl_s: words(48, seed=int(ttl_s or 0)) for ttl_s in (20, 500, None)}
+    with TieredCache(inner, 1 << 20) if tiers else inner as cache:
+        for ttl_s, prompt in prompts.items():
+            generate(SMALL, prompt, 2, cache, ttl_s=ttl_s)
+        for age, alive in ((0, [3, 3, 3]), (21, [0, 3, 3]), (80, [0, 3, 0]), (400, [0, 0, 0])):
+            clock.now += age
+            assert [store.probe(cache.namespace.keys(prompt)) for prompt in prompts.values()] == alive
+
+
+def test_a_ttl_that_nobody_can_keep_is_refused_before_anything_is_computed() -> None:
+    with DistributedKVCache(store=MemoryStore(), model=SMALL) as endless:
+        for cache, ttl_s, said in (
+            (None, 60, "got NoneType"),
+            (endless, 60, "a store with a TTL of its own"),
+            (endless, -1, "a TTL"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                generate(SMALL, words(9), 1, cache, ttl_s=ttl_s)
+        assert endless.store.stats().offered == 0

@@ -20,7 +20,7 @@ from kvlab.model import Llama
 from kvlab.stores import MemoryStore
 from tests.engine.serving import Stream, all_pages_back, check, plain, serving, to_the_end, until
 from tests.engine.test_tiers import MODEL, B, run, tiered, words
-from tests.harness.helpers import attentive_model
+from tests.harness.helpers import FakeClock, attentive_model
 
 Steps = list[dict[int, tuple[int, int]]]
 
@@ -457,3 +457,28 @@ def test_a_with_block_closes_also_when_its_body_raises() -> None:
         scheduler.step()
         raise ZeroDivisionError
     assert not pool.tables and pool.owner is None
+
+
+# --- how long blocks are kept -------------------------------------------------------------------
+def test_a_request_says_how_long_its_blocks_are_kept() -> None:
+    clock = FakeClock()
+    store = MemoryStore(ttl_s=100, clock=clock)
+    with tiered(store, write="back") as cache, serving(cache=cache) as scheduler:
+        scheduler.submit("short", words(3 * B), 2, stop_at_eos=False, ttl_s=20)
+        scheduler.submit("long", words(3 * B, seed=1), 2, stop_at_eos=False, ttl_s=500)
+        to_the_end(scheduler)
+        scheduler.close()
+        keys = [cache.namespace.keys(words(3 * B, seed)) for seed in (0, 1)]
+        for age, alive in ((0, [3, 3]), (21, [0, 3]), (400, [0, 3]), (80, [0, 0])):
+            clock.now += age
+            assert [store.probe(each) for each in keys] == alive
+
+
+def test_a_ttl_that_cannot_be_kept_is_refused_at_once() -> None:
+    with tiered(MemoryStore()) as cache, serving(cache=cache) as scheduler:
+        for ttl_s, said in ((60, "a store with a TTL of its own"), (0, "a TTL")):
+            with pytest.raises(ConfigError, match=said):
+                scheduler.submit("a", words(20), 2, ttl_s=ttl_s)
+        assert len(scheduler) == 0
+    with serving() as scheduler, pytest.raises(ConfigError, match="ttl_s=60"):
+        scheduler.submit("a", words(20), 2, ttl_s=60)

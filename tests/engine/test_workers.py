@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from kvlab.engine.pages import PoolExhausted
 from kvlab.engine.router import ROUTERS
 from kvlab.engine.worker import WorkerSettings
 from kvlab.engine.workers import WorkerError, WorkerGroup
-from kvlab.errors import InputError
+from kvlab.errors import ConfigError, InputError
+from kvlab.testbed.server import RedisServer
 from tests.engine.scripted_groups import is_alive, loads, wait_for
 from tests.engine.test_generate import words
 from tests.harness.helpers import attentive_model, save_folder
@@ -254,6 +256,23 @@ def test_settings_that_no_worker_can_use_are_an_error_with_its_reason() -> None:
     assert {reason: type(error) for reason, error in raised.items()} == dict.fromkeys(bad, WorkerError)
     assert all(reason in str(error) and "cannot be started" in str(error) for reason, error in raised.items())
     wait_for(lambda: {p.pid for p in psutil.Process().children()} <= before)
+
+
+@pytest.mark.redis
+def test_a_request_says_how_long_its_blocks_are_kept(settings: WorkerSettings, redis_server: RedisServer) -> None:
+    prompt = words(130)
+    with WorkerGroup(1, replace(settings, store=redis_server.url)) as group:
+        group.submit(prompt, 2, stop_at_eos=False, ttl_s=900).result(LONG_S)
+    client = redis_server.client()  # the workers have saved everything before they ended
+    left = [client.pttl(key) for key in client.scan_iter("kv:*")]
+    assert sum(800_000 < pttl <= 900_000 for pttl in left) >= 1  # the description lives for a day
+
+
+def test_a_ttl_that_cannot_be_kept_is_refused(group: WorkerGroup) -> None:
+    with pytest.raises(ConfigError, match="a TTL"):
+        group.submit(words(20), 2, ttl_s=-1)
+    with pytest.raises(ConfigError, match="ttl_s=60"):  # these workers have no store
+        group.submit(words(20), 2, ttl_s=60).result(LONG_S)
 
 
 PARENT = """
