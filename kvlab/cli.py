@@ -399,6 +399,23 @@ METRICS = (
     ),
 )
 TRACE = Option("--trace", "replay the block keys in this trace file (.jsonl)", {"metavar": "FILE"})
+RETENTION = (
+    Option(
+        "--share",
+        "pin what so many of the trace's requests begin with (default 0.1)",
+        {"type": _share, "default": 0.1, "metavar": "N"},
+    ),
+    Option(
+        "--lease",
+        "seconds that a pin lasts after a use (default 3600)",
+        {"type": _rate, "default": 3600.0, "metavar": "S"},
+    ),
+    Option(
+        "--every",
+        "seconds between two requests of a rare job that is added and pinned (default 600)",
+        {"type": _rate, "default": 600.0, "metavar": "S"},
+    ),
+)
 FILE = Option(
     "trace", "a file with one request a line, in the form of Mooncake, Qwen-Bailian or kvlab", {"metavar": "TRACE"}
 )
@@ -625,6 +642,12 @@ COMMANDS = (
         "accesses per second of every eviction policy",
         _bench("kvlab.lab.bench.policies"),
         (TRACE, JSON),
+    ),
+    Command(
+        "bench pins",
+        "what pinned prefixes gain and all others pay, and TTLs beside LRU, on generated workloads and a trace",
+        _bench("kvlab.lab.retention"),
+        (TRACE, *RETENTION, JSON),
     ),
     Command(
         "bench routers",
