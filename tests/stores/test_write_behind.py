@@ -367,3 +367,34 @@ def test_a_read_that_never_ends_does_not_keep_values_from_being_written(paced: P
 def test_the_patience_is_a_positive_number(patience: Any) -> None:
     with pytest.raises(ConfigError, match="patience_s"):
         WriteBehind(MemoryStore(), patience_s=patience)
+
+
+class TimedStore(MemoryStore):
+    """Takes writes only while its gate is open, and remembers their TTLs."""
+
+    def __init__(self) -> None:
+        super().__init__(ttl_s=100)
+        self.gate = threading.Event()
+        self.began = threading.Event()
+        self.ttls: dict[bytes, float | None] = {}
+
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Any], ttl_s: float | None = None) -> int:
+        self.began.set()
+        assert self.gate.wait(WAIT_S)
+        self.ttls |= dict.fromkeys(keys, ttl_s)
+        return super().put_many(keys, values, ttl_s)
+
+
+def test_what_waits_keeps_its_own_ttl_or_the_longer_one_of_a_touch() -> None:
+    with TimedStore() as store, WriteBehind(store) as behind:
+        behind.put_many([b"first"], [b"v"])
+        assert store.began.wait(WAIT_S)  # all others wait now
+        for key, ttl_s in ((b"plain", None), (b"short", 20), (b"long", 500), (b"again", 20), (b"more", 20)):
+            assert behind.put_many([key], [b"v"], ttl_s) == 1
+        assert behind.touch_many([b"plain", b"again"], 300) == [True, True]
+        assert behind.touch_many([b"long", b"x"], 300) == [True, False]
+        assert behind.touch_many([b"more"]) == [True]  # the TTL of the store
+        store.gate.set()
+        assert behind.flush(WAIT_S)
+        expected = {b"first": None, b"plain": 300, b"short": 20, b"long": 500, b"again": 300, b"more": None}
+        assert store.ttls == expected

@@ -155,11 +155,11 @@ def test_a_lease_outlives_the_ttl_also_where_another_process_has_a_shorter_one(
     with opened(tmp_path, clock, ttl_s=100) as store, opened(tmp_path, clock, ttl_s=10) as hasty:
         put(store, range(2))
         store.hold_many(keys([0]), 500, "me")
-        clock.now += 400
+        clock.now += 450  # for the hasty one it has expired
         hasty._janitor.sweep()
         assert there(store, range(2)) == [0]
         assert store.get_many(keys([0])) == [bytes(BLOCK)]
-        clock.now += 101
+        clock.now += 51
         hasty._janitor.sweep()
         assert there(store, range(2)) == []
 
