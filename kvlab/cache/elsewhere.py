@@ -150,7 +150,7 @@ def _proven(view: View, tokens: Sequence[int], hits: int, others: Sequence[_Othe
         best.description,
         " and ".join(_in_words(view.description, best.description, name) for name in best.differs),
     )
-    said = f"{most} tokens of the prompt are stored by {who.engine} ({who.model}) with another {what}"
+    said = f"{most} tokens of the prompt are stored by {who.engine} ({who.model}) with {what}"
     return Finding(best.differs[0], said, {"differs": best.differs})
 
 
@@ -168,8 +168,8 @@ def _keys(view: View, other: Description, tokens: Sequence[int]) -> list[bytes]:
 def _in_words(own: Description | None, other: Description, cause: str) -> str:
     name = "block_tokens" if cause == "block_size" else cause
     if name not in ("dtype", "precision", "block_tokens"):
-        return cause
-    return f"{cause} ({getattr(other, name)}, here {getattr(own, name)})"
+        return f"other {cause}" if cause == "weights" else f"another {cause}"
+    return f"another {cause} ({getattr(other, name)}, here {getattr(own, name)})"
 
 
 def _inferred(view: View, others: Sequence[_Other], notes: list[str]) -> Finding | None:

@@ -30,20 +30,22 @@ PHASES = Flow(
 """The way into production."""
 GATED = ("local", "staging", "production, 5 %")
 """The phases after which there is a gate."""
+FOLLOWS = ("breaker", "down", "gap")
+"""Reasons that only follow from another one, sooner or later: a table that is compared leaves them out."""
 PARTS = ("verdict", "router", "host memory", "shared store", "planner", "salt", "encryption_keys")
 """The parts of a deployment that `advice` shows."""
 
 
 def drilled(before: Answers, during: Answers, after: Answers, reasons: Mapping[str, int]) -> dict[str, Any]:
-    """Return a drill as a row: the fewest tokens found in each part, how many answers were right, what was counted."""
+    """Return a drill as a row: tokens found before, during, first and last after; right answers; what was counted."""
     everything = [*before, *during, *after]
     wrong = sum(not right for _, right in everything)
     return {
         "before": min(found for found, _ in before),
         "during": [found for found, _ in during],
-        "after": after[-1][0],
+        "after": [found for i, (found, _) in enumerate(after) if i in (0, len(after) - 1)],
         "right": "all" if not wrong else f"{len(everything) - wrong} of {len(everything)}",
-        "counted": sorted(str(reason) for reason, count in reasons.items() if count),
+        "counted": sorted(str(reason) for reason, count in reasons.items() if count and reason not in FOLLOWS),
     }
 
 
@@ -55,7 +57,7 @@ def drills(rows: Mapping[str, Mapping[str, Any]]) -> Markdown:
                 "fault": name,
                 "tokens before": row["before"],
                 "during": ", ".join(map(str, row["during"])),
-                "after": row["after"],
+                "after": row["after"][-1] if len({*row["after"]}) == 1 else " … ".join(map(str, row["after"])),
                 "right answers": row["right"],
                 "counted": ", ".join(row["counted"]) or "nothing",
             }
