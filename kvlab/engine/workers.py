@@ -364,8 +364,9 @@ class WorkerGroup:
         names = Namespace(
             bytes.fromhex(fingerprint), self.settings.precision, self.settings.salt.encode(), block_tokens
         )
-        if self._names not in (None, names):
-            process.failure = "its model is another than that of the other workers"
+        if self._names is not None and (self._names, self._eos) != (names, eos):  # an answer may have begun elsewhere
+            what = "model is" if self._names != names else "eos_token_id is"
+            process.failure = f"its {what} another than that of the other workers"
             return process.popen.kill()
         self._names, self._eos = names, eos
         process.ready = True

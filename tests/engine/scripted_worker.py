@@ -81,7 +81,10 @@ def main():
         time.sleep(2)
     os.write(1, script.get("junk", "").encode())
     other = "other_later" in script and not is_first(script["other_later"])
-    say("ready", fingerprint=("11" if other else "00") * 32, block_tokens=4, eos=[script.get("eos", -1)])
+    eos = script.get("eos", -1)
+    if "other_eos_later" in script and not is_first(script["other_eos_later"]):
+        eos += 1
+    say("ready", fingerprint=("11" if other else "00") * 32, block_tokens=4, eos=[eos])
     work(script, unread)
 
 

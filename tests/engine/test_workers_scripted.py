@@ -194,9 +194,24 @@ def test_workers_that_do_not_start_are_an_error_with_the_reason_and_leave_nothin
     wait_for(lambda: not any(is_alive(pid) for pid in pids))
 
 
-def test_a_worker_with_another_model_is_refused(groups: Groups, tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match="another than that of the other workers"):
-        groups(2, {"other_later": str(tmp_path / "first")})
+@pytest.mark.parametrize(
+    ("script", "says"), [("other_later", "its model is another"), ("other_eos_later", "its eos_token_id is another")]
+)
+def test_a_worker_with_another_model_is_refused(groups: Groups, tmp_path: Path, script: str, says: str) -> None:
+    with pytest.raises(WorkerError, match=f"{says} than that of the other workers"):
+        groups(2, {script: str(tmp_path / "first")})
+
+
+@pytest.mark.parametrize("script", ["other_later", "other_eos_later"])
+def test_no_answer_goes_on_with_another_model(groups: Groups, tmp_path: Path, script: str) -> None:
+    """Not even if no worker with the model that began it is left."""
+    group = groups(1, {script: str(tmp_path / "first"), "hold": 5, "release": str(tmp_path / "never")})
+    answer = group.submit([1, 2], 50)
+    wait_for(lambda: len(answer.tokens) == 5)
+    os.kill(*group.pids.values(), signal.SIGKILL)
+    with pytest.raises(WorkerError, match="no worker is left"):
+        answer.result(LONG_S)
+    assert answer.tokens == expected([1, 2], 5) and len(answer.workers) == 1
 
 
 def test_what_a_library_prints_at_the_start_disturbs_nothing(groups: Groups) -> None:
