@@ -144,7 +144,7 @@ def test_several_differences_are_all_told_and_the_prompt_that_goes_further_count
     found = made(store).explain(TOKENS)
     assert (found.cause, found.differs, found.hit_blocks) == ("weights", ("weights", "precision"), 2)
     assert causes(found) == ["", "", "weights", "weights"]
-    assert "weights and precision (fp16, here fp32)" in found.sentence
+    assert "other weights and another precision (fp16, here fp32)" in found.sentence
 
 
 def test_salt() -> None:
