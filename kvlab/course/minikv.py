@@ -18,7 +18,8 @@ import hashlib
 import math
 import random
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ from kvlab.engine.batch import Row, forward
 from kvlab.engine.pages import PagePool
 from kvlab.errors import InputError
 from kvlab.model import Llama
-from kvlab.stores import Health
+from kvlab.stores import Health, Store, StoreStats, Value
+from kvlab.stores.base import check_buffers, check_keys, check_values, deliver, joined
+from kvlab.stores.redis.reasons import reason_of
 
 
 # --- pages: lesson 02 ---------------------------------------------------------------------------
@@ -225,45 +228,92 @@ def write_values(client: redis.Redis, names: list[bytes], values: list[bytes], t
     return sum(reply is True for reply in pipe.execute(raise_on_error=False))
 
 
-class MiniRedis:
+class MiniRedis(Store):
     """Bytes by key in one Redis. A fault of the server is a miss or a drop, never an exception."""
 
     def __init__(self, client: redis.Redis, ttl_s: float = 86400) -> None:
         self.client, self.ttl_ms = client, round(ttl_s * 1000)
+        self.counters, self.lock, self.closed = StoreStats(), threading.Lock(), False
 
-    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
-        """The values of keys, None for a miss."""
-        try:
-            return read_values(self.client, [b"kv:" + key for key in keys], self.ttl_ms)
-        except redis.RedisError:
-            return [None] * len(keys)
+    def get_many(
+        self, keys: Sequence[bytes], out: Sequence[memoryview] | None = None, reasons: list[str] | None = None
+    ) -> list[Any]:
+        """The values of keys, None for a miss: new bytes, or the parts of the caller's buffers that hold them."""
+        check_buffers(keys, out)
+        names = [b"kv:" + key for key in keys]
+        values, fault = self.ask(lambda: read_values(self.client, names, self.ttl_ms), [None] * len(keys))
+        got, why = [], []
+        for i, value in enumerate(values):
+            got.append(None if value is None else deliver(value, out[i] if out else None))
+            why.append(fault or ("absent" if value is None else "too_big" if got[i] is None else ""))
+        with self.lock:
+            self.counters.requested += len(keys)
+            self.counters.hits += why.count("")
+            self.counters.misses.update(reason for reason in why if reason)
+            self.counters.bytes_out += sum(len(value) for value in got if value is not None)
+        if reasons is not None:
+            reasons += why
+        return got
 
-    def put_many(self, keys: list[bytes], values: list[bytes]) -> int:
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
         """Store values; return how many the server took."""
-        try:
-            return write_values(self.client, [b"kv:" + key for key in keys], values, self.ttl_ms)
-        except redis.RedisError:
-            return 0
+        check_values(keys, values)
+        names, data = [b"kv:" + key for key in keys], [joined(value) for value in values]
+        stored, fault = self.ask(lambda: write_values(self.client, names, data, self.ttl_ms), 0)
+        with self.lock:
+            self.counters.offered += len(keys)
+            self.counters.stored += stored
+            if stored < len(keys):
+                self.counters.drops[fault or "response"] += len(keys) - stored
+            self.counters.bytes_in += sum(map(len, data)) if stored else 0
+        return int(stored)
 
-    def probe(self, keys: list[bytes]) -> int:
+    def probe(self, keys: Sequence[bytes]) -> int:
         """How many keys are there, counted from the first to the first that is not."""
+        return [*self.replies("EXISTS", keys), 0].index(0)
+
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys are there; they live on."""
+        return [bool(reply) for reply in self.replies("PEXPIRE", keys, self.ttl_ms)]
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Delete keys; return how many were there."""
+        return sum(self.replies("DEL", keys))
+
+    def replies(self, command: str, keys: Sequence[bytes], *more: int) -> list[int]:
+        """The replies to one command for each key, in one round trip; zeros if there are none."""
+        check_keys(keys)
+        pipe: Any = self.client.pipeline(transaction=False)
+        for key in keys:
+            pipe.execute_command(command, b"kv:" + key, *more)
+        return list(self.ask(pipe.execute, [0] * len(keys))[0])
+
+    def ask(self, call: Callable[[], Any], otherwise: Any) -> tuple[Any, str]:
+        """What a call of the server returns and "", or what to use otherwise and why."""
+        if self.closed:
+            return otherwise, "closed"
         try:
-            pipe = self.client.pipeline(transaction=False)
-            for key in keys:
-                pipe.exists(b"kv:" + key)
-            return [*pipe.execute(), 0].index(0)
-        except redis.RedisError:
-            return 0
+            return call(), ""
+        except redis.RedisError as error:
+            with self.lock:
+                self.counters.faults[reason_of(error)] += 1
+            return otherwise, reason_of(error)
 
     def health(self) -> Health:
         """Whether the server answers."""
         try:
-            return Health(bool(self.client.ping()), "answers")
+            return Health(False, "closed") if self.closed else Health(bool(self.client.ping()), "answers")
         except redis.RedisError as error:
             return Health(False, str(error))
 
+    def stats(self) -> StoreStats:
+        """A copy of the counters."""
+        with self.lock:
+            return copy.deepcopy(self.counters)
+
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. From now on, all reads are misses."""
+        self.closed = True
         self.client.close()
 
 

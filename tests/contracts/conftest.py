@@ -5,15 +5,19 @@ The TTL suite has to know in addition how a test lets time pass in a new store (
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import pytest
+import redis
 
 from kvlab.cache import DistributedKVCache, KVCache
 from kvlab.core.keys import KVSpec
@@ -117,17 +121,39 @@ TIERED = tuple(
 )
 
 
+def _learners_store(c: type[Store]) -> Iterator[StoreKind]:
+    """A learner's store: `cls()`, or `cls(client)` with a client of fakeredis, and with one of a real server."""
+    if not _takes(c, "client"):
+        yield StoreKind(f"impl-{c.__name__}", c)
+        return
+    yield StoreKind(f"impl-{c.__name__}-{FAKEREDIS.name}", partial(_over_redis, c))
+    yield StoreKind(f"impl-{c.__name__}-{REDIS_TCP.name}", partial(_over_redis, c), REDIS_TCP.server, REDIS_TCP.marks)
+
+
+def _over_redis(c: Callable[..., Store], url: str = "") -> Store:
+    return c(redis.Redis.from_url(url, protocol=2, socket_timeout=TIMEOUT_S) if url else fakeredis.FakeRedis())
+
+
+def _takes(c: Callable[..., object], *names: str) -> bool:
+    return set(names) <= inspect.signature(c).parameters.keys()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes."""
+    """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes.
+
+    `served_store_kind` runs over stores of one server, and `set_cache_kind` over caches with a salt and a block size.
+    """
     learner = metafunc.config.stash[LEARNER]
-    stores = [StoreKind(f"impl-{c.__name__}", c) for c in learner if issubclass(c, Store)]
+    stores = [kind for c in learner if issubclass(c, Store) for kind in _learners_store(c)]
     own = [c for c in learner if issubclass(c, KVCache)]
     caches = [CacheKind(f"impl-{c.__name__}-{k.name}", c, k, {}) for c in own for k in (MEMORY, REDIS_TCP)]
     every = {
         "store_kind": (*STORES, *stores),
         "own_store_kind": STORES,
+        "served_store_kind": (REDIS_TCP, *(kind for kind in stores if kind.server)),
         "cache_kind": (*DISTRIBUTED, *TIERED, *caches),
         "own_cache_kind": DISTRIBUTED,
+        "set_cache_kind": (*DISTRIBUTED, *(kind for kind in caches if _takes(kind.make, "salt", "block_tokens"))),
     }
     for name, kinds in every.items():
         if name in metafunc.fixturenames:

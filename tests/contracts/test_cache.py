@@ -7,6 +7,7 @@ exactly what was saved. What rounding does is tested at the end.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,8 +40,13 @@ def loaded(cache: KVCache, tokens: list[int], spec: KVSpec, start: int = 0, stop
 def drop_block(cache: KVCache, spy: SpyStore, index: int) -> None:
     """Remove the block that was offered at this place, from all tiers."""
     assert spy.inner.delete_many([spy.put_keys[index]]) == 1
+    forget_in_host(cache, spy.put_keys[index])
+
+
+def forget_in_host(cache: KVCache, key: bytes) -> None:
+    """Remove a block from the host tier, if there is one."""
     if isinstance(cache, TieredCache):
-        cache.host.remove(spy.put_keys[index])
+        cache.host.remove(key)
 
 
 # --- match, load, save --------------------------------------------------------------------------
@@ -191,6 +197,32 @@ def test_a_block_lost_between_match_and_load_shortens_the_load(cache: KVCache, s
     assert torch.equal(out[:, :, :, :B], kv[:, :, :, :B])
 
 
+def other_byte(value: bytes, at: int) -> bytes:
+    return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "a changed byte": lambda value, following: other_byte(value, len(value) - 1),
+    "a lost end": lambda value, following: value[:-8],
+    "nothing": lambda value, following: b"",
+    "another block": lambda value, following: following,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_block_is_a_miss_and_never_wrong_kv(cache: KVCache, spy: SpyStore, spec: KVSpec, damage: str) -> None:
+    B = cache.block_tokens
+    tokens, kv = tokens_of(4 * B), exact_kv(spec, 4 * B)
+    cache.save(tokens, kv)
+    key = spy.put_keys[1]
+    value, following = (bytes(found) for found in spy.inner.get_many(spy.put_keys[1:3]) if found is not None)
+    spy.inner.put_many([key], [DAMAGES[damage](value, following)])
+    forget_in_host(cache, key)
+    assert torch.equal(loaded(cache, tokens, spec, 0, 4 * B), kv[:, :, :, :B])
+    stats = cache.stats()
+    assert (stats.requested, stats.hits, stats.misses.total(), stats.misses["gap"]) == (4, 1, 3, 2)
+
+
 # --- what is shared, and what is not ------------------------------------------------------------
 def test_another_model_shares_nothing(cache_kind: CacheKind, cache: KVCache, spy: SpyStore, spec: KVSpec) -> None:
     B = cache.block_tokens
@@ -211,22 +243,30 @@ def test_a_cache_of_the_same_model_shares_everything(
     assert torch.equal(loaded(cache_kind.cache(spy, small_spec()), tokens_of(2 * B), spec), exact_kv(spec, 2 * B))
 
 
+@pytest.mark.parametrize("changes", [{"salt": b"tenant two"}, {"block_tokens": 32}], ids=["salt", "block size"])
+def test_another_salt_or_block_size_shares_nothing(
+    set_cache_kind: CacheKind, spec: KVSpec, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    check_that_nothing_is_shared(set_cache_kind, spec, changes, request)
+
+
 OTHER_PRECISION = {"fp32": "fp16", "fp16": "bf16", "bf16": "fp32"}
 
 
-@pytest.mark.parametrize("what", ["salt", "precision", "block size"])
-def test_other_settings_share_nothing(
-    own_cache_kind: CacheKind, spec: KVSpec, what: str, request: pytest.FixtureRequest
+def test_another_precision_shares_nothing(
+    own_cache_kind: CacheKind, spec: KVSpec, request: pytest.FixtureRequest
 ) -> None:
-    store = own_cache_kind.backing.store(request)
-    changes: dict[str, Any] = {
-        "salt": {"salt": "tenant two"},
-        "precision": {"precision": OTHER_PRECISION[own_cache_kind.settings["precision"]]},
-        "block size": {"block_tokens": 32},
-    }[what]
-    with store:
-        own = own_cache_kind.cache(store, spec)
-        other = own_cache_kind.cache(store, spec, **changes)
+    changes = {"precision": OTHER_PRECISION[own_cache_kind.settings["precision"]]}
+    check_that_nothing_is_shared(own_cache_kind, spec, changes, request)
+
+
+def check_that_nothing_is_shared(
+    kind: CacheKind, spec: KVSpec, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Two caches over one store, one of them with other settings, keep the same tokens apart."""
+    with kind.backing.store(request) as store:
+        own = kind.cache(store, spec)
+        other = kind.cache(store, spec, **changes)
         kv = exact_kv(spec, 128)
         own.save(tokens_of(128), kv)
         assert other.match(tokens_of(128)) == 0

@@ -11,6 +11,7 @@ import pytest
 
 from kvlab.errors import InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind
+from kvlab.testbed.server import RedisServer
 from tests.contracts.conftest import StoreKind
 
 AWKWARD_KEYS = [
@@ -313,6 +314,21 @@ def test_leaving_a_with_block_closes(store: Store) -> None:
         assert same.health().ok
         assert "\n" not in same.health().detail
     assert not store.health().ok
+
+
+# --- a server that is gone ----------------------------------------------------------------------
+def test_a_server_that_is_gone_gives_misses_and_drops_and_no_exception(served_store_kind: StoreKind) -> None:
+    with RedisServer() as server, served_store_kind.make(url=server.url) as store:
+        assert store.put_many([b"a", b"b"], [b"one", b"two"]) == 2
+        server.kill()
+        assert store.get_many([b"a", b"b"]) == [None, None]
+        assert store.get_many([b"a"], buffers(9)) == [None]
+        assert store.put_many([b"a"], [b"three"]) == 0
+        assert (store.probe([b"a"]), store.delete_many([b"a"]), store.touch_many([b"a"])) == (0, 0, [False])
+        assert not store.health().ok
+        stats = store.stats()
+        stats.check()
+        assert (stats.hits, stats.misses.total(), stats.drops.total()) == (0, 3, 1)
 
 
 # --- threads ------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """`--impl FILE`: the contract suites also run on the classes of a learner's `mykv.py`.
 
-- A `Store` is created by `cls()`. The suites do not test its TTLs, because each class configures TTLs differently.
+- A `Store` is created by `cls()`, or, if it has a parameter `client`, by `cls(client)`: once with fakeredis, once with
+  a client of a real server. The suites do not test its TTLs, because each class configures TTLs differently.
 - A `KVCache` is created by `cls(store=store, model=spec)`, where `store` is any `Store` and `spec` a
   `kvlab.core.keys.KVSpec`. The cache must store one value per block, and put blocks in the order of the
-  prompt. fp16 and bf16 represent all values of the tests exactly.
+  prompt. fp16 and bf16 represent all values of the tests exactly. If its constructor has `salt=` and `block_tokens=`,
+  the suite tests that caches with other ones share nothing.
 """
 
 from __future__ import annotations
