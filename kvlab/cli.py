@@ -144,6 +144,15 @@ def _progress(impl: str | None) -> int:
     return SUCCESS
 
 
+def _contracts(impl: str | None, json: bool) -> int:
+    from kvlab.course import capstone
+
+    report = capstone.run(impl, (lambda _: None) if json else print)
+    if json:
+        _print_json(report.as_json())
+    return SUCCESS if report.ok else FAILURE
+
+
 def _default_store() -> str:
     """Return the store URL in `KVLAB_STORE`, which docker-compose.yml sets, or the URL of an in-process store."""
     return os.environ.get("KVLAB_STORE") or "fakeredis://"
@@ -559,6 +568,12 @@ EXPLAIN = (
 COMMANDS = (
     Command("demo", "run the whole system once: cold and warm requests to a real model", _demo, (STORE, IMPL, JSON)),
     Command("progress", "show which exercises of the course are solved in work/mykv.py", _progress, (IMPL,)),
+    Command(
+        "contracts",
+        "ask the store and the cache in work/mykv.py every rule that kvlab's own keep",
+        _contracts,
+        (IMPL, JSON),
+    ),
     Command(
         "doctor",
         "check this machine, or with --engine the set-up of a connector; exit with status 1 on a problem",

@@ -18,9 +18,9 @@ from kvlab.testbed.certs import make_certs
 from kvlab.testbed.cluster import RedisCluster
 from kvlab.testbed.sentinel import RedisSentinel
 from kvlab.testbed.server import RedisServer, valkey_program
-from tests.harness import lanes, phases
+from tests.harness import lanes, phases, rules
 from tests.harness.helpers import build_model
-from tests.harness.learner import LEARNER, learner_classes
+from tests.harness.learner import LEARNER
 
 hypothesis.settings.register_profile(
     "kvlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
@@ -34,6 +34,7 @@ TALLY = pytest.StashKey[dict[str, lanes.Lane]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", metavar="FILE", help="also run the contract suites on a learner's mykv.py")
+    parser.addoption("--rules", metavar="FILE", help="with --impl: only that, and write what became of each rule")
     parser.addoption("--phase", choices=[phases.TOGETHER, phases.SERVERS], help="run one phase of a full run")
     parser.addoption("--lane", action="append", choices=lanes.LANES, help="run only this lane (repeatable)")
     parser.addoption("--all-tiers", action="store_true", help="run the oracle on every combination of tiers and faults")
@@ -43,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # more threads do not help small models, and slow them down on a busy machine
     config.stash[REQUIRED] = lanes.required(os.environ.get("KVLAB_REQUIRE", ""))
-    config.stash[LEARNER] = learner_classes(config.getoption("impl"))
+    config.stash[LEARNER] = rules.load(config)
     config.stash[TALLY] = {}
 
 

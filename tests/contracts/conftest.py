@@ -38,6 +38,7 @@ class StoreKind:
     server: str = ""  # the RedisServer property with the address
     marks: tuple[Any, ...] = ()
     fixture: str = "redis_server"  # which server
+    has_ttl: bool = False  # of a learner's store: it is made with a client, and with a TTL in seconds
     yields: frozenset[str] = frozenset()  # why a write may be dropped when another thread writes the same key
 
     def store(self, request: pytest.FixtureRequest, **settings: Any) -> Store:
@@ -126,12 +127,18 @@ def _learners_store(c: type[Store]) -> Iterator[StoreKind]:
     if not _takes(c, "client"):
         yield StoreKind(f"impl-{c.__name__}", c)
         return
-    yield StoreKind(f"impl-{c.__name__}-{FAKEREDIS.name}", partial(_over_redis, c))
-    yield StoreKind(f"impl-{c.__name__}-{REDIS_TCP.name}", partial(_over_redis, c), REDIS_TCP.server, REDIS_TCP.marks)
+    for kind in (FAKEREDIS, REDIS_TCP):
+        make = partial(_with_client, c)
+        yield StoreKind(f"impl-{c.__name__}-{kind.name}", make, kind.server, kind.marks, has_ttl=_takes(c, "ttl_s"))
 
 
-def _over_redis(c: Callable[..., Store], url: str = "") -> Store:
-    return c(redis.Redis.from_url(url, protocol=2, socket_timeout=TIMEOUT_S) if url else fakeredis.FakeRedis())
+def _with_client(c: Callable[..., Store], url: str = "", client: redis.Redis | None = None, **settings: Any) -> Store:
+    return c(client or client_of(url), **settings)
+
+
+def client_of(url: str) -> redis.Redis:
+    """A client of a server, or without a URL of a fakeredis of its own."""
+    return redis.Redis.from_url(url, protocol=2, socket_timeout=TIMEOUT_S) if url else fakeredis.FakeRedis()
 
 
 def _takes(c: Callable[..., object], *names: str) -> bool:
@@ -141,7 +148,8 @@ def _takes(c: Callable[..., object], *names: str) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`store_kind` and `cache_kind` run over everything; `own_…` only over what kvlab itself makes.
 
-    `served_store_kind` runs over stores of one server, and `set_cache_kind` over caches with a salt and a block size.
+    `served_store_kind` runs over stores of one server, `ttl_store_kind` over stores with a TTL, and `set_cache_kind`
+    over caches with a salt and a block size.
     """
     learner = metafunc.config.stash[LEARNER]
     stores = [kind for c in learner if issubclass(c, Store) for kind in _learners_store(c)]
@@ -151,6 +159,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "store_kind": (*STORES, *stores),
         "own_store_kind": STORES,
         "served_store_kind": (REDIS_TCP, *(kind for kind in stores if kind.server)),
+        "ttl_store_kind": (*STORES, *(kind for kind in stores if kind.has_ttl)),
         "cache_kind": (*DISTRIBUTED, *TIERED, *caches),
         "own_cache_kind": DISTRIBUTED,
         "set_cache_kind": (*DISTRIBUTED, *(kind for kind in caches if _takes(kind.make, "salt", "block_tokens"))),

@@ -15,7 +15,7 @@ import redis
 from kvlab.errors import ConfigError
 from kvlab.stores import FileStore, RedisStore, Store
 from kvlab.stores.redis.pool import FakePool
-from tests.contracts.conftest import BEHIND, FAKEREDIS, FILES, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind
+from tests.contracts.conftest import BEHIND, FAKEREDIS, FILES, MEMORY, REDIS_TCP, REDIS_UNIX, StoreKind, client_of
 from tests.contracts.test_store import EXPIRY_BOUND_S, buffers, named
 from tests.harness.helpers import FakeClock
 
@@ -40,9 +40,8 @@ def plain_client(store: RedisStore) -> redis.Redis | redis.RedisCluster:
     return redis.Redis.from_url(store.url)
 
 
-def _age_redis(store: RedisStore, seconds: float) -> None:
+def _age_keys(client: redis.Redis | redis.RedisCluster, seconds: float) -> None:
     """Shorten what is left of every key's life, as so much passing time would."""
-    client = plain_client(store)
     for key in client.scan_iter():
         left = client.pttl(key) - round(seconds * 1000)
         client.pexpire(key, left) if left > 0 else client.delete(key)
@@ -53,14 +52,18 @@ def _advance(clock: FakeClock, seconds: float) -> None:
 
 
 @pytest.fixture
-def aging(own_store_kind: StoreKind, request: pytest.FixtureRequest) -> Iterator[Aging]:
+def aging(ttl_store_kind: StoreKind, request: pytest.FixtureRequest) -> Iterator[Aging]:
     """Each store with a TTL of 100 seconds."""
-    if own_store_kind in (MEMORY, BEHIND, FILES):
+    kind = ttl_store_kind
+    if kind in (MEMORY, BEHIND, FILES):
         clock = FakeClock()
-        made = Aging(own_store_kind.make(ttl_s=100, clock=clock), lambda s: _advance(clock, s))
+        made = Aging(kind.make(ttl_s=100, clock=clock), lambda s: _advance(clock, s))
+    elif kind.has_ttl:
+        client = client_of(getattr(request.getfixturevalue(kind.fixture), kind.server) if kind.server else "")
+        made = Aging(kind.make(client=client, ttl_s=100), lambda s: _age_keys(client, s))
     else:
-        store = own_store_kind.store(request, ttl_s=100)
-        made = Aging(store, lambda s: _age_redis(store, s))
+        store = kind.store(request, ttl_s=100)
+        made = Aging(store, lambda s: _age_keys(plain_client(store), s))
     yield made
     made.store.stats().check()
     made.store.close()

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import fakeredis
 import pytest
@@ -17,7 +12,7 @@ import torch
 
 from kvlab.cache import DistributedKVCache
 from kvlab.core.keys import Namespace
-from kvlab.course import minikv
+from kvlab.course import capstone, minikv
 from kvlab.engine import PagePool, generate
 from kvlab.errors import InputError
 from kvlab.lab.costs import Costs
@@ -29,19 +24,21 @@ from kvlab.stores import RedisStore
 from kvlab.testbed.server import RedisServer
 from tests.harness.helpers import attentive_model, blank, exact_kv, small_spec
 
-ROOT = Path(__file__).parents[2]
 SPEC, SALT = small_spec(), b"tenant"
 TOKENS = [(31 * i) % 4096 for i in range(150)]
 
 
+@pytest.mark.slow
 @pytest.mark.redis
-def test_the_cache_contract_over_a_real_server() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "impl and redis"]
-    command += ["tests/contracts/test_cache.py", "--impl", "kvlab/course/minikv.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
-    assert int(re.findall(r"(\d+) passed", run.stdout)[-1]) > 50
+def test_store_and_cache_keep_both_contracts() -> None:
+    said: list[str] = []
+    report = capstone.run(minikv.__file__, said.append)
+    assert report.ok, "\n".join(said)
+    assert report.classes == {"MiniRedis": "store", "MiniCache": "cache"} and not report.skipped
+    assert report.kept == {name: report.asked[suite] for name, suite in report.classes.items()}
+    assert min(report.cases.values()) > 80
+    assert {suite: sum(map(len, why.values())) for suite, why in report.left_out.items()} == {"store": 12, "cache": 9}
+    assert said[-1] == "The file keeps both contracts."
 
 
 @pytest.mark.redis

@@ -6,6 +6,8 @@
   `kvlab.core.keys.KVSpec`. The cache must store one value per block, and put blocks in the order of the
   prompt. fp16 and bf16 represent all values of the tests exactly. If its constructor has `salt=` and `block_tokens=`,
   the suite tests that caches with other ones share nothing.
+
+`--rules FILE` (with `--impl`) runs only these tests and writes what became of each to a file; see `rules`.
 """
 
 from __future__ import annotations

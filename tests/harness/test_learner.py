@@ -15,6 +15,7 @@ RIGHT_STORE = '''
 import copy, threading
 from kvlab.errors import InputError
 from kvlab.stores import Health, Store, StoreStats
+from kvlab.stores.base import check_keys
 
 class PlainStore(Store):
     """A dictionary, as a learner might write it."""
@@ -23,6 +24,7 @@ class PlainStore(Store):
         self.values, self.open, self.lock, self.counts = {}, True, threading.RLock(), StoreStats()
 
     def get_many(self, keys, out=None, reasons=None):
+        check_keys(keys)
         if out is not None and len(out) != len(keys):
             raise InputError(f"got {len(keys)} keys and {len(out)} buffers")
         if any(buffer.readonly for buffer in out or []):
@@ -50,6 +52,7 @@ class PlainStore(Store):
         return buffer[: len(value)]
 
     def put_many(self, keys, values):
+        check_keys(keys)
         if len(values) != len(keys):
             raise InputError(f"got {len(keys)} keys and {len(values)} values")
         with self.lock:

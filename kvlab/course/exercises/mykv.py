@@ -43,6 +43,7 @@ HEADER = '''"""My distributed KV cache. The course writes each answer here once 
 
 All of it at work: python -m kvlab demo --impl work/mykv.py
 How far I am:      python -m kvlab progress
+kvlab's contracts: python -m kvlab contracts --impl work/mykv.py
 """
 
 from __future__ import annotations
