@@ -24,7 +24,7 @@ from kvlab.errors import InputError
 DPI = 100  # pixels of the page per inch of a figure
 
 Control = tuple[float, float, float] | list[Any] | bool
-"""(value, low, high) for a slider, a list of choices (the first is the default), or a bool for a checkbox."""
+"""(value, low, high) for a number, a list of choices (the first is the default), or a bool for a checkbox."""
 
 
 class Still(w.VBox):  # type: ignore[misc]
@@ -58,7 +58,7 @@ class Explorer(Still):
         self._controls = {name: _control(name, spec) for name, spec in controls.items()}
         self._image = w.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         self._sentence = w.HTML()
-        super().__init__([*self._controls.values(), self._image, self._sentence])
+        super().__init__([*map(_row, self._controls.values()), self._image, self._sentence])
         for control in self._controls.values():
             control.observe(self._redraw, "value")
         self._redraw()
@@ -132,8 +132,24 @@ def _control(name: str, spec: Control) -> Any:
     if isinstance(spec, list):
         return w.Dropdown(options=spec, value=spec[0], **label)
     value, low, high = spec
-    kind = w.IntSlider if all(isinstance(x, int) for x in spec) else w.FloatSlider
-    return kind(value=value, min=low, max=high, continuous_update=False, layout={"width": "32em"}, **label)
+    whole = all(isinstance(x, int) for x in spec)
+    kind = w.BoundedIntText if whole else w.BoundedFloatText
+    return kind(value=value, min=low, max=high, step=1 if whole else 0.1, layout={"width": "16em"}, **label)
+
+
+def _row(control: Any) -> Any:
+    """A control as it is shown: a number has a slider beside it.
+
+    The slider is for the mouse. ipywidgets cannot give its handle a name that a screen reader could say, so the number
+    field, which has a label, is the control.
+    """
+    if not isinstance(control, w.BoundedIntText | w.BoundedFloatText):
+        return control
+    kind = w.IntSlider if isinstance(control, w.BoundedIntText) else w.FloatSlider
+    bounds = {"value": control.value, "min": control.min, "max": control.max, "step": control.step}
+    slider = kind(readout=False, continuous_update=False, layout={"width": "20em"}, **bounds)
+    w.link((control, "value"), (slider, "value"))
+    return w.HBox([control, slider])
 
 
 def _guess_field(question: guesses.Question, kept: float | None) -> Any:
@@ -141,5 +157,6 @@ def _guess_field(question: guesses.Question, kept: float | None) -> Any:
         value="" if kept is None else f"{kept:g}",
         placeholder="your guess",
         description=question.unit,
+        tooltip=question.text,  # a screen reader says it after the name, which is the unit
         style={"description_width": "9em"},
     )

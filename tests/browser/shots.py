@@ -74,6 +74,16 @@ class Lab:
             return False
         return bool(kernels) and all(k["execution_state"] == "idle" and k["connections"] for k in kernels)
 
+    def end_kernels(self) -> None:
+        """End all kernels: `idle` waits for those of notebooks that are no longer open too."""
+        headers = {"Authorization": f"token {self.token}"}
+        address = f"{self.url}api/sessions"
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
+            sessions = json.load(answer)
+        for session in sessions:
+            end = urllib.request.Request(f"{address}/{session['id']}", headers=headers, method="DELETE")
+            urllib.request.urlopen(end, timeout=30).close()
+
 
 @contextlib.contextmanager
 def jupyter_lab(notebooks: Sequence[Path]) -> Iterator[Lab]:

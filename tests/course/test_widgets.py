@@ -49,6 +49,16 @@ def test_moving_a_control_redraws_picture_sentence_and_alt_text() -> None:
     assert explorer._image.alt == "b: 7, True"
 
 
+def test_the_slider_beside_a_number_is_the_same_number() -> None:
+    """The number has the name; the handle of a slider cannot have one."""
+    explorer = make_explorer()
+    number, slider = explorer.children[0].children
+    slider.value = 6
+    assert (number.value, number.description, explorer.still()[0]) == (6, "size", "a: 6, True")
+    number.value = 99
+    assert slider.value == number.value == 9, "the highest"
+
+
 def type_in(guesses: Guesses, **texts: str) -> str:
     for name, text in texts.items():
         guesses._fields[name].value = text

@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[2]
 TOGETHER, SERVERS = "together", "servers"
 SECONDS = {
     "tests/engine/test_generate.py": 190,
+    "tests/browser/test_widgets.py": 180,
     "tests/course/exercises/test_lessons.py": 130,
     "tests/test_cli.py": 70,
     "tests/notebooks/test_build.py": 60,
+    "tests/course/test_capstone.py": 45,
     "tests/lab/test_demo.py": 25,
     "tests/site/test_site.py": 50,
     "tests/browser/test_lab.py": 25,
