@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,9 @@ def test_after_each_lesson_the_demo_runs_and_says_what_is_whose(
             assert name in whose["yours" if name in solved else "ours"], f"{lesson.__name__}: {name}"
         assert all(name in whose["yours"] + whose["checked"] for name in solved)
     assert "ours:    none" in said
+    yours = {name for name, count in result["calls"].items() if count}
+    assert yours == {*mykv.PARTS, *own.BESIDE}, "what the demo runs is what docs/exercises.md says"
+    assert any(re.match(r"lesson 07: of 16 records .* [1-9]\d* are missing .* all values right: True", s) for s in said)
 
 
 def test_the_demo_runs_the_first_cache_of_lesson_01(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
