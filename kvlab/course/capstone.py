@@ -87,6 +87,10 @@ class Report:
         """Whether there are a store and a cache, and all of them keep every rule that was asked."""
         return not self.problem and not self.broken and not self.missing()
 
+    def failed(self, owner: str) -> int:
+        """How many rules a class does not keep."""
+        return sum(rule.owner == owner for rule in self.broken)
+
     def missing(self) -> list[str]:
         """The suites that nothing in the file can be asked."""
         return [suite for suite in SUITES if suite not in self.classes.values()]
@@ -141,6 +145,10 @@ def run(path: str | Path | None = None, say: Callable[[str], None] = print, dead
     report = _read(file, lines, ended)
     if not report.problem and not report.classes:
         report.problem = _why_nothing(output, bool(lines)) if in_time else f"{ended}: does the import of it end?"
+    if not report.problem and (
+        idle := [name for name in report.classes if not report.kept[name] + report.failed(name)]
+    ):
+        report.problem = f"no rule was asked of {', '.join(idle)}: {_last_line(output)}"
     for line in report.lines():
         say(line)
     return report
@@ -239,6 +247,10 @@ def _why_nothing(output: str, begun: bool) -> str:
     """Why no class of the file was asked anything."""
     if begun:
         return f"expected a {' and a '.join(SUITES.values())} in the file, as MiniRedis and MiniCache of the course are"
-    lines = [line for line in output.splitlines() if line.strip()] or ["pytest said nothing"]
-    said = next((line for line in lines if "--impl: " in line), lines[-1])
+    said = next((line for line in output.splitlines() if "--impl: " in line), _last_line(output))
     return said.removeprefix("ERROR: ").removeprefix("--impl: ")
+
+
+def _last_line(output: str) -> str:
+    """The last line that pytest printed."""
+    return ([line for line in output.splitlines() if line.strip()] or ["pytest said nothing"])[-1]

@@ -15,7 +15,7 @@ from kvlab.errors import ConfigError
 from kvlab.stores import FileStore, RedisStore
 from tests.contracts.conftest import BEHIND, FAKEREDIS, FILES, MEMORY, REDIS_TCP, VALKEY, StoreKind
 from tests.contracts.test_cache import tokens_of
-from tests.contracts.test_store_ttl import _age_redis
+from tests.contracts.test_store_ttl import _age_keys, plain_client
 from tests.harness.helpers import FakeClock, blank, exact_kv
 
 B = 16
@@ -49,7 +49,7 @@ def kept(request: pytest.FixtureRequest, retaining: StoreKind, spec: KVSpec) -> 
     def age(seconds: float) -> None:
         clock.now += seconds
         if isinstance(store, RedisStore):
-            _age_redis(store, seconds)
+            _age_keys(plain_client(store), seconds)
 
     cache: Any = DistributedKVCache(store=store, model=spec, precision="fp32", block_tokens=B, describe=False)
     if request.param != "one tier":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,15 @@ def test_without_the_tests_of_the_course_the_error_says_what_to_use(
         capstone.run(minikv.__file__)
     with pytest.raises(InputError, match="found none at"):
         capstone.run(tmp_path / "nowhere.py")
+
+
+def test_a_run_that_asks_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collects_and_ends(file: Path, rules: Path, deadline_s: float) -> tuple[str, bool]:
+        classes = {"classes": {"MiniRedis": "store", "MiniCache": "cache"}, "rules": {"store": 40, "cache": 28}}
+        rules.write_text(json.dumps(classes | {"left_out": {}}) + '\n{"ended": true}\n', "utf-8")
+        return "1 error in 1.2 s\n", True
+
+    monkeypatch.setattr(capstone, "_run_pytest", collects_and_ends)
+    report = capstone.run(minikv.__file__, lambda line: None)
+    assert not report.ok
+    assert report.problem == "no rule was asked of MiniRedis, MiniCache: 1 error in 1.2 s"

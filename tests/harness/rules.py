@@ -47,10 +47,13 @@ SETTINGS = "URLs, passwords, windows and limits are settings of kvlab's stores; 
 PRECISIONS = "your cache has one precision, FP32, and no compression"
 CONSTRUCTOR = "settings of DistributedKVCache; the constructor of your cache is your own"
 NO_SERVER = "your store has no parameter `client`, so no server can be taken from it"
+RETENTION = "lives of single values and pins are settings of kvlab's stores and tiers"
 NO_SALT = "your cache has no parameters `salt` and `block_tokens`"
 LEFT_OUT = {
     "test_store_ttl.py": NO_TTL,
     "test_store_settings.py": SETTINGS,
+    "test_cache_retention.py": RETENTION,
+    "test_store_retention.py": RETENTION,
     "test_without_ttl_entries_stay": ALWAYS_TTL,
     "test_the_server_itself_ends_entries": OWN_CLOCK,
     "test_a_server_that_is_gone_gives_misses_and_drops_and_no_exception": NO_SERVER,
@@ -82,7 +85,7 @@ def left_out(asked: set[str], suites: set[str], items: list[pytest.Item]) -> dic
     found: dict[str, dict[str, list[str]]] = {suite: defaultdict(list) for suite in suites}
     names = {_name(item): item for item in items if item.path.parent == CONTRACTS}
     for name, item in names.items():
-        suite = "cache" if item.path.name == "test_cache.py" else "store"
+        suite = "cache" if item.path.name.startswith("test_cache") else "store"
         if name not in asked and suite in suites:
             reason = LEFT_OUT[name if name in LEFT_OUT else item.path.name]
             found[suite][reason].append(sentence(name))
@@ -103,7 +106,7 @@ class Rules:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         suites = {n: "store" if issubclass(c, Store) else "cache" for n, c in self.classes.items() if _is_asked(c)}
-        kept = [item for item in items if _owner(item)]
+        kept = [item for item in items if _owner(item) and LEFT_OUT.get(item.path.name) != RETENTION]
         rules: dict[str, set[str]] = defaultdict(set)
         for item in kept:
             rules[suites[_owner(item)]].add(_name(item))
