@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from IPython.display import Markdown
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from kvlab.course import plots
 from kvlab.course.figures.lesson_11b import table
@@ -49,21 +51,36 @@ def drilled(before: Answers, during: Answers, after: Answers, reasons: Mapping[s
     }
 
 
-def drills(rows: Mapping[str, Mapping[str, Any]]) -> Markdown:
-    """Return drills as a table."""
-    return table(
-        [
-            {
-                "fault": name,
-                "tokens before": row["before"],
-                "during": ", ".join(map(str, row["during"])),
-                "after": row["after"][-1] if len({*row["after"]}) == 1 else " … ".join(map(str, row["after"])),
-                "right answers": row["right"],
-                "counted": ", ".join(row["counted"]) or "nothing",
-            }
-            for name, row in rows.items()
-        ]
-    )
+def drills(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show for each drill the tokens that its requests found, the right answers, and what was counted."""
+    longest = max(len(row["during"]) for row in rows.values())
+    columns = ["before", *["during"] * longest, "after"]
+    fig, ax = plots.new_figure("Tokens that came from the cache", height=1.0 + 0.45 * len(rows))
+    for y, row in enumerate(rows.values()):
+        found = [row["before"], *row["during"], *[None] * (longest - len(row["during"])), row["after"][-1]]
+        for x, tokens in enumerate(found):
+            if tokens is not None:
+                share = tokens / row["before"]
+                ax.add_patch(Rectangle((x - 0.48, y - 0.42), 0.96, 0.84, color=colormaps[plots.MAP](share)))
+                ax.annotate(f"{tokens}", (x, y), ha="center", va="center", color=plots.ink_on(share))
+        right = "all answers right" if row["right"] == "all" else f"{row['right']} answers right"
+        ax.annotate(f"{right}\n{_counted(row)}", (len(columns) - 0.4, y), va="center", fontsize=8.5)
+    ax.set_xlim(-0.6, len(columns) + 1.6)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.grid(visible=False)
+    plots.show(fig, "; ".join(f"{name}: {_in_words(row)}" for name, row in rows.items()) + ".")
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    during = ", ".join(map(str, row["during"]))
+    right = "all answers right" if row["right"] == "all" else f"only {row['right']} answers right"
+    return f"{row['before']} tokens found before, {during} during, {row['after'][-1]} after, {right}, {_counted(row)}"
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    return f"counted: {', '.join(row['counted']) or 'nothing'}"
 
 
 def servers(own_tokens: Sequence[int], counts: Sequence[int], chosen: int, at: int) -> Figure:
