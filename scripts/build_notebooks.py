@@ -52,7 +52,7 @@ from kvlab.course.exercises import Exercise
 from kvlab.course.exercises.registry import BY_CONSTANT
 from kvlab.course.kernel import kernel_environment
 from kvlab.lab.streams import accept_any_text
-from scripts.repository import NAME
+from scripts.repository import NAME, URL
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -72,7 +72,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 COLAB_SETUP = f"""\
 # On Google Colab this installs the course; elsewhere it does nothing.
 if "google.colab" in str(get_ipython()):
-    %pip install -q "kvlab[course] @ git+https://github.com/{REPOSITORY}"
+    %pip install -q "kvlab[course] @ git+{URL}"
 """
 
 

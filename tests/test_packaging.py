@@ -90,6 +90,31 @@ def test_requirements_are_ranges_with_an_end():
             assert operators == {">=", "<"}, str(requirement)
 
 
+# --- Colab and Binder ---------------------------------------------------------------------------
+# Of pip-freeze.txt and os-info.txt in github.com/googlecolab/backend-info, 19 August 2026. pip must not replace
+# what Colab's kernel runs on, and a second torch would take minutes.
+COLAB = {
+    "cryptography": "50.0.0",
+    "ipykernel": "6.17.1",
+    "ipywidgets": "7.7.1",
+    "matplotlib": "3.10.0",
+    "numpy": "2.1.3",
+    "safetensors": "0.8.0",
+    "seaborn": "0.13.2",
+    "tokenizers": "0.22.2",
+    "torch": "2.11.0",
+    "xxhash": "4.0.1",
+    "zstandard": "0.25.0",
+}
+
+
+def test_on_colab_pip_replaces_nothing():
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["course"]]
+    requirements = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
+    assert requirements.keys() - COLAB.keys() == {"redis", "hiredis", "fakeredis", "jupyterlab"}  # it lacks them
+    assert {name for name, version in COLAB.items() if not requirements[name].contains(version)} == set()
+
+
 # --- conda --------------------------------------------------------------------------------------
 def test_conda_installs_the_lock_and_the_package():
     assert conda()["name"] == PROJECT["name"]
