@@ -1,9 +1,11 @@
 """What people install and start agrees with itself: pyproject, lock, conda file, Dockerfile, compose file, set-up."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -113,6 +115,29 @@ def test_on_colab_pip_replaces_nothing():
     requirements = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
     assert requirements.keys() - COLAB.keys() == {"redis", "hiredis", "fakeredis", "jupyterlab"}  # it lacks them
     assert {name for name, version in COLAB.items() if not requirements[name].contains(version)} == set()
+
+
+def test_binder_makes_the_kernel_with_the_one_set_up_script():
+    """A Dockerfile or an environment.yml in the folder would win; without a folder those of the root do."""
+    folder = ROOT / ".binder"
+    assert {path.name for path in folder.iterdir()} == {"apt.txt", "postBuild", "runtime.txt"}
+    assert os.access(folder / "postBuild", os.X_OK)
+    assert "sh scripts/setup.sh\n" in (folder / "postBuild").read_text()
+    assert (folder / "apt.txt").read_text().split() == ["redis-server"]
+    assert "python=" + (folder / "runtime.txt").read_text().strip().removeprefix("python-") in conda()["dependencies"]
+
+
+def test_binders_python3_kernel_is_the_one_of_the_set_up(tmp_path):
+    """Binder's JupyterLab, in an environment of its own, looks for kernels in that prefix."""
+    shutil.copytree(ROOT / ".binder", tmp_path / ".binder")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    program(tmp_path / "scripts", "setup.sh", 'test "$PYTHON" = python')
+    env = {**os.environ, "NB_PYTHON_PREFIX": str(tmp_path / "server")}
+    subprocess.run([".binder/postBuild"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    spec = json.loads((tmp_path / "server/share/jupyter/kernels/python3/kernel.json").read_text())
+    assert spec["argv"][0] == sys.executable
 
 
 # --- conda --------------------------------------------------------------------------------------
@@ -476,6 +501,11 @@ def test_the_readme_shows_the_demo_of_today() -> None:
     assert HEADER in (ROOT / "README.md").read_text()
 
 
+def test_the_changelog_begins_with_this_version_and_its_day():
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and re.fullmatch(rf"{re.escape(PROJECT['version'])} \(\d{{4}}-\d\d-\d\d\)", newest[1])
+
+
 def lock_beside(name):
     lines = (ROOT / f"requirements-{name}.lock").read_text("ascii").splitlines()
     return {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if not line.startswith("#"))}
@@ -512,5 +542,9 @@ def test_the_address_of_the_repository_is_set_once():
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")]
     links = {link for text in texts for link in re.findall(r"https://github\.com/[\w-]+/kvlab\b", text.read_text())}
     assert links == {address}
+    owner = address.removeprefix("https://github.com/")
+    for host in ("https://colab.research.google.com/github/", "https://mybinder.org/v2/gh/"):
+        found = {link for text in texts for link in re.findall(f"{host}([\\w-]+/[\\w-]+)", text.read_text())}
+        assert found == {owner}, host
     programs = [*ROOT.glob("scripts/*.py"), *ROOT.glob("docs/site/*.py"), *ROOT.glob("kvlab/**/*.py")]
     assert [path for path in programs if address.removeprefix("https://") in path.read_text()] == []
