@@ -33,7 +33,7 @@ from scripts.repository import BLOB, ROOT, URL
 RAW: Final = f"{URL}/raw/main/"
 DIST: Final = ROOT / "dist"
 TOOLS: Final = ("build>=1.2,<2", "twine>=6,<8")
-RELATIVE: Final = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()(?![a-z]+:|#|//)([^)\s]+)(?=\))")
+RELATIVE: Final = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()(?![a-z]+:|//)([^)\s]+)(?=\))")
 CODE: Final = re.compile(r"^ *(```+).*?^ *\1 *$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 SHIPPED: Final = (
     "kvlab/py.typed",
@@ -54,16 +54,24 @@ class ReleaseError(Exception):
 
 # --- The source ---------------------------------------------------------------------------------
 def absolute_links(markdown: str) -> str:
-    """Markdown whose relative links and pictures lead to the repository; links inside code do not change.
+    """README whose relative links and pictures lead to the repository; links inside code do not change.
+
+    So do links to its own sections, because PyPI may give headings other anchors or none.
 
     >>> absolute_links("[a](docs/a.md#b), [c](#c), `[d](d)`").replace(URL, "…")
-    '[a](…/blob/main/docs/a.md#b), [c](#c), `[d](d)`'
+    '[a](…/blob/main/docs/a.md#b), [c](…/blob/main/README.md#c), `[d](d)`'
     """
     codes = [match[0] for match in CODE.finditer(markdown)]
     hidden = CODE.sub("\0", markdown)
-    linked = RELATIVE.sub(lambda m: f"{m[1]}{RAW if m[1].startswith('!') else BLOB}{m[2]}", hidden)
+    linked = RELATIVE.sub(_absolute, hidden)
     parts = iter(codes)
     return re.sub("\0", lambda _: next(parts), linked)
+
+
+def _absolute(link: re.Match[str]) -> str:
+    before, target = link.groups()
+    page = "README.md" if target.startswith("#") else ""
+    return f"{before}{RAW if before.startswith('!') else BLOB}{page}{target}"
 
 
 def export(target: Path) -> None:
