@@ -255,7 +255,7 @@ class MiniRedis(Store):
             reasons += why
         return got
 
-    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:
+    def put_many(self, keys: Sequence[bytes], values: Sequence[Value]) -> int:  # type: ignore[override]
         """Store values; return how many the server took."""
         check_values(keys, values)
         names, data = [b"kv:" + key for key in keys], [joined(value) for value in values]
@@ -272,7 +272,7 @@ class MiniRedis(Store):
         """How many keys are there, counted from the first to the first that is not."""
         return [*self.replies("EXISTS", keys), 0].index(0)
 
-    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:
+    def touch_many(self, keys: Sequence[bytes]) -> list[bool]:  # type: ignore[override]
         """Which keys are there; they live on."""
         return [bool(reply) for reply in self.replies("PEXPIRE", keys, self.ttl_ms)]
 
