@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OK, MISSING, PROBLEM = "ok", "optional, missing", "problem"
 CHECKOUT = Path(__file__).resolve().parents[2]
-EXTRAS = {"hf": "transformers models", "secure": "encrypted records", "test": "the tests"}
+EXTRAS = {"course": "the notebooks", "hf": "transformers models", "secure": "encrypted records", "test": "the tests"}
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,26 @@ class Check:
 
 def checks() -> list[Check]:
     """Run all checks. An exception in a check becomes the problem of this check and is never raised."""
+    alone = _is_alone()
+    jupyter = {} if alone else {"Jupyter kernel": _kernel, "widgets": _widgets}
     return [
         _guarded("Python", _python),
         _guarded("packages", _packages),
-        _guarded("Jupyter kernel", _kernel),
-        _guarded("widgets", _widgets),
+        *(_guarded(name, look) for name, look in jupyter.items()),
         _guarded("model", _model),
         _guarded("Redis", _redis),
         _guarded("GPU", _gpu),
-        *(_guarded(f"extra {name}", partial(_extra, name)) for name in EXTRAS),
+        *(_guarded(f"extra {name}", partial(_extra, name)) for name in EXTRAS if alone or name != "course"),
     ]
+
+
+def _is_checkout() -> bool:
+    return (CHECKOUT / "pyproject.toml").is_file()
+
+
+def _is_alone() -> bool:
+    """Whether the package was installed without the course: not from a checkout, and no notebook can run."""
+    return not _is_checkout() and _version("ipykernel") is None
 
 
 def run(out: Callable[[str], object] = print) -> int:
@@ -69,7 +79,8 @@ def _guarded(name: str, look: Callable[[], Check]) -> Check:
         return look()
     except Exception as error:  # the reader needs a line, not a traceback
         said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        return Check(name, PROBLEM, said.splitlines()[0], f"{_pip()} -e {_near(CHECKOUT, '[course]')}")
+        whole = f"-e {_near(CHECKOUT, '[course]')}" if _is_checkout() else "'kvlab[course]'"
+        return Check(name, PROBLEM, said.splitlines()[0], f"{_pip()} {whole}")
 
 
 def _near(path: Path, extra: str = "") -> str:
@@ -94,7 +105,7 @@ def _python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
 
 
 def _packages() -> Check:
-    wanted = [*_requirements(""), *_requirements("course")]
+    wanted = [*_requirements(""), *([] if _is_alone() else _requirements("course"))]
     unfit = list(_unfit(wanted))
     if not unfit:
         return Check("packages", OK, f"all {len(wanted)} are there in versions that fit")

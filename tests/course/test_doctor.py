@@ -100,6 +100,33 @@ def test_a_missing_extra_is_optional(pretend):
     assert run(lambda _: None) == 0
 
 
+def test_the_package_without_the_course_is_ready(monkeypatch, tmp_path, pretend):
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)
+    pretend(ipykernel=None, jupyterlab=None, seaborn=None)
+    assert run(lambda _: None) == 0
+    assert not {"Jupyter kernel", "widgets"} & {check.name for check in checks()}
+    assert found("extra course").status == MISSING
+    assert "jupyterlab is missing, ipykernel is missing, seaborn is missing" in found("extra course").detail
+    pretend(ipykernel=None, numpy=None)
+    assert found("packages").detail == "numpy is missing"
+    assert run(lambda _: None) == 1
+
+
+def test_the_course_without_a_checkout_is_checked_whole(monkeypatch, tmp_path, pretend):
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)
+    pretend(seaborn=None)
+    assert found("packages").detail == "seaborn is missing"
+    assert found("Jupyter kernel").status == OK
+    monkeypatch.setattr(metadata, "requires", lambda name: ["not a requirement"])
+    assert found("packages").fix.endswith(" -m pip install 'kvlab[course]'")
+
+
+def test_a_checkout_without_jupyter_is_not_ready(pretend):
+    pretend(ipykernel=None)
+    assert found("packages").detail == "ipykernel is missing"
+    assert "extra course" not in {check.name for check in checks()}
+
+
 def test_kvlab_that_was_never_installed(monkeypatch):
     def requires(name):
         raise metadata.PackageNotFoundError(name)
