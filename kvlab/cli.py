@@ -220,7 +220,9 @@ def _serve(
 
     if store is None and not _default_store().startswith("fakeredis://"):
         store = _default_store()
-    result = serving.run(workers, router, store, requests, rate, metrics_port, metrics_address)
+    result = serving.run(
+        workers, router, store, requests, rate, metrics_port, metrics_address, lambda line: print(line, file=sys.stderr)
+    )
     _print_json(result) if json else print(tables.text(result))
     return SUCCESS
 

@@ -37,7 +37,7 @@ COMMANDS: Final = {
     "prefill": "`vllm bench latency --input-len N --output-len 1` on one engine: N x batch / seconds; of the published "
     "shapes `python -m kvlab bench gpu`. Then --prefill",
     "own": "vllm:prefix_cache_hits_total / vllm:prefix_cache_queries_total of all engines, over a day; or full_blocks "
-    "of `python -m kvlab replay TRACE --nodes N --tiers DEVICE,HOST --router cost`. Then --own",
+    "of `python -m kvlab replay TRACE --nodes N --tiers DEVICE,HOST --router cost` (both in blocks). Then --own",
     "utilisation": "`avg(avg_over_time((vllm:num_requests_running > bool 0)[7d:1m]))` in Prometheus, over all GPUs "
     "that are paid for. Then --prices",
     "stall": "`vllm bench serve` at full load with the tier warm and with it off, r1 and r0 requests/s; for a request "

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -156,6 +156,7 @@ def run(
     rate: float = 8.0,
     metrics_port: int | None = None,
     metrics_address: str = "127.0.0.1",
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Serve a skewed load with worker processes and a store that they share.
 
@@ -163,6 +164,7 @@ def run(
         store: its URL; without one, a `redis-server` is started if there is one, else each worker has only its pages.
         requests, rate: how many, and how many a second.
         metrics_port, metrics_address: see `WorkerGroup`.
+        say: gets a line with the addresses of the metrics, once all workers answer.
 
     Raises:
         KVLabError: a port is taken, the store does not answer, a worker did not start, or a request failed.
@@ -183,6 +185,9 @@ def run(
             WorkerGroup(workers, settings, router=router, metrics_port=metrics_port, metrics_address=metrics_address)
         )
         ready_s = time.perf_counter() - begin
+        if metrics_port:
+            last = metrics_port + workers
+            say(f"metrics: http://{metrics_address}:{metrics_port}/metrics (the group), {metrics_port + 1} to {last}")
         served = offer(group, arrivals)
     return {
         "about": ABOUT,

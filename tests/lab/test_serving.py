@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from kvlab.engine.scheduler import Scheduler
 from kvlab.lab import serving
 from kvlab.lab.serving import Arrival, Served, hit_rate, imbalance, latencies, offer, offer_here, percentile, skewed
 from kvlab.model import held_out_tokens
+from kvlab.testbed.server import free_port
 from tests.engine.scripted_groups import Groups, expected, groups
 from tests.engine.test_generate import words
 from tests.harness.helpers import attentive_model
@@ -162,3 +164,16 @@ def test_the_port_of_metrics_is_taken(capsys: pytest.CaptureFixture[str]) -> Non
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"kvlab: expected a free port for metrics, got {port} on 127.0.0.1: {os.strerror(errno.EADDRINUSE)}\n"
+
+
+def test_the_addresses_of_the_metrics_are_said_and_answer() -> None:
+    said, port = list[str](), free_port()
+
+    def ask(line: str) -> None:
+        said.append(line)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port + 1}/metrics", timeout=10) as page:
+            said.append(page.read().decode())
+
+    serving.run(1, store="memory://", requests=2, metrics_port=port, say=ask)
+    assert said[0] == f"metrics: http://127.0.0.1:{port}/metrics (the group), {port + 1} to {port + 1}"
+    assert "kvlab_steps_total" in said[1]

@@ -33,7 +33,9 @@ ABOUT = (
     "fetching or always computing, whichever is faster. roofline: the least time that the limits allow, and its "
     "share of the measured one. break_even: KV bytes of a token x prefill tokens a second at the longest prompt: "
     "over a slower wire, computing is faster. crossover: from how many tokens on fetching is faster, over a wire "
-    "with a millisecond until the first byte, computed from the measured prefills; longer prompts are extrapolated"
+    "with a millisecond until the first byte, computed from the measured prefills; longer prompts are extrapolated. "
+    "aa_ratio: of the same work measured twice, the worst of all steps; noisy_steps: where it is over 10 % away from "
+    "1. device cpu: no GPU was found, and small models test the steps; the numbers say nothing about a GPU"
 )
 TABLES = ("limits", "attention", "h2d", "cast", "prefill", "decode", "load_path", "ttft", "planner")
 
