@@ -92,7 +92,7 @@ QUESTIONS = {
             "times",
             "11b",
         ),
-        Question("faults_wrong", "Of the ten faults below, how many change an answer?", "faults", "12"),
+        Question("faults_wrong", "In how many of the ten drills below does an answer change?", "drills", "12"),
         Question("keys_moved", "What share of keys moves when a fourth node joins three on a ring?", "percent", "07"),
     )
 }

@@ -112,13 +112,13 @@ def _tier(d: Decision, site: Site) -> Iterator[Choice]:
 
 def _store(servers: int, gib: float, site: Site) -> tuple[str, str]:
     """What to run, and why."""
-    need = f"{gib:,g} GiB and their load need {servers}"
+    need = f"{gib:,g} GiB and the traffic need {servers}"
     if site.machines == 1 and servers == 1:
         return "one Redis on this machine, over a Unix socket", f"{need}; nobody else reads it"
     if servers == 1 and site.outlive:
         return "redis-sentinel://: one Redis, two copies, three sentinels", f"{need}; a copy takes over"
     if servers == 1:
-        return "redis://: one server", f"{need}; lost, it costs time and nothing else"
+        return "redis://: one server", f"{need}; if it is lost, requests are slower and not wrong"
     masters = max(MASTERS, servers + SPARE)
     copies = " and a replica of each" if site.outlive else ""
     return f"redis-cluster://: {masters} masters{copies}", f"{need} servers of {SERVER_GIB:g} GiB, and one may be lost"
@@ -128,7 +128,7 @@ def _safety(d: Decision, site: Site) -> Iterator[Choice]:
     if d.verdict == "no":
         return
     if site.tenants > 1:
-        yield Choice("salt", "one for each tenant", "else a tenant can find out by timing what another one asked")
+        yield Choice("salt", "one for each tenant", "without it a tenant can find out by timing what another one asked")
     if not site.trusted or site.tenants > 1:
         yield Choice(
             "encryption_keys", "a master key in each worker", "else who can write to the store can change answers"

@@ -30,22 +30,33 @@ PHASES = Flow(
     columns=4,
 )
 """The way into production."""
-GATED = ("local", "staging", "production, 5 %")
+GATED = ("local", "staging", "5 % of the workers")
 """The phases after which there is a gate."""
 FOLLOWS = ("breaker", "down", "gap")
 """Reasons that only follow from another one, sooner or later: a table that is compared leaves them out."""
-PARTS = ("verdict", "router", "host memory", "shared store", "planner", "salt", "encryption_keys")
+PARTS = (
+    "verdict",
+    "measure first",
+    "router",
+    "host memory",
+    "shared store",
+    "planner",
+    "salt",
+    "encryption_keys",
+    "epoch",
+)
 """The parts of a deployment that `advice` shows."""
 
 
 def drilled(before: Answers, during: Answers, after: Answers, reasons: Mapping[str, int]) -> dict[str, Any]:
-    """Return a drill as a row: tokens found before, during, first and last after; right answers; what was counted."""
+    """Return a drill as a row: tokens found in each part; which answers were wrong; what was counted."""
     everything = [*before, *during, *after]
     wrong = sum(not right for _, right in everything)
     return {
         "before": min(found for found, _ in before),
         "during": [found for found, _ in during],
-        "after": [found for i, (found, _) in enumerate(after) if i in (0, len(after) - 1)],
+        "after": [found for found, _ in after],
+        "wrong": [i for i, (_, right) in enumerate(everything) if not right],
         "right": "all" if not wrong else f"{len(everything) - wrong} of {len(everything)}",
         "counted": sorted(str(reason) for reason, count in reasons.items() if count and reason not in FOLLOWS),
     }
@@ -53,18 +64,17 @@ def drilled(before: Answers, during: Answers, after: Answers, reasons: Mapping[s
 
 def drills(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Show for each drill the tokens that its requests found, the right answers, and what was counted."""
-    longest = max(len(row["during"]) for row in rows.values())
-    columns = ["before", *["during"] * longest, "after"]
+    most = [max(len(row[part]) for row in rows.values()) for part in ("during", "after")]
+    columns = ["before", *["during"] * most[0], *["after"] * most[1]]
     fig, ax = plots.new_figure("Tokens that came from the cache", height=1.0 + 0.45 * len(rows))
     for y, row in enumerate(rows.values()):
-        found = [row["before"], *row["during"], *[None] * (longest - len(row["during"])), row["after"][-1]]
-        for x, tokens in enumerate(found):
-            if tokens is not None:
-                share = tokens / row["before"]
-                ax.add_patch(Rectangle((x - 0.48, y - 0.42), 0.96, 0.84, color=colormaps[plots.MAP](share)))
-                ax.annotate(f"{tokens}", (x, y), ha="center", va="center", color=plots.ink_on(share))
-        right = "all answers right" if row["right"] == "all" else f"{row['right']} answers right"
-        ax.annotate(f"{right}\n{_counted(row)}", (len(columns) - 0.4, y), va="center", fontsize=8.5)
+        places = [0, *range(1, 1 + len(row["during"])), *range(1 + most[0], 1 + most[0] + len(row["after"]))]
+        found = [row["before"], *row["during"], *row["after"]]
+        for i, (x, tokens) in enumerate(zip(places, found, strict=True)):
+            share, mark = tokens / row["before"], " ✘" * (i in row["wrong"])
+            ax.add_patch(Rectangle((x - 0.48, y - 0.42), 0.96, 0.84, color=colormaps[plots.MAP](share)))
+            ax.annotate(f"{tokens}{mark}", (x, y), ha="center", va="center", color=plots.ink_on(share))
+        ax.annotate(f"{_answers(row)}\n{_counted(row)}", (len(columns) - 0.4, y), va="center", fontsize=8.5)
     ax.set_xlim(-0.6, len(columns) + 1.6)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xticks(range(len(columns)), columns)
@@ -74,9 +84,12 @@ def drills(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _in_words(row: Mapping[str, Any]) -> str:
-    during = ", ".join(map(str, row["during"]))
-    right = "all answers right" if row["right"] == "all" else f"only {row['right']} answers right"
-    return f"{row['before']} tokens found before, {during} during, {row['after'][-1]} after, {right}, {_counted(row)}"
+    during, after = (", ".join(map(str, row[part])) for part in ("during", "after"))
+    return f"{row['before']} tokens found before, {during} during, {after} after, {_answers(row)}, {_counted(row)}"
+
+
+def _answers(row: Mapping[str, Any]) -> str:
+    return "all answers right" if row["right"] == "all" else f"✘ wrong, {row['right']} right"
 
 
 def _counted(row: Mapping[str, Any]) -> str:
@@ -88,10 +101,12 @@ def servers(own_tokens: Sequence[int], counts: Sequence[int], chosen: int, at: i
     fig, ax = plots.new_figure("Servers for all users' blocks", "own tokens of each user", "servers")
     ax.plot(own_tokens, counts)
     ax.plot([at], [chosen], "k*", markersize=12)
-    ax.annotate(f" {chosen}", (at, chosen), ha="right", va="bottom")
+    ax.annotate(f"{chosen}", (at, chosen), (-8, 8), textcoords="offset points", ha="right")
     ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
     ax.set_xticks(own_tokens, [f"{tokens:,}" for tokens in own_tokens])
-    ax.set_ylim(bottom=0)
+    ax.set_yticks(powers := [2**i for i in range(11)], [f"{count}" for count in powers])
+    ax.set_ylim(0.8, 1.3 * max(*counts, chosen))
     return fig
 
 
