@@ -114,14 +114,28 @@ def landing(readme: str, documents: Mapping[str, str], notebooks: Sequence[str])
         _toctree("Documents", documents),
         _toctree("Project", LAST),
     ]
-    parts = [opening, f"How to start: [{GUIDE_TITLE}]({GUIDE}).", sections[COURSE], f"## Documents\n\n{table}", *trees]
+    course = to_the_other_part(sections[COURSE], readme, GUIDE)
+    parts = [opening, f"How to start: [{GUIDE_TITLE}]({GUIDE}).", course, f"## Documents\n\n{table}", *trees]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def guide(readme: str) -> str:
     """The rest of README: what is not on the landing page."""
-    sections = (text for name, text in split(readme)[1].items() if name != COURSE)
-    return "\n\n".join([f"# {GUIDE_TITLE}", *(text.strip() for text in sections)]) + "\n"
+    sections = [text for name, text in split(readme)[1].items() if name != COURSE]
+    text = "\n\n".join([f"# {GUIDE_TITLE}", *(text.strip() for text in sections)]) + "\n"
+    return to_the_other_part(text, readme, LANDING)
+
+
+def to_the_other_part(part: str, readme: str, page: str) -> str:
+    """A part of README whose links to headings of the other part lead to the page of that one."""
+    elsewhere = anchors(readme) - anchors(part)
+    return re.sub(r"\]\(#([^)]+)\)", lambda link: f"]({page}{link[0][2:]}" if link[1] in elsewhere else link[0], part)
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(markdown), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def split(markdown: str) -> tuple[str, dict[str, str]]:

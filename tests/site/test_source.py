@@ -184,3 +184,9 @@ def test_captions_are_sentences_and_the_rest_is_printed() -> None:
 def test_alternative_texts_are_found_by_the_bytes_of_their_pictures() -> None:
     own = for_the_site(notebook(picture("Figure: a -> b"), picture("no text")), "x")
     assert list(site_source.alternative_texts(own)) == [("AAAA", "a -> b")]
+
+
+def test_links_between_the_two_parts_of_readme_lead_from_page_to_page() -> None:
+    readme = README.replace("Last words.", "[a](#the-course) [b](#start)").replace("| table |", "[c](#find-your-way)")
+    assert "[a](index.md#the-course) [b](#start)" in site_source.guide(readme)
+    assert "[c](README.md#find-your-way)" in site_source.landing(readme, {}, [])

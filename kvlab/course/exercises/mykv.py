@@ -152,7 +152,9 @@ def find(path: str | Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise InputError(f"expected a Python file with answers, found none at {' or '.join(map(str, places[:2]))}")
+    looked = " or ".join(dict.fromkeys(map(str, places[:2])))
+    hint = "; the course writes mykv.py when the first exercise passes"
+    raise InputError(f"expected a Python file with answers, found none at {looked}{hint}")
 
 
 def own_function(module: ModuleType, name: str) -> FunctionType | None:
