@@ -11,7 +11,7 @@ Description = dict[str, str]
 
 
 # --- 12.1: in what a namespace differs ------------------------------------------------------------
-def differs_in(own: Description, others: list[tuple[Description, int]]) -> list[str]:
+def differs_in(own: dict[str, str], others: list[tuple[dict[str, str], int]]) -> list[str]:
     """The fields in which the namespace that holds most blocks of the prompt differs from ours, sorted."""
     found = [(blocks, description) for description, blocks in others if blocks > 0]
     if not found:
@@ -239,7 +239,13 @@ SERVERS_NEEDED = Exercise(
 Band = tuple[float, float]
 
 
-def net_band(hours: float, fetch_hours: float, gpu_usd: Band, stall: Band, tier_usd: Band) -> Band:
+def net_band(
+    hours: float,
+    fetch_hours: float,
+    gpu_usd: tuple[float, float],
+    stall: tuple[float, float],
+    tier_usd: tuple[float, float],
+) -> tuple[float, float]:
     """The lowest and the highest USD a month that a tier can bring."""
     ends = []
     for usd in gpu_usd:
