@@ -169,7 +169,7 @@ def servers_needed(shared: int, users: int, own: int, block_tokens: int, token_b
     """Servers that hold the blocks of `users` prompts: `shared` tokens that are the same, and `own` tokens each."""
     blocks = shared // block_tokens + users * ((shared + own) // block_tokens - shared // block_tokens)
     record = block_tokens * token_bytes + 128
-    return math.ceil(blocks * record * 1.25 / (0.65 * server_gib * 2**30))
+    return -int(-blocks * record * 1.25 // (0.65 * server_gib * 2**30))  # rounded up
 
 
 def _shared_for_each(shared: int, users: int, own: int, block_tokens: int, token_bytes: int, server_gib: float) -> int:
