@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -160,21 +159,6 @@ class Fault:
 
 
 # --- the system ---------------------------------------------------------------------------------
-def ports(count: int) -> int:
-    """The first of some free ports in a row, below those that the kernel gives to outgoing connections.
-
-    Raises:
-        KVLabError: none were found.
-    """
-    for _ in range(100):
-        first = random.randrange(20_000, 32_000)
-        with suppress(OSError), ExitStack() as stack:
-            for port in range(first, first + count):
-                stack.enter_context(socket.create_server((HOST, port)))
-            return first
-    raise KVLabError("no free ports in a row were found")
-
-
 @contextmanager
 def exporter(server: RedisServer) -> Iterator[list[str]]:
     """Run redis_exporter beside a server, if it is installed; its targets."""
@@ -199,7 +183,7 @@ def system(**settings: Any) -> Iterator[System]:
     with ExitStack() as stack:
         server = stack.enter_context(RedisServer())
         proxy = stack.enter_context(FaultProxy(server.port, seed=1))
-        first = ports(3)
+        first = free_port(3)
         # Few pages and no host memory, so that the store is asked.
         few: dict[str, Any] = {"store": proxy.url, "pages": 96, "host_bytes": 0} | settings
         made = WorkerSettings(**few)

@@ -170,7 +170,8 @@ def first_example(readme: str) -> str:
 def try_out(distribution: Path, work: Path) -> None:
     """Install a distribution in an empty environment, and use it in an empty folder."""
     pins = work / "torch.txt"  # the torch of the lock; newer ones were never tried
-    pins.write_text("".join(re.findall(r"^torch==.*\n", (ROOT / "requirements.lock").read_text(), re.MULTILINE)))
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    pins.write_text("".join(re.findall(r"^torch==.*\n", lock, re.MULTILINE)), "utf-8")
     print(f"{distribution.name} in an empty environment:")
     env = new_environment(work / f"env-{distribution.suffix[1:]}", "--constraint", str(pins), str(distribution))
     empty = work / f"folder-{distribution.suffix[1:]}"

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from random import SystemRandom
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,11 +38,22 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 
 
-def free_port() -> int:
-    """A loopback port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """A loopback port on which nothing listens now, the first of `count` such ports in a row.
+
+    They lie below those that Linux and macOS give to outgoing connections, because such a connection may take a port
+    between this call and the start of a server.
+
+    Raises:
+        KVLabError: none were found.
+    """
+    for _ in range(100):
+        first = SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind((HOST, port))
+            return first
+    raise KVLabError(f"found no {count} free ports in a row")
 
 
 def valkey_program() -> str | None:

@@ -100,7 +100,7 @@ def running(server: RedisServer, folder: Path, *changes: dict[str, Any]) -> Iter
 @pytest.fixture(scope="module")
 def groups(server: RedisServer, folder: Path) -> Iterator[list[WorkerGroup]]:
     two = {"workers": 2}
-    settings = two | {"metrics_port": free_port()}, two | {"encryption_keys": {1: KEYS[1]}}
+    settings = two | {"metrics_port": free_port(3)}, two | {"encryption_keys": {1: KEYS[1]}}
     with running(server, folder, *settings) as started:
         yield started
 

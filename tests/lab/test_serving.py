@@ -167,7 +167,7 @@ def test_the_port_of_metrics_is_taken(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_addresses_of_the_metrics_are_said_and_answer() -> None:
-    said, port = list[str](), free_port()
+    said, port = list[str](), free_port(2)
 
     def ask(line: str) -> None:
         said.append(line)

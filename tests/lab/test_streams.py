@@ -66,8 +66,9 @@ def text_files_of_the_locale(source: str) -> list[str]:
 
 
 def test_files_are_utf_8_whatever_the_locale() -> None:
-    """What is opened in another way than as a file: sockets of the system, weights, seals, databases, values."""
-    others = ("os.open(", "safe_open(", "fmt.seal.open(", "lmdb.open(", "self._folder.open(")
+    """What is opened in another way than as a file of text: files of the system, weights, seals, databases, values,
+    archives."""
+    others = ("os.open(", "safe_open(", "fmt.seal.open(", "lmdb.open(", "self._folder.open(", "tarfile.open(")
     files = [*ROOT.glob("kvlab/**/*.py"), *ROOT.glob("scripts/*.py"), ROOT / "conftest.py"]
     found = {(file.name, call) for file in files for call in text_files_of_the_locale(file.read_text("utf-8"))}
     assert not {(name, call) for name, call in found if not call.startswith(others)}

@@ -10,8 +10,7 @@ import pytest
 from kvlab.engine import WorkerGroup, WorkerSettings
 from kvlab.errors import KVLabError
 from kvlab.testbed.prometheus import Prometheus
-from kvlab.testbed.server import RedisServer
-from scripts.alert_drill import ports
+from kvlab.testbed.server import RedisServer, free_port
 from tests.faults.kit import wait_for
 
 LENGTH, BLOCKS = 200, 3  # of 64 tokens
@@ -21,7 +20,7 @@ LENGTH, BLOCKS = 200, 3  # of 64 tokens
 @pytest.mark.prometheus
 @pytest.mark.slow
 def test_prometheus_scrapes_two_workers_and_their_parent(redis_server: RedisServer) -> None:
-    first = ports(3)
+    first = free_port(3)
     targets = [f"127.0.0.1:{first + i}" for i in range(3)]
     settings = WorkerSettings(store=redis_server.url, pages=64, host_bytes=0)
     with (
