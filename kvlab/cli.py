@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KVLabError, OSError) as error:
         _discard_unwritable_output()
         if sys.stderr is not None:
-            print(f"kvlab: {_one_line(str(error))}", file=sys.stderr)
+            print(f"kvlab: {_one_line(_said(error))}", file=sys.stderr)
         return FAILURE
     finally:
         _on_sigterm(before)
@@ -93,6 +93,13 @@ def _on_sigterm(handler: Any) -> Any:
 def _terminate(number: int, frame: object) -> NoReturn:
     """End as after Ctrl-C, so that a command removes the servers and folders that it made."""
     raise SystemExit(TERMINATED)
+
+
+def _said(error: Exception) -> str:
+    """An error's text; of the system's errors the file and the reason, without Python's number and quotes."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _one_line(text: str) -> str:

@@ -72,7 +72,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 COLAB_SETUP = f"""\
 # On Google Colab this installs the course; elsewhere it does nothing.
 if "google.colab" in str(get_ipython()):
-    %pip install -q "kvlab[course] @ git+{URL}"
+    %pip install -q "kvlab[EXTRAS] @ git+{URL}"
 """
 
 
@@ -94,6 +94,7 @@ class Lesson:
     fast: str = ""
     hardware: str = "a CPU is enough"
     optional: bool = False
+    extras: str = "course"
 
     @property
     def number(self) -> str:
@@ -293,7 +294,7 @@ def with_generated_cells(notebook: NotebookNode, lesson: Lesson, course: Course)
     result = copy.deepcopy(notebook)
     old = {tag: cell for cell in result.cells for tag in GENERATED if tag in tags(cell)}
     setup = old.get("colab-setup") or new_code_cell()
-    setup.source = COLAB_SETUP.rstrip()
+    setup.source = COLAB_SETUP.replace("EXTRAS", lesson.extras).rstrip()
     ends = new_markdown_cell(course.header(lesson, notebook)), setup, new_markdown_cell(course.footer(lesson))
     for cell, tag in zip(ends, GENERATED, strict=True):
         cell.id, cell.metadata = tag, NotebookNode(tags=[tag])

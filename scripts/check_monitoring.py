@@ -96,10 +96,13 @@ def _meant(name: str, names: set[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what is wrong."""
-    lines = [line for file in map(Path, arguments or FILES) for line in problems(Path(file))]
+    """Print what is wrong, or that nothing is."""
+    files = [Path(file) for file in arguments or FILES]
+    lines = [line for file in files for line in problems(file)]
     for line in lines:
         print(line, file=sys.stderr)
+    if not lines:
+        print(f"{', '.join(file.name for file in files)}: every metric exists")
     return 1 if lines else 0
 
 

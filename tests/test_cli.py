@@ -172,7 +172,7 @@ def test_an_error_of_the_system_is_one_line(
 ) -> None:
     monkeypatch.setattr("kvlab.lab.fuzz.run", lambda **_: Path("no/such\nfile").read_bytes())
     assert main(["bench", "fuzz"]) == FAILURE
-    assert capsys.readouterr().err == "kvlab: [Errno 2] No such file or directory: 'no/such\\nfile'\n"
+    assert capsys.readouterr().err == "kvlab: no/such\\nfile: No such file or directory\n"
 
 
 @pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"\xff\xfe", "UTF-8"), (b"", "empty file")])
@@ -562,7 +562,7 @@ def test_a_reader_who_has_seen_enough() -> None:
 def test_a_disk_that_is_full() -> None:
     run = shell("kvlab bench fuzz --n 1 >/dev/full", {})
     assert run.returncode == FAILURE
-    assert run.stderr == b"kvlab: [Errno 28] No space left on device\n"
+    assert run.stderr == b"kvlab: No space left on device\n"
 
 
 def test_the_entry_point_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

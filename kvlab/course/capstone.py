@@ -62,6 +62,8 @@ class Report:
 
     Attributes:
         file: the learner's file.
+        yours: the functions and classes of the course that the file has in other words.
+        ours: how many it has from the course.
         classes: the suite that each class was asked, "store" or "cache".
         kept: how many rules each class keeps.
         cases: how many cases each class passed.
@@ -73,6 +75,8 @@ class Report:
     """
 
     file: Path
+    yours: list[str] = field(default_factory=list)
+    ours: int = 0
     classes: dict[str, str] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     cases: Counter[str] = field(default_factory=Counter)
@@ -98,6 +102,9 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as lines to print."""
         yield f"file:   {self.file}"
+        if self.classes:
+            yours = [*self.yours, *(name for name in self.classes if name not in mykv.CLASSES)]
+            yield f"yours:  {', '.join(yours) or 'nothing yet'}; parts that are the course's: {self.ours}"
         for suite in SUITES:
             for name in (name for name, own in self.classes.items() if own == suite):
                 counts = f"{self.kept[name]} of {self.asked[suite]} rules kept, {self.cases[name]} cases passed"
@@ -204,6 +211,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _read(file: Path, lines: list[dict[str, Any]], ended: str) -> Report:
     """The report of what the suites wrote, see `tests/harness/rules.py`; `ended`: how a run stops before its end."""
     report = Report(file)
+    with contextlib.suppress(OSError, ValueError, SyntaxError):  # whatever is wrong with it, the suites say so
+        report.yours = mykv.own_parts(file.read_text("utf-8"))
+    report.ours = len(mykv.PARTS) + len(mykv.CLASSES) - len(report.yours)
     kept: dict[tuple[str, str], bool] = {}
     now = ""
     for line in lines:

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """Format a result: `about` first, each list of rows as a table under its name, other values as `name: value`."""
-    lines = [str(result["about"])] if "about" in result else []
+    """Format a result: `about` first, a line for each of its terms; rows as tables; others as `name: value`."""
+    lines = str(result["about"]).replace("; ", ";\n  ").splitlines() if "about" in result else []
     for name, value in result.items():
         if name == "about":
             continue
@@ -28,7 +28,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"  # 1043, not 1.04e+03
 
 
 def usd(value: float) -> str:

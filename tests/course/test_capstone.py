@@ -11,6 +11,7 @@ import pytest
 from kvlab.cli import FAILURE, main
 from kvlab.course import capstone, minikv
 from kvlab.course.capstone import Report
+from kvlab.course.exercises import mykv
 from kvlab.errors import InputError
 
 pytestmark = [pytest.mark.redis]
@@ -94,6 +95,17 @@ def test_right_classes_beside_wrong_ones_keep_all_rules(report: Report) -> None:
     assert report.kept["MiniRedis"] == report.asked["store"] and report.kept["MiniCache"] == report.asked["cache"]
     assert not report.ok and list(report.lines())[-1] == "FAILED: see the lines with ✘"
     assert f"✘ and {len(report.broken) - capstone.SHOWN} more rules" in "\n".join(report.lines())
+
+
+def test_it_says_how_much_of_a_file_is_the_learners() -> None:
+    other = mykv.with_function(mykv.HEADER, "hit_rate", "def hit_rate(a, b):\n    return a / b\n")
+    assert mykv.own_parts(other) == mykv.own_parts(SOURCE) == []  # hit_rate is no part of the cache
+    own = mykv.with_function(other, "block_keys", "def block_keys(tokens, root, block_tokens):\n    return []\n")
+    own = own.replace("class MiniRedis(Store):", "class MiniRedis(Store):\n    mine = True\n")
+    assert mykv.own_parts(own) == ["block_keys", "MiniRedis"]
+    report = Report(Path("mykv.py"), ["block_keys"], 35, {"MiniRedis": "store", "MyCache": "cache"})
+    report.asked = {"store": 1, "cache": 1}
+    assert list(report.lines())[1] == "yours:  block_keys, MyCache; parts that are the course's: 35"
 
 
 ENDLESS = '        return sum(self.replies("DEL", keys))'

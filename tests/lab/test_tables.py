@@ -10,3 +10,9 @@ def test_tables_line_up() -> None:
 
 def test_what_the_rows_mean_comes_first() -> None:
     assert tables.text({"n": 1, "about": "n: a number"}).splitlines() == ["n: a number", "n: 1"]
+    assert tables.text({"about": "a: one; b: two", "a": 1043.4, "b": 0.12345}).splitlines() == [
+        "a: one;",
+        "  b: two",
+        "a: 1043",
+        "b: 0.123",
+    ]

@@ -75,7 +75,7 @@ class Exercise:
         forbidden: a part of the names of torch operations that the answer must not use; "" for none.
         after: what to say once the answer is right.
         given: for a hunt, the faulty function that the notebook gives instead of a stub. Unchanged it counts as
-            not started.
+            not started, and the check shows where it fails.
         observe: for an answer that acts on its arguments: from what it returned and the arguments to what is
             compared. By default what it returned.
     """
@@ -132,9 +132,17 @@ def grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
 
 
 def _grade(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
+    verdict = _tried(exercise, answer)
+    if not _is_given(exercise, answer):
+        return verdict
+    fails = [line for line in verdict.text.removeprefix("✘ ").splitlines() if not line.startswith("  hint: ")]
+    return Verdict("todo", "\n".join(["○ " + fails[0].replace(": ", ": not changed yet. ", 1), *fails[1:]]))
+
+
+def _tried(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
     title = f"{exercise.number} {exercise.name}"
     todo = Verdict("todo", f"○ {title}: not started")
-    if _is_stub(answer) or _is_given(exercise, answer):
+    if _is_stub(answer):
         return todo
     got: list[Any] = []
     for i, args in enumerate(exercise.cases):

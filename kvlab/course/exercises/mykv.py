@@ -163,6 +163,18 @@ def own_function(module: ModuleType, name: str) -> FunctionType | None:
     return function if isinstance(function, FunctionType) and function.__module__ == module.__name__ else None
 
 
+def own_parts(module: str) -> list[str]:
+    """The parts of the cache, functions and classes, that this text of a `mykv.py` has and the course has not so."""
+    of_course = {ast.dump(node) for node in _parsed(inspect.getsource(minikv))}
+    return [
+        node.name
+        for node in _parsed(module)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.name in (*PARTS, *CLASSES)
+        and ast.dump(node) not in of_course
+    ]
+
+
 def whole(module: str) -> str:
     """The text of a `mykv.py` with all that a whole cache needs."""
     return _with_imports(_with_classes(module))
@@ -195,7 +207,8 @@ def _with_imports(module: str) -> str:
     rest = lines[at:]
     while rest and not rest[0]:
         del rest[0]
-    imports = [NOT_YET, f"{IMPORT}({', '.join(missing)})"] if missing else []
+    names = textwrap.fill(", ".join(missing), 100, initial_indent="    ", subsequent_indent="    ")
+    imports = [NOT_YET, f"{IMPORT}(\n{names},\n)"] if missing else []
     return "\n".join([*lines[:at], "", *imports, "", "", *rest]) + "\n"
 
 

@@ -364,6 +364,8 @@ def test_a_hunt_begins_with_faulty_code_that_is_not_started_until_it_is_changed(
 
     hunt = Exercise("double", "00.9", 3, lambda x: 2 * x, ((3,), (5,)), (), "multiply", given=given)
     assert grade(hunt, given).state == "todo"
+    assert grade(hunt, given).text.startswith("○ 00.9 double: not changed yet. double(")
+    assert "  expected 6" in grade(hunt, given).text and "hint" not in grade(hunt, given).text
     assert grade(hunt, lambda x: x + 2).state == "wrong"
     assert grade(hunt, mended).state == "right"
     assert grade(hunt, other_name).state == "wrong", "its constants differ: it has no docstring"
@@ -377,4 +379,5 @@ def test_a_hunt_is_recognised_in_a_cell_that_imports_nothing(hunt: Exercise) -> 
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     cell = dict(hunt.given.__globals__)  # type: ignore[attr-defined]
     exec(compile(source, name, "exec"), cell)
-    assert grade(hunt, cell[hunt.given.__name__]).state == "todo"
+    verdict = grade(hunt, cell[hunt.given.__name__])
+    assert verdict.state == "todo" and verdict.text.startswith(f"○ {hunt.number} {hunt.name}: not changed yet. ")
