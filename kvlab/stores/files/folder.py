@@ -398,6 +398,8 @@ class Folder:
         leases = 0
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self._leases):
+                if not entry.is_file(follow_symlinks=False):  # whoever put it there, it is no lease
+                    continue
                 if entry.stat(follow_symlinks=False).st_mtime_ns <= now_ns:
                     os.unlink(entry.path)
                     continue

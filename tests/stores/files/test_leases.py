@@ -184,6 +184,18 @@ def test_the_name_of_a_holder_is_no_path(tmp_path: Path, clock: FakeClock) -> No
         assert os.listdir(tmp_path / "store" / ".held") == []
 
 
+def test_what_is_no_lease_among_them_changes_nothing(tmp_path: Path, clock: FakeClock) -> None:
+    with opened(tmp_path, clock) as store:
+        put(store, range(3))
+        assert store.hold_many(keys([0]), 60, "a") == (1, True)
+        leases = tmp_path / "store" / ".held"
+        (leases / "folder").mkdir()
+        (leases / "link").symlink_to("/dev/zero")
+        os.mkfifo(leases / "pipe")
+        assert store.hold_many(keys(range(3)), 60, "b") == (3, True)
+        assert not store.stats().faults
+
+
 def test_a_disk_that_does_not_work_holds_nothing_and_counts_why(tmp_path: Path, clock: FakeClock) -> None:
     with opened(tmp_path, clock) as store:
         put(store, range(1))
