@@ -5,7 +5,7 @@ from __future__ import annotations
 from IPython.display import Markdown
 
 from kvlab.lab.streams import accept_any_text
-from kvlab.lab.timing import Timings
+from kvlab.lab.timing import NOISY_BEYOND, UNSTEADY_BEYOND, Timings
 
 BUSY = " *(Measured on a busy machine: do not trust the times.)*"
 
@@ -37,7 +37,7 @@ def machine_check(affected: str, *measured: Timings) -> None:
         print(f"machine: quiet (the same work measured twice differs by {apart:.0%})")
         return
     print(
-        f"machine: BUSY. The same work measured twice differs by {apart:.0%}, and the slower rounds took "
-        f"{swing:.1f} times as long as the faster ones. Do not trust {affected}: "
+        f"machine: BUSY. The same work measured twice differs by {apart:.0%} (quiet: up to {NOISY_BEYOND:.0%}), and the "
+        f"slower rounds took {swing:.1f} times as long as the faster ones (quiet: up to {UNSTEADY_BEYOND}). Do not trust {affected}: "
         "close other programs and run the cell that measures again."
     )

@@ -24,6 +24,7 @@ import dis
 import functools
 import inspect
 import io
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,10 @@ def _tried(exercise: Exercise, answer: Callable[..., Any]) -> Verdict:
         said = f"{title}: {_call(exercise, exercise.cases[at])} returned None"
         return _wrong(said, place, "is there a `return`? What a function prints is not what it returns")
     said = f"{title}: {_call(exercise, exercise.cases[at])}"
-    return _wrong(said, [*differences(got[at], expected[at]), *place], _hint(exercise, got))
+    lines = differences(got[at], expected[at])
+    if isinstance(expected[at], list) and all(isinstance(line, str) for line in expected[at]):
+        lines[0] = re.sub(r" at index \d+$", "", lines[0])  # each of these says what it is
+    return _wrong(said, [*lines, *place], _hint(exercise, got))
 
 
 def check(exercise: Exercise, answer: F) -> F:

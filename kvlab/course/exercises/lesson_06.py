@@ -60,6 +60,13 @@ def _find_evicts_for_a_hit(key: bytes, host: dict[bytes, bytes], store: dict[byt
     return find_block(key, host, store, room)
 
 
+def _find_trims_for_a_hit(key: bytes, host: dict[bytes, bytes], store: dict[bytes, bytes], room: int) -> Any:
+    block = find_block(key, host, store, room)
+    while len(host) > room:
+        del host[next(iter(host))]
+    return block
+
+
 def _find_asks_the_store_first(key: bytes, host: dict[bytes, bytes], store: dict[bytes, bytes], room: int) -> Any:
     if key in store:
         host.pop(key, None)
@@ -107,6 +114,7 @@ FIND_BLOCK = Exercise(
         (D, {A: b"1", B: b"2"}, {C: b"3"}, 2),
         (A, {A: b"1", B: b"2", C: b"3"}, {A: b"of the store"}, 3),
         (C, {A: b"1", B: b"2"}, {C: b"3"}, 1),
+        (A, {A: b"1", B: b"2", C: b"3"}, {}, 2),
     ),
     wrong=(
         Wrong(_find_without_promotion, "a block from the store goes into host memory too, or it is fetched each time"),
@@ -118,6 +126,7 @@ FIND_BLOCK = Exercise(
         Wrong(_find_without_eviction, "host memory has room for `room` blocks: make room before you add one"),
         Wrong(_find_evicts_one, "one block that leaves may not be enough: repeat until there is room"),
         Wrong(_find_evicts_for_a_hit, "a block that is in host memory already needs no new room"),
+        Wrong(_find_trims_for_a_hit, "nothing leaves on a hit, also if host memory has more than `room` blocks"),
         Wrong(_find_asks_the_store_first, "ask the store only if host memory lacks the block: that is what it is for"),
         Wrong(_find_in_a_new_dict, "change the dict that you were given; `host = {…}` only names a new one"),
         Wrong(_find_one_too_many, "count the new block too: afterwards there may be `room` blocks and no more"),
