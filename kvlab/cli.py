@@ -568,7 +568,11 @@ EXPLAIN = (
     Option("--url", "the same as --store", {"metavar": "URL", "dest": "store"}),
     Option("--model", "a model folder (default: the shipped model)", {"metavar": "FOLDER"}),
     Option("--against", "a prompt that should share its beginning with FILE", {"metavar": "FILE"}),
-    Option("--precision", "of the cache (default float16)", {"default": "float16", "metavar": "NAME"}),
+    Option(
+        "--precision",
+        "of the cache: fp32, fp16, bf16, int8, int4 (default fp16)",
+        {"default": "fp16", "metavar": "NAME"},
+    ),
     Option("--dtype", "in which the model computes (default float32)", {"default": "float32", "metavar": "NAME"}),
     Option("--block", "tokens in a block (default: that of the model)", {"type": _count, "metavar": "N"}),
     Option("--adapter", "the folder of a LoRA adapter", {"metavar": "FOLDER"}),

@@ -40,6 +40,7 @@ RULES: Final = ROOT / "docs" / "monitoring" / "alerts.yml"
 RESULTS: Final = ROOT / "docs" / "results" / "alerts.json"
 EXPORTERS: Final = ("redis_exporter", "prometheus-redis-exporter")
 SHORTER: Final = {
+    "[2m]": "[10s]",
     "[5m]": "[10s]",
     "[10m]": "[10s]",
     "[1h]": "[12s]",
@@ -354,6 +355,9 @@ def record(new: Sequence[dict[str, Any]]) -> None:
 
 def main(names: Sequence[str]) -> int:
     """Run the drill."""
+    if {"-h", "--help"} & {*names}:
+        print(__doc__)
+        return 0
     try:
         rows = run(names)
     except KVLabError as error:

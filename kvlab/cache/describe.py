@@ -64,7 +64,7 @@ from kvlab.stores.faults import Reason
 FORMAT: Final = 2
 SLOTS: Final = 64
 MAX_BYTES: Final = 4096
-LONGEST_WAIT_S: Final = 3600.0
+LONGEST_WAIT_S: Final = 600.0
 MAX_NAME: Final = 128  # characters, each of which takes at most 12 bytes in JSON
 DIRECTORY: Final = b"kvlab/2/descriptions"
 THERE, WRITTEN, NOT_WRITTEN = "there", "written", ""
@@ -225,7 +225,7 @@ def _checked(members: dict[str, Any]) -> Description | None:
 
 
 class Describer:
-    """Keeps a description in the store, in a thread of its own: it writes now, and again each quarter of the TTL."""
+    """Keeps a description in the store, in a thread of its own: it writes now, and again at least each ten minutes."""
 
     def __init__(
         self, store: Store, seal: Seal, salt: bytes, description: Description, ttl_s: float | None = None

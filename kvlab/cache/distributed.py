@@ -45,7 +45,7 @@ WINDOW_BYTES = 16 << 20  # of the records that one fetch returns
 MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
 logger = logging.getLogger(__name__)
-DESCRIBE_S = 600.0  # between two writes of the description, if the TTL of the store is not known
+DESCRIBE_S = 600.0  # at most, between two writes of the description: a store may be emptied, or evict it
 _NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -86,8 +86,9 @@ class DistributedKVCache(KVCache):
         encryption_key_id: the id of the master key for new records; by default the highest one.
         block_tokens: B; by default `KVSpec.block_tokens`.
         max_lease_s: the longest lease of a `pin`.
-        describe: leave a description of model, precision and salted tenant in the store, with the first save and again
-            each quarter of the TTL, so that a miss can be explained. `kvlab.cache.describe` says what it gives away.
+        describe: leave a description of model, precision and salted tenant in the store, so that a miss can be
+            explained: with the first save, each ten minutes (or quarter of a shorter TTL), and after the store took
+            nothing. `kvlab.cache.describe` says what it gives away.
 
     Raises:
         ConfigError: a setting is invalid (an unknown precision or URL scheme, a negative TTL),
@@ -367,6 +368,8 @@ class DistributedKVCache(KVCache):
         self.recent.blocks(keys, STORED if stored == len(keys) else Reason.STORE)
         if stored:
             self._describe()
+        elif values and self._describe_at < math.inf:
+            self._describe_at = -math.inf  # it took nothing, and may come back empty
         with self._lock:
             for key in keys if stored == len(keys) else ():
                 self._suspects.pop(key, None)
@@ -558,10 +561,10 @@ def _store(
 
 
 def describe_every(store: str | Store | None, ttl: float | _Default | None) -> float:
-    """Return the seconds between two writes of a description: a quarter of the TTL, if that is known."""
+    """Return the seconds between two writes of a description: a quarter of the TTL, if that is known and short."""
     if isinstance(store, Store) or ttl is None:
         return DESCRIBE_S
-    return (DAY_S if isinstance(ttl, _Default) else ttl) / 4
+    return min(DESCRIBE_S, (DAY_S if isinstance(ttl, _Default) else ttl) / 4)
 
 
 def _salt_bytes(salt: str | bytes) -> bytes:

@@ -289,8 +289,9 @@ def _run_planner(own: Own, model: Llama, sample: list[int], say: Say) -> bool:
     if made is None:
         return True
     yours, ours = race(made()), race(OurPlanner())
+    whose = _whose(own, "fetch_seconds", "best_front")
     say(
-        f"lesson 06: on a wire that becomes slow and fast again, {_whose(own, 'fetch_seconds', 'best_front')} planner takes "
+        f"lesson 06: on a wire that becomes slow and fast again, {whose} planner takes "
         f"{yours:.2f} times as long as the best choices, kvlab's {ours:.2f} times"
     )
     return yours < 1.5

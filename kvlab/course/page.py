@@ -37,7 +37,8 @@ def machine_check(affected: str, *measured: Timings) -> None:
         print(f"machine: quiet (the same work measured twice differs by {apart:.0%})")
         return
     print(
-        f"machine: BUSY. The same work measured twice differs by {apart:.0%} (quiet: up to {NOISY_BEYOND:.0%}), and the "
-        f"slower rounds took {swing:.1f} times as long as the faster ones (quiet: up to {UNSTEADY_BEYOND}). Do not trust {affected}: "
+        f"machine: BUSY. The same work measured twice differs by {apart:.0%} (quiet: up to {NOISY_BEYOND:.0%}), "
+        f"and the slower rounds took {swing:.1f} times as long as the faster ones (quiet: up to {UNSTEADY_BEYOND}). "
+        f"Do not trust {affected}: "
         "close other programs and run the cell that measures again."
     )

@@ -498,14 +498,13 @@ class WorkerGroup:
             for answer, _ in process.answers.values():
                 answer._end(error=_closed(answer))
             return
-        logger.warning(
-            "worker %d has ended with status %s; its %d requests go on elsewhere%s",
-            *(process.number, process.popen.returncode, len(process.answers)),
-            f": {process.failure}" if process.failure else "",
-        )
+        why = process.failure or f"status {process.popen.returncode}"
+        logger.warning("worker %d has ended (%s); its %d requests go on", process.number, why, len(process.answers))
         if not process.ready:
             self._failed_starts[process.place] += 1
-        if self._restart and self._failed_starts[process.place] < STARTS:
+        if self._restart and self._failed_starts[process.place] >= STARTS:
+            logger.error("place %d of the group is given up: no worker gets ready there (%s)", process.place, why)
+        elif self._restart:
             try:
                 self._start(process.place)
             except OSError:

@@ -52,6 +52,27 @@ def causes(found: Explanation) -> list[str]:
     return [block.cause for block in found.blocks]
 
 
+@pytest.mark.redis
+def test_a_server_that_came_back_empty_is_described_again_by_who_saved_before() -> None:
+    with RedisServer() as server:
+        old = made(RedisStore(server.url, ttl_s=3600))
+        save(old)
+        server.kill()
+        assert save(old, TOKENS[1:]) == 0  # the next save notices
+        server.start()
+        wait_for(lambda: save(old) == len(TOKENS) // B, 10)  # its breaker closes
+        found = made(RedisStore(server.url, ttl_s=3600), precision="fp16").explain(TOKENS)
+        assert found.cause == "precision"
+    without = made(MemoryStore(), describe=False)
+    save(without)
+    assert without.store.stats().stored == len(TOKENS) // B
+
+
+@pytest.mark.parametrize(("ttl_s", "every_s"), [(100, 25), (86_400, 600), (None, 600)])
+def test_a_description_is_written_again_each_ten_minutes_or_sooner(ttl_s: float | None, every_s: float) -> None:
+    assert made("memory://", ttl_seconds=ttl_s).describe_every_s == every_s
+
+
 @pytest.mark.parametrize("error", [AttributeError, ValueError, MemoryError])
 def test_a_salt_whose_digest_cannot_be_computed_costs_the_description_alone(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

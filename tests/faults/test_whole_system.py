@@ -575,7 +575,7 @@ def test_other_weights_in_the_folder_of_running_workers_are_never_mixed_with_the
         os.kill(group.pids[one], signal.SIGKILL)
         assert answer.result(LONG_S) == plain(long, new=400) and answer.workers == [one, other]
         wait_for(lambda: group.counts() == Counter(ready=1, deaths=1 + starts), LONG_S)
-        assert refusal in caplog.text and set(group.pids) == {other}
+        assert refusal in caplog.text and "is given up" in caplog.text and set(group.pids) == {other}
         check_hits(group, other, prompts[1])
         rewrite_in_place(folder, new)
         with running(server, folder, {}) as (later,):

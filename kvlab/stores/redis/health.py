@@ -18,6 +18,7 @@ from kvlab.stores.redis.pool import FakePool
 from kvlab.stores.redis.reasons import in_words, reason_of
 
 _READS: Final = 2  # the first commands only read
+_TOUCH: Final = 3  # and this one records the use of a key
 _INFO_COMMANDS: Final[tuple[Command, ...]] = ((b"INFO", b"memory"), (b"INFO", b"server"))  # tried last
 _SAMPLE: Final = 256  # random keys that show whether a server has all slots
 
@@ -61,8 +62,15 @@ def evaluate(node: Node, sent: Sequence[Command], replies: Sequence[Reply], alon
         return Finding("moved: this is a node of a Redis Cluster; use redis-cluster://")
     if mode == "sentinel":
         return Finding(f"{in_words(fault, secrets)}: this is a sentinel; use redis-sentinel://…/NAME")
-    reads = "" if any(isinstance(answer, Exception) for answer in answers[:_READS]) else "reads work, but "
+    reads = "" if _reads_fail(sent, answers) else "reads work, but "
     return Finding(f"{reads}{in_words(fault, secrets)}{_missing(sent, answers)}")
+
+
+def _reads_fail(sent: Sequence[Command], answers: Sequence[Reply]) -> bool:
+    """Return whether loads are misses. Where there is a TTL, a load whose PEXPIRE is refused is one, too."""
+    touch, touched = sent[_TOUCH], answers[_TOUCH]
+    refused = touch[0] == b"PEXPIRE" and isinstance(touched, Exception) and is_refusal(touched)
+    return refused or any(isinstance(answer, Exception) for answer in answers[:_READS])
 
 
 def health_name() -> bytes:
