@@ -53,7 +53,7 @@ def crossing(tokens: Sequence[int], seconds: Mapping[str, Sequence[float]], capt
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(list(tokens), [f"{n:,}" for n in tokens])
     ax.minorticks_off()
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # inside it would lie on a curve
     plots.show(fig, caption)
 
 
