@@ -46,6 +46,7 @@ MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
 logger = logging.getLogger(__name__)
 DESCRIBE_S = 600.0  # at most, between two writes of the description: a store may be emptied, or evict it
+DESCRIBE_AGAIN_S = 1.0  # at least, after the store took nothing: while it refuses writes, each save says so
 _NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -368,8 +369,8 @@ class DistributedKVCache(KVCache):
         self.recent.blocks(keys, STORED if stored == len(keys) else Reason.STORE)
         if stored:
             self._describe()
-        elif values and self._describe_at < math.inf:
-            self._describe_at = -math.inf  # it took nothing, and may come back empty
+        elif values and self._describe_at < math.inf:  # it took nothing, and may come back empty
+            self._describe_at = min(self._describe_at, time.monotonic() + DESCRIBE_AGAIN_S)
         with self._lock:
             for key in keys if stored == len(keys) else ():
                 self._suspects.pop(key, None)

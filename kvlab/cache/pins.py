@@ -73,9 +73,9 @@ class Pin:
             ConfigError: `lease_s` is not a positive number, or exceeds `max_lease_s` of the cache.
         """
         check_number("lease_s", lease_s, 0, self._max_lease_s, "seconds")
+        begin = time.time()  # the tiers count from later on
         kept = self._begin(lease_s, self._holder)
-        self.held, self.refreshed = kept.held, kept.refreshed
-        self.expires_at = time.time() + lease_s
+        self.held, self.refreshed, self.expires_at = kept.held, kept.refreshed, begin + lease_s
 
     def release(self) -> None:
         """End the lease. The blocks stay as long as policies and TTLs let them. May be called twice."""

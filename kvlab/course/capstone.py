@@ -232,9 +232,10 @@ def _read(file: Path, lines: list[dict[str, Any]], ended: str) -> Report:
 
 
 def _count(report: Report, kept: dict[tuple[str, str], bool], line: dict[str, Any]) -> None:
-    """Count one case. A rule is kept if all of its cases pass."""
+    """Count one case. A rule is kept if all of its cases pass, but for those that cannot run here."""
     rule, state = (line["class"], line["rule"]), line["state"]
-    kept[rule] = kept.get(rule, True) and state != "failed"
+    if state != "skipped":
+        kept[rule] = kept.get(rule, True) and state == "passed"
     if state == "passed":
         report.cases[rule[0]] += 1
     elif state == "skipped":

@@ -47,6 +47,8 @@ TRIES: Final = 5
 them, or be unlucky beside one that does."""
 STARTS: Final = 3
 """After so many processes in a row that ended before they were ready, no more are started in that place."""
+REFUSALS: Final = 10
+"""So often in a row, once a second, a process is tried to be started that the system refuses."""
 ERRORS: Final = {error.__name__: error for error in (Busy, ConfigError, InputError, PoolExhausted)}
 logger = logging.getLogger(__name__)
 
@@ -207,6 +209,7 @@ class WorkerGroup:
         self._processes: dict[int, _Process] = {}
         self._parked: list[Answer] = []  # for the next worker that is ready
         self._failed_starts = dict.fromkeys(range(workers), 0)
+        self._refused_starts = Counter[int]()  # by the system, in a row
         self._index, self._balance = BlockIndex(), Balance(())
         self._names: Namespace | None = None
         self._eos: list[int] = []
@@ -218,7 +221,7 @@ class WorkerGroup:
         try:
             self._start_metrics()
             for place in range(workers):
-                self._start(place)
+                self._start_first(place)
             threading.Thread(target=self._watch, name="kvlab-watch", daemon=True).start()
             self._wait_until_ready()
         except BaseException:
@@ -297,7 +300,7 @@ class WorkerGroup:
             return answer._end(error=WorkerError(f"{TRIES} workers in a row ended while they had this request"))
         ready = [p for p in self._processes.values() if p.ready]
         if not ready:
-            if self._processes:
+            if self._processes or self._missing():
                 self._parked.append(answer)
             else:
                 answer._end(error=WorkerError("no worker is left, and none can be started"))
@@ -373,9 +376,7 @@ class WorkerGroup:
         self._failed_starts[process.place] = 0
         self._balance.add(process.number)
         self._changed.set()
-        parked, self._parked = self._parked, []
-        for answer in parked:
-            self._send(answer)
+        self._send_parked()
 
     def _on_failed(self, process: _Process, message: str) -> None:
         process.failure = message
@@ -458,8 +459,50 @@ class WorkerGroup:
         process = _Process(next(self._numbers), place, popen)
         self._processes[process.number] = process
         process.outbox.put(json.dumps(json.loads(self._first) | self._metrics_of(process)).encode() + b"\n")
-        for job in (self._read, self._write):
-            threading.Thread(target=job, args=(process,), name=f"kvlab-worker-{process.number}", daemon=True).start()
+        try:  # `_read` last: it is the one that buries the process
+            for job in (self._write, self._read):
+                thread = threading.Thread(
+                    target=job, args=(process,), name=f"kvlab-worker-{process.number}", daemon=True
+                )
+                thread.start()
+        except RuntimeError:  # the system gives no thread
+            del self._processes[process.number]
+            process.outbox.put(None)
+            popen.kill()
+            popen.wait()
+            raise
+
+    def _start_first(self, place: int) -> None:
+        try:
+            self._start(place)
+        except (OSError, RuntimeError) as error:
+            raise WorkerError(f"a worker cannot be started: {error}") from error
+
+    def _try_start(self, place: int) -> None:
+        """Start a process again. If the system has no room for one, `_watch` tries again, and gives up in the end."""
+        try:
+            self._start(place)
+            self._refused_starts[place] = 0
+        except (OSError, RuntimeError) as error:
+            self._refused_starts[place] += 1
+            logger.warning("no worker can be started in place %d now: %s", place, error)
+            if place not in self._missing():
+                logger.error("place %d of the group is given up: the system starts no process (%s)", place, error)
+
+    def _missing(self) -> list[int]:
+        """The places that have no process now and are to have one."""
+        taken = {process.place for process in self._processes.values()}
+        return [
+            place
+            for place, failed in self._failed_starts.items()
+            if self._restart and place not in taken and failed < STARTS and self._refused_starts[place] < REFUSALS
+        ]
+
+    def _send_parked(self) -> None:
+        """Send the requests that waited for a worker, or fail them if there will be none."""
+        parked, self._parked = self._parked, []
+        for answer in parked:
+            self._send(answer)
 
     def _start_metrics(self) -> None:
         port, address = self._metrics
@@ -505,18 +548,13 @@ class WorkerGroup:
         if self._restart and self._failed_starts[process.place] >= STARTS:
             logger.error("place %d of the group is given up: no worker gets ready there (%s)", process.place, why)
         elif self._restart:
-            try:
-                self._start(process.place)
-            except OSError:
-                logger.exception("no worker can be started in place of worker %d", process.number)
+            self._try_start(process.place)
         self._changed.set()
         for answer, before in process.answers.values():
             answer._deaths = answer._deaths + 1 if len(answer.tokens) == before else 0
             self._send(answer)
         if not self._processes:
-            parked, self._parked = self._parked, []
-            for answer in parked:
-                self._send(answer)
+            self._send_parked()
         self._last_failure = process.failure or f"it ended with status {process.popen.returncode}"
 
     def _wait_until_ready(self) -> None:
@@ -538,11 +576,17 @@ class WorkerGroup:
                 raise WorkerError(f"only {ready} of {len(self._failed_starts)} workers were ready after {START_S} s")
 
     def _watch(self) -> None:
-        """In a thread: kill workers that hang, so that the pipe ends and `_read` deals with them."""
+        """In a thread: kill workers that hang, so that `_read` deals with them, and start those that could not be."""
         every_s = min(1.0, self._silent_s / 4)
         looked_at = time.monotonic()
         while not self._closing.wait(every_s):
             with self._lock:
+                if self._closing.is_set:
+                    return
+                for place in self._missing():
+                    self._try_start(place)
+                if not self._processes:
+                    self._send_parked()
                 now = time.monotonic()
                 late_s, looked_at = max(0.0, now - looked_at - every_s), now
                 for process in self._processes.values():

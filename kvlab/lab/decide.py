@@ -398,9 +398,10 @@ def _judge(world: _World, shape: str, precision: str, gpus: int, inputs: dict[st
         best=best,
         flips=flips,
     )
-    slowest = world.long_share({**mid, "prefill": inputs["prefill"].low})
-    if reasons := _against(draft, slowest):
-        return replace(draft, reasons=reasons, changes=_changes(draft, slowest))
+    slowest = {**mid, "prefill": inputs["prefill"].low}
+    too_short = _too_short(draft, world.long_share(slowest), crossover(world.costs(slowest)))
+    if reasons := _against(draft, too_short[:1]):
+        return replace(draft, reasons=reasons, changes=_changes(draft, too_short[1:]))
     sure = [row for row in rows if row.net_usd[0] > 0]
     if any(row.load <= 1 for row in sure) and "prefill" not in draft.assumed:
         return replace(draft, verdict="yes", reasons=_in_favour(draft, sure))
@@ -408,16 +409,34 @@ def _judge(world: _World, shape: str, precision: str, gpus: int, inputs: dict[st
     return replace(draft, verdict="measure first", **_open(draft, sure, questions))
 
 
-def _against(d: Decision, long_share: float) -> tuple[str, ...]:
-    """Why not; nothing if it is not certain. The share is that of the slowest prefill that is assumed."""
+def _too_short(d: Decision, long_share: float, begin: float) -> tuple[str, ...]:
+    """Why fetching is slower for nearly all hits, and what would have to be otherwise; nothing if it is not.
+
+    Args:
+        long_share, begin: the share of hit tokens in prefixes from the crossover length on, and this length in
+            tokens, both with the slowest prefill that is assumed.
+    """
+    if long_share >= NEARLY:
+        return ()
+    wire, need = d.inputs["wire"].value, break_even_gbps(d.kv_bytes, 1, 1 / d.inputs["prefill"].low)
+    slow = f"for {1 - long_share:.0%} of the hit tokens fetching takes longer than computing"
+    if wire > need:
+        why = f"a fetch takes some time before its first byte, so it is faster from {begin:,.0f} tokens on: {slow}"
+        return why, f"shared prefixes of {begin:,.0f} tokens and more, or a wire with more than {wire:.3g} GB/s"
+    slower = wire * 1e9 / d.kv_bytes
+    return (
+        f"the wire gives {wire:.3g} GB/s and the break-even is {need:.3g}: {slow}",
+        f"a wire above {need:.3g} GB/s, an engine below {slower:,.0f} tokens/s, or fewer bytes a token "
+        "(--precision int8)",
+    )
+
+
+def _against(d: Decision, too_short: tuple[str, ...]) -> tuple[str, ...]:
+    """Why not; nothing if it is not certain."""
     if not d.hit_rate:
         return (f"no prompt begins with a full block ({d.block_tokens} tokens) of an earlier one: no cache finds any",)
-    if long_share < NEARLY:
-        wire, need = d.inputs["wire"].value, _needed_gbps(d)
-        return (
-            f"the wire gives {wire:.3g} GB/s and the break-even is {need:.3g}: for {1 - long_share:.0%} of the hit "
-            "tokens fetching takes longer than computing",
-        )
+    if too_short:
+        return too_short
     if any(row.net_usd[2] > 0 for row in d.rows):
         return ()
     least, added = max(d.rows, key=lambda row: row.net_usd[2]), max(row.added for row in d.rows)
@@ -427,20 +446,12 @@ def _against(d: Decision, long_share: float) -> tuple[str, ...]:
     )
 
 
-def _needed_gbps(d: Decision) -> float:
-    return break_even_gbps(d.kv_bytes, 1, 1 / d.inputs["prefill"].low)
-
-
-def _changes(d: Decision, long_share: float) -> tuple[str, ...]:
+def _changes(d: Decision, too_short: tuple[str, ...]) -> tuple[str, ...]:
     """What would have to be otherwise."""
     if not d.hit_rate:
         return ("prompts that begin alike: first what never changes, then the user's text; or smaller blocks",)
-    if long_share < NEARLY:
-        slower = d.inputs["wire"].value * 1e9 / d.kv_bytes
-        return (
-            f"a wire above {_needed_gbps(d):.3g} GB/s, an engine below {slower:,.0f} tokens/s, or fewer bytes a token "
-            "(--precision int8)",
-        )
+    if too_short:
+        return too_short
     sides = [
         f"{name} {'below' if name in FALLING else 'above'} {number(flip)} (now {number(d.inputs[name].value)})"
         for name in ("requests", "wire", "own", "ram")

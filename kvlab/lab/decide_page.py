@@ -69,7 +69,7 @@ def _known(d: Decision, name: str) -> str:
 def _inputs(d: Decision) -> Iterator[str]:
     short = "" if d.span_s >= DAY_S else "; take a full day before you decide"
     if d.span_s < 60:
-        short += f". It takes {d.span_s:g} s: are its timestamps milliseconds?"
+        short += f". It takes {d.span_s:g} s: are its times in the unit of its form?"
     if d.inputs["requests"].value * d.span_s > 1.01 * d.requests * HOURS * 3600:
         short += "; more requests than it has need more memory for the same hit rates"
     mean = d.tokens / d.requests
@@ -101,7 +101,7 @@ def _table(d: Decision) -> Iterator[str]:
     )
     yield "    GiB servers  hit rate  added  GPU-hours   tier  net: low       mid      high"
     for row in d.rows:
-        yield ("*" if row is d.best else " ") + _line(row)[1:]
+        yield ("*" if row is d.best else " ") + _line(row)
     best = d.best
     yield from textwrap.wrap(f"* best in the middle: {usd(best.net_usd[1])} a month; set-up {_paid(best)}.", WIDTH)
     if best.load > 1:
@@ -109,10 +109,10 @@ def _table(d: Decision) -> Iterator[str]:
 
 
 def _line(row: Row) -> str:
-    money = "".join(f"{value:>10,.0f}" for value in row.net_usd)
-    tier = f"{row.tier_usd[1]:>7,.0f}"
+    money = "".join(f" {value:>9,.0f}" for value in row.net_usd)
+    tier = f"{row.tier_usd[1]:>6,.0f}"
     return (
-        f"{row.gib:>7,g} {row.servers:>7,} {row.hit_rate:>9.3f} {row.added:>6.3f} {row.gpu_hours:>10,.0f}{tier}{money}"
+        f"{row.gib:>6,g} {row.servers:>7,} {row.hit_rate:>9.3f} {row.added:>6.3f} {row.gpu_hours:>10,.0f} {tier}{money}"
     )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isinf
 from typing import Final
 
-from kvlab.errors import ConfigError, InputError
+from kvlab.errors import InputError
 from kvlab.lab.decide import SERVER_GIB, Decision
 from kvlab.stores.base import check_number
 
@@ -47,8 +47,8 @@ class Site:
     def __post_init__(self) -> None:
         check_number("machines", self.machines, 0, MOST, whole=True)
         check_number("tenants", self.tenants, 0, MOST, whole=True)
-        if not 0 <= self.host_gib <= MOST:
-            raise ConfigError(f"expected host_gib of 0 or more, got {self.host_gib!r}")
+        if self.host_gib != 0:
+            check_number("host_gib", self.host_gib, 0, MOST, "GiB")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,16 @@ def _tier(d: Decision, site: Site) -> Iterator[Choice]:
         row = max((r for r in d.rows if r.net_usd[0] > 0 and r.load <= 1), key=lambda r: r.net_usd[1])
     servers = max(row.servers, ceil(row.servers * row.load))
     yield Choice("shared store", *_store(servers, row.gib, site))
-    if not d.above_break_even:
+    if not d.above_break_even and d.precision not in ("int8", "int4"):
         yield Choice(
             "precision",
             "int8, after a look at its quality",
             f"the wire gives {d.inputs['wire'].value:.3g} GB/s and the break-even is {d.break_even_gbps:.3g}",
         )
-    yield Choice("planner", "on", f"below {ceil(d.crossover):,} tokens computing is faster, and load moves that")
+    faster = "in the middle of the bands computing is always faster"
+    if not isinf(d.crossover):
+        faster = f"below {ceil(d.crossover):,} tokens computing is faster"
+    yield Choice("planner", "on", f"{faster}, and load moves that")
 
 
 def _store(servers: int, gib: float, site: Site) -> tuple[str, str]:

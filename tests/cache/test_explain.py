@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from kvlab.errors import InputError
 from kvlab.stores import MemoryStore, RedisStore, Store, WriteBehind, open_store
 from kvlab.testbed.server import RedisServer
 from tests.faults.kit import wait_for
-from tests.harness.helpers import FakeClock, exact_kv, flipped
+from tests.harness.helpers import FakeClock, blank, exact_kv, flipped
 
 B = 16
 TOKENS = list(range(100, 100 + 4 * B + 5))
@@ -60,12 +61,18 @@ def test_a_server_that_came_back_empty_is_described_again_by_who_saved_before() 
         server.kill()
         assert save(old, TOKENS[1:]) == 0  # the next save notices
         server.start()
-        wait_for(lambda: save(old) == len(TOKENS) // B, 10)  # its breaker closes
-        found = made(RedisStore(server.url, ttl_s=3600), precision="fp16").explain(TOKENS)
-        assert found.cause == "precision"
+        other = made(RedisStore(server.url, ttl_s=3600), precision="fp16")
+
+        def told() -> bool:
+            return save(old) == len(TOKENS) // B and old.load(TOKENS, 0, B, blank(spec_of(), B)) == B
+
+        wait_for(lambda: told() and other.explain(TOKENS).cause == "precision", 10)  # its breaker closes
+
+
+def test_a_cache_that_describes_nothing_does_not_begin_after_a_refusal() -> None:
     without = made(MemoryStore(), describe=False)
-    save(without)
-    assert without.store.stats().stored == len(TOKENS) // B
+    without.store.close()
+    assert save(without) == 0 and without._describe_at == math.inf
 
 
 @pytest.mark.parametrize(("ttl_s", "every_s"), [(100, 25), (86_400, 600), (None, 600)])

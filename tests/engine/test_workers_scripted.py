@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,50 @@ def test_no_answer_goes_on_with_another_model(groups: Groups, tmp_path: Path, sc
 def test_what_a_library_prints_at_the_start_disturbs_nothing(groups: Groups) -> None:
     group = groups(1, {"junk": 'Warning!\n[1]\n3\nnull\n{}\n{"is": "unheard_of"}\n\n'})
     assert group.submit([1], 5).result(LONG_S) == expected([1], 5)
+
+
+@pytest.mark.parametrize("error", [OSError("no memory"), RuntimeError("can't start new thread")])
+def test_a_place_that_could_not_be_filled_is_filled_later_and_no_request_is_lost(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    group = groups(1)
+    start, left = group._start, [3]
+
+    def unlucky(place: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        start(place)
+
+    monkeypatch.setattr(group, "_start", unlucky)
+    os.kill(group.pids[0], signal.SIGKILL)
+    wait_for(lambda: left[0] < 3)
+    answer = group.submit([1], 5)
+    assert answer.result(LONG_S) == expected([1], 5) and left[0] == -1
+    assert group.counts() == Counter(ready=1, deaths=1)
+
+
+def test_a_first_process_that_the_system_refuses_is_an_error(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(workers.subprocess, "Popen", refused)
+    with pytest.raises(WorkerError, match="cannot be started: no memory"):
+        groups(1)
+
+
+def test_a_process_whose_thread_the_system_refuses_is_ended(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture sees that no process, thread or pipe is left."""
+
+    class NoReader(threading.Thread):
+        def start(self) -> None:
+            if "_read" in repr(self._target):  # type: ignore[attr-defined]
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    monkeypatch.setattr(workers.threading, "Thread", NoReader)
+    with pytest.raises(WorkerError, match="cannot be started: can't start"):
+        groups(1)
 
 
 @pytest.mark.parametrize(

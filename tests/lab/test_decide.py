@@ -162,6 +162,25 @@ def test_no_without_reuse() -> None:
     assert decide(alone, "llama-3.1-8b", None, 6).verdict == "no", "no span, so no rate, and none is needed"
 
 
+def test_no_because_prefixes_are_too_short_for_a_fetch_on_a_fast_wire() -> None:
+    """A fetch takes 1 ms and 65.5 us a token, computing 66.7 us a token: from 884 tokens on it is faster."""
+    trace = reuse(from_blocks([[i % 9, 100 + i] for i in range(60)], 256), 256)
+    told = decide(trace, "llama-3.1-8b", 15_000, 2)
+    assert told.verdict == "no" and told.above_break_even
+    begin = f"{told.crossover:,.0f} tokens"
+    assert begin in told.reasons[0] and begin in told.changes[0] and "break-even" not in told.reasons[0]
+
+
+@pytest.mark.parametrize("gib", [1331.2, 131_072, 1_048_576])
+def test_no_number_of_the_table_is_cut_or_glued_to_another(gib: float) -> None:
+    told = tiny(requests=4e9, wire=1e4, capacities=[gib], prices=money(ram=1e6))
+    (line,) = [line for line in page(told, "t.jsonl").splitlines() if line.startswith("*") and "best" not in line]
+    numbers = [float(number.replace(",", "")) for number in line[1:].split()]
+    row = told.best
+    assert numbers[:2] == [float(f"{gib:g}"), row.servers] and len(numbers) == 9
+    assert numbers[5:] == [round(row.tier_usd[1]), *(round(value) for value in row.net_usd)]
+
+
 def test_no_if_the_best_ends_lose() -> None:
     told = tiny(requests=4e4)
     assert told.verdict == "no" and "even at the best ends" in told.reasons[0]
@@ -341,7 +360,9 @@ def test_both_forms_say_the_same(file: str, tmp_path: Path, capsys: pytest.Captu
     assert told["verdict"] == "yes" and text.startswith("YES: ")
     assert told["rows"][1]["hit_rate"] == 3 / 8 and "\n* 0.004       1     0.375  0.375" in text
     assert told["rows"][0]["payback_months"] == [None] * 3
-    assert "take a full day before you decide. It takes 3 s: are its timestamps milliseconds?" in " ".join(text.split())
+    assert "take a full day before you decide. It takes 3 s: are its times in the unit of its form?" in " ".join(
+        text.split()
+    )
     assert told["assumed"] == ["utilisation", "stall"] and "ram 1 (1 to 2)!" in text
     assert f"{told['best']['net_usd'][0]:,.0f}" in text
 

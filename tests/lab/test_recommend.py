@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -61,6 +62,16 @@ def test_only_a_wire_below_the_break_even_asks_for_smaller_records() -> None:
     assert "precision" not in parts(paying())
     slow = replace(paying(), above_break_even=False)
     assert parts(slow)["precision"].startswith("int8")
+    assert "precision" not in parts(replace(slow, precision="int4"))
+
+
+def test_a_wire_inside_the_band_of_the_break_even() -> None:
+    """Slower than computing in the middle of the band, and faster at its slow end: no crossover in the middle."""
+    trace = reuse(from_blocks([[i % 9, 10 + i % 9, 100 + i] for i in range(200)], 1000), 1000)
+    told = decide(trace, "llama-3.1-8b", None, 3.0, own=0, requests_per_month=1e9)
+    assert told.verdict == "measure first" and not told.above_break_even and told.crossover == inf
+    assert parts(told)["precision"].startswith("int8")
+    assert "always faster" in next(choice.why for choice in recommend(told, Site()) if choice.part == "planner")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,13 @@ def test_a_router_needs_engines_and_host_memory_needs_room() -> None:
 
 
 def test_wrong_facts_are_refused() -> None:
-    wrong: list[dict[str, Any]] = [{"machines": 0}, {"tenants": 0}, {"tenants": 1.5}, {"host_gib": -1}]
+    wrong: list[dict[str, Any]] = [
+        {"machines": 0},
+        {"tenants": 0},
+        {"tenants": 1.5},
+        {"host_gib": -1},
+        {"host_gib": "64"},
+    ]
     for facts in wrong:
         with pytest.raises(ConfigError, match=next(iter(facts))):
             Site(**facts)

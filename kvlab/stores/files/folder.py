@@ -350,7 +350,15 @@ class Folder:
 
     # --- leases ---------------------------------------------------------------------------------
     def hold(
-        self, holder: str, names: Sequence[str], most: int, now_ns: int, lease_ns: int, oldest_ns: int, used_ns: int
+        self,
+        holder: str,
+        names: Sequence[str],
+        most: int,
+        now_ns: int,
+        lease_ns: int,
+        oldest_ns: int,
+        used_ns: int,
+        stopped: Callable[[], bool] = never,
     ) -> int:
         """Hold the values that are there, from the first on, as long as all leases hold at most `most` bytes.
 
@@ -362,7 +370,9 @@ class Folder:
         Returns:
             How many are held.
         """
-        with self.counting():
+        with self.counting(stopped):
+            if stopped():  # who asked for it was told that nothing is held
+                raise Stopped
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._leases, 0o700)
             self._end_lease(holder)
@@ -382,14 +392,14 @@ class Folder:
                 self._write_lease(holder, held, now_ns + lease_ns)
         return len(held)
 
-    def release(self, holder: str) -> None:
+    def release(self, holder: str, stopped: Callable[[], bool] = never) -> None:
         """End a lease."""
-        with self.counting():
+        with self.counting(stopped):
             self._end_lease(holder)
 
-    def held(self, now_ns: int) -> set[str]:
+    def held(self, now_ns: int, stopped: Callable[[], bool] = never) -> set[str]:
         """Return the names of all values that leases hold; delete leases that have ended."""
-        with self.counting():
+        with self.counting(stopped):
             return self._held(now_ns)[0]
 
     def _held(self, now_ns: int) -> tuple[set[str], int]:

@@ -144,7 +144,7 @@ class Janitor:
         """Read the folder, delete what is expired or left over, and tell the policy; return the bytes of the rest."""
         reaped, used = self._folder.reap(stopped)
         self.reaped += reaped
-        self._held = self._folder.held(now)
+        self._held = self._folder.held(now, stopped)
         present: dict[str, Entry] = {}
         expired: list[Entry] = []
         for entry in self._folder.entries():

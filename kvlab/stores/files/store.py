@@ -325,44 +325,46 @@ class FileStore(Store):
         check_number("lease_s", lease_s, 0, MAX_TTL_S, "seconds")
         return self._advice(partial(self._hold, _lease_of(holder), lease_s), keys, 0), True
 
-    def _hold(self, holder: str, lease_s: float, names: list[str]) -> int:
+    def _hold(self, holder: str, lease_s: float, names: list[str], stopped: Callable[[], bool]) -> int:
         now_ns, oldest_ns = self._now(), self._oldest_ns()
         used_ns = max(now_ns, now_ns + self._shift_ns(lease_s))
-        return self._folder.hold(holder, names, self._most_held, now_ns, int(lease_s * NS), oldest_ns, used_ns)
+        return self._folder.hold(holder, names, self._most_held, now_ns, int(lease_s * NS), oldest_ns, used_ns, stopped)
 
     def release(self, holder: str) -> None:
         """See `Store.release`."""
-        self._advice(lambda names: self._folder.release(_lease_of(holder)), [], None)
+        self._advice(lambda names, stopped: self._folder.release(_lease_of(holder), stopped), [], None)
 
     def delete_many(self, keys: Sequence[bytes]) -> int:
         """See `Store.delete_many`."""
         check_keys(keys)
         return self._advice(self._delete, [*dict.fromkeys(keys)], 0)
 
-    def _advice(self, work: Callable[[list[str]], R], keys: Sequence[bytes], otherwise: R) -> R:
+    def _advice(self, work: Callable[[list[str], Callable[[], bool]], R], keys: Sequence[bytes], otherwise: R) -> R:
+        names = [name_of(key) for key in keys]
         try:
-            return self._run(Deadline(self.deadline_s), lambda call: work([name_of(key) for key in keys]))
+            return self._run(Deadline(self.deadline_s), lambda call: work(names, lambda: call.abandoned))
         except Failed as failed:
             self._count_fault([failed.reason])
             return otherwise
 
-    def _present(self, names: list[str]) -> int:
+    def _present(self, names: list[str], stopped: Callable[[], bool]) -> int:
         oldest_ns = self._oldest_ns()
         count = next((i for i, name in enumerate(names) if not self._folder.is_there(name, oldest_ns)), len(names))
         if count < len(names):
             self._folder.check()
         return count
 
-    def _touch(self, names: list[str], shift_ns: int = 0) -> list[bool]:
+    def _touch(self, names: list[str], stopped: Callable[[], bool], shift_ns: int = 0) -> list[bool]:
         oldest_ns, now_ns = self._oldest_ns(), self._now() + shift_ns
         touched = [self._folder.touch(name, oldest_ns, now_ns) for name in names]
         if not all(touched):
             self._folder.check()
         return touched
 
-    def _delete(self, names: list[str]) -> int:
+    def _delete(self, names: list[str], stopped: Callable[[], bool]) -> int:
         oldest_ns = self._oldest_ns()
-        return sum(used_ns is not None and used_ns > oldest_ns for used_ns in self._folder.delete(names))
+        deleted = self._folder.delete(names, stopped=stopped)
+        return sum(used_ns is not None and used_ns > oldest_ns for used_ns in deleted)
 
     # --- the rest -------------------------------------------------------------------------------
     def health(self) -> Health:
@@ -377,7 +379,9 @@ class FileStore(Store):
         name, value = name_of(b"health" + os.urandom(16)), b"health"
         if reason := self._write_one(name, [memoryview(value)], lambda: call.abandoned):
             raise Failed(reason)
-        if self._read([name], Deadline(self.deadline_s), call) != [value] or not self._delete([name]):
+        if self._read([name], Deadline(self.deadline_s), call) != [value] or not self._delete(
+            [name], lambda: call.abandoned
+        ):
             raise Failed(Reason.IO)
         with self._folder.counting() as count:
             used = count.used

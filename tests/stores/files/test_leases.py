@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from kvlab.errors import ConfigError
 from kvlab.stores import FileStore
 from kvlab.stores.files import folder as folder_module
-from kvlab.stores.files.folder import BLOCK, Folder, name_of
+from kvlab.stores.files.calls import THREADS
+from kvlab.stores.files.folder import BLOCK, Folder, Stopped, name_of
 from kvlab.stores.files.janitor import NS, Janitor
 from tests.harness.helpers import FakeClock
 from tests.stores.files.killer import killed_at
@@ -182,6 +183,38 @@ def test_the_name_of_a_holder_is_no_path(tmp_path: Path, clock: FakeClock) -> No
         assert os.listdir(tmp_path) == ["store"]
         store.release("../../outside\0")
         assert os.listdir(tmp_path / "store" / ".held") == []
+
+
+def test_a_lease_that_nobody_waits_for_any_more_does_not_begin(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "store"))
+    folder.prepare()
+    name = name_of(b"a")
+    assert folder.write(name, [memoryview(bytes(BLOCK))], ROOM * BLOCK, time.time_ns())
+    with pytest.raises(Stopped):
+        folder.hold("me", [name], ROOM * BLOCK, time.time_ns(), 3600 * NS, 0, time.time_ns(), lambda: True)
+    assert folder.held(time.time_ns()) == set()
+
+
+def test_calls_that_wait_for_a_stopped_process_take_no_threads_from_reads(tmp_path: Path) -> None:
+    def waited(there_is: Callable[[], object]) -> None:
+        end = time.monotonic() + 30
+        while not there_is() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert there_is()
+
+    with FileStore(tmp_path / "store", ROOM * BLOCK, deadline_s=0.2) as store:
+        put(store, range(1))
+
+        def tried() -> bool:
+            assert store.hold_many(keys([0]), 60, "me") == (0, True)
+            store.release("me")
+            assert store.delete_many(keys([1])) == 0
+            return store.stats().faults["timeout"] > THREADS
+
+        with Folder(str(tmp_path / "store")).counting():  # a process that is stopped in it
+            waited(tried)
+            waited(lambda: there(store, [0]) == [0])
+        waited(lambda: store.hold_many(keys([0]), 60, "me") == (1, True))
 
 
 def test_what_is_no_lease_among_them_changes_nothing(tmp_path: Path, clock: FakeClock) -> None:
