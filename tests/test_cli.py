@@ -321,11 +321,12 @@ def test_a_learners_bug_is_named_and_makes_the_demo_fail(
     assert main(["demo", "--impl", learner(tmp_path, source)]) == FAILURE
     printed = capsys.readouterr().out
     name = str(re.match(r"def (\w+)", function)[1])  # type: ignore[index]
+    number = next(exercise.number for exercise in exercises.ALL if exercise.name == name)
     assert "\n✘ 0" in printed and "hint: " in printed
     assert (
         f"(the demo runs with ours in place of your {name})" in printed
         and "yours:   none" in printed
-        and printed.endswith("FAILED: see the lines above\n")
+        and printed.endswith(f"FAILED: {number} {name}; see the lines at the top\n")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import textwrap
 from pathlib import Path
@@ -18,9 +19,9 @@ PARTS = [(name, inspect.getsource(getattr(minikv, name))) for name in mykv.PARTS
 
 def imported(text: str) -> list[str]:
     """The functions that a file takes from the course."""
-    lines = [line for line in text.splitlines() if line.startswith(mykv.IMPORT)]
-    assert len(lines) <= 1
-    return lines[0].removeprefix(mykv.IMPORT).strip("()").split(", ") if lines else []
+    assert text.count(mykv.IMPORT) <= 1 and max(map(len, text.splitlines())) <= 120
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+    return [alias.name for node in imports if node.module == minikv.__name__ for alias in node.names]
 
 
 def loaded(text: str, folder: Path) -> object:
