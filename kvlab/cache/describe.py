@@ -45,7 +45,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -64,7 +63,8 @@ from kvlab.stores.faults import Reason
 FORMAT: Final = 2
 SLOTS: Final = 64
 MAX_BYTES: Final = 4096
-LONGEST_WAIT_S: Final = 600.0
+MOST_S: Final = 600.0
+"""Between two writes of a description: a store may be emptied, or evict it."""
 MAX_NAME: Final = 128  # characters, each of which takes at most 12 bytes in JSON
 DIRECTORY: Final = b"kvlab/2/descriptions"
 THERE, WRITTEN, NOT_WRITTEN = "there", "written", ""
@@ -224,15 +224,27 @@ def _checked(members: dict[str, Any]) -> Description | None:
     return Description(block_tokens=number, **members)
 
 
+def every_s(ttl_s: float | None) -> float:
+    """Return the seconds between two writes of a description.
+
+    Args:
+        ttl_s: of the store; None if there is none, or it is not known.
+
+    >>> every_s(60), every_s(86_400), every_s(None)
+    (15.0, 600.0, 600.0)
+    """
+    return MOST_S if ttl_s is None else min(MOST_S, ttl_s / 4)
+
+
 class Describer:
-    """Keeps a description in the store, in a thread of its own: it writes now, and again at least each ten minutes."""
+    """Keeps a description in the store, in a thread of its own: it writes now, and again each `every_s`."""
 
     def __init__(
         self, store: Store, seal: Seal, salt: bytes, description: Description, ttl_s: float | None = None
     ) -> None:
         self.store = store
         self._seal, self._description = seal, description
-        self._every_s = min(LONGEST_WAIT_S, (ttl_s or math.inf) / 4)
+        self._every_s = every_s(ttl_s)
         self._ended = threading.Event()
         threading.Thread(target=self._keep, args=(salt,), name="kvlab-describe", daemon=True).start()
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvlab.cache.base import CacheStats, KVCache
-from kvlab.cache.describe import DIRECTORY, WRITTEN, Description, description_of, write
+from kvlab.cache.describe import DIRECTORY, WRITTEN, Description, description_of, every_s, write
 from kvlab.cache.elsewhere import View
 from kvlab.cache.explain import Explanation, explain
 from kvlab.cache.pins import MAX_LEASE_S, Kept, Pin
@@ -45,7 +45,6 @@ WINDOW_BYTES = 16 << 20  # of the records that one fetch returns
 MAX_SUSPECTS = 1 << 16
 DAY_S = 86400.0
 logger = logging.getLogger(__name__)
-DESCRIBE_S = 600.0  # at most, between two writes of the description: a store may be emptied, or evict it
 DESCRIBE_AGAIN_S = 1.0  # at least, after the store took nothing: while it refuses writes, each save says so
 _NO_RECORD = (Reason.TOO_BIG, Reason.RESPONSE)  # the value under this key is not a record
 _PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -562,10 +561,10 @@ def _store(
 
 
 def describe_every(store: str | Store | None, ttl: float | _Default | None) -> float:
-    """Return the seconds between two writes of a description: a quarter of the TTL, if that is known and short."""
-    if isinstance(store, Store) or ttl is None:
-        return DESCRIBE_S
-    return min(DESCRIBE_S, (DAY_S if isinstance(ttl, _Default) else ttl) / 4)
+    """Return the seconds between two writes of a description, by the arguments of a cache."""
+    if isinstance(store, Store):
+        return every_s(store.ttl_s)
+    return every_s(DAY_S if isinstance(ttl, _Default) else ttl)
 
 
 def _salt_bytes(salt: str | bytes) -> bytes:

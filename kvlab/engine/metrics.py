@@ -83,8 +83,8 @@ METRICS: Final = (
         "From the arrival of a request to its first token, by whether some of its KV came from a tier.",
     ),
     _counter("steps", "steps", "Passes of the model."),
-    _counter("saves", "prompts", "Saves of new blocks that were begun, at most two for each run of a request."),
-    _counter("unsaved_prompts", "prompts", "Of these, those that were not saved: too many were waiting, or an error."),
+    _counter("saves", "saves", "Saves of new blocks that were begun, at most two for each run of a request."),
+    _counter("unsaved_prompts", "saves", "Of these, those that were not made: too many were waiting, or an error."),
     _gauge("unfinished_requests", "requests", "Requests that have not ended."),
     _gauge("pages", "pages", "Pages of the device pool: free, idle (cached, in no request), used.", "state"),
     # Of a cache: blocks.

@@ -48,7 +48,7 @@ them, or be unlucky beside one that does."""
 STARTS: Final = 3
 """After so many processes in a row that ended before they were ready, no more are started in that place."""
 REFUSALS: Final = 10
-"""So often in a row, once a second, a process is tried to be started that the system refuses."""
+"""After so many starts in a row that the system refused, one a second, no more are tried in that place."""
 ERRORS: Final = {error.__name__: error for error in (Busy, ConfigError, InputError, PoolExhausted)}
 logger = logging.getLogger(__name__)
 

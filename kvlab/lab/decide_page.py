@@ -69,7 +69,7 @@ def _known(d: Decision, name: str) -> str:
 def _inputs(d: Decision) -> Iterator[str]:
     short = "" if d.span_s >= DAY_S else "; take a full day before you decide"
     if d.span_s < 60:
-        short += f". It takes {d.span_s:g} s: are its times in the unit of its form?"
+        short += f". It takes {d.span_s:g} s: check the unit of its times (docs/traces.md)"
     if d.inputs["requests"].value * d.span_s > 1.01 * d.requests * HOURS * 3600:
         short += "; more requests than it has need more memory for the same hit rates"
     mean = d.tokens / d.requests

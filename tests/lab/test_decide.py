@@ -360,7 +360,7 @@ def test_both_forms_say_the_same(file: str, tmp_path: Path, capsys: pytest.Captu
     assert told["verdict"] == "yes" and text.startswith("YES: ")
     assert told["rows"][1]["hit_rate"] == 3 / 8 and "\n* 0.004       1     0.375  0.375" in text
     assert told["rows"][0]["payback_months"] == [None] * 3
-    assert "take a full day before you decide. It takes 3 s: are its times in the unit of its form?" in " ".join(
+    assert "take a full day before you decide. It takes 3 s: check the unit of its times (docs/traces.md)" in " ".join(
         text.split()
     )
     assert told["assumed"] == ["utilisation", "stall"] and "ram 1 (1 to 2)!" in text
